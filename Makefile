@@ -1,0 +1,42 @@
+# Everything a person or CI needs; each target makes its own virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NATIVE := $(wildcard runtime/native/*.cpp runtime/native/*.h)
+
+.PHONY: demo check lint types native test clean
+
+# Text from the demo model with room for at most 40 % of its experts.
+demo: $(READY)
+	$(BIN)/moe-gguf run demo --memory 315MB --ctx 512 --temp 0 --repeat-penalty 1.1 -n 90 \
+		--chat -p "Why is sleep important?"
+
+# Format, lint, types, native warnings, tests: what CI runs.
+check: lint types native test
+
+# The build is isolated, so llama-cpp-python is compiled once (about four minutes) and its wheel
+# is then taken from pip's cache for the environment itself.
+$(READY): pyproject.toml runtime/native/CMakeLists.txt $(NATIVE)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+types: $(READY)
+	$(BIN)/mypy
+
+native: $(READY)
+	cmake -S runtime/native -B build/check -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_CXX_FLAGS=-Werror > /dev/null
+	cmake --build build/check
+
+test: $(READY)
+	$(BIN)/pytest
+
+clean:
+	rm -rf build $(VENV)

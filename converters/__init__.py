@@ -1,0 +1,1 @@
+"""From files people have to files the runtime opens."""

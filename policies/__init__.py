@@ -1,0 +1,9 @@
+"""Policies: what to keep, what to guess, in which order to load; and a simulator for them.
+
+Plain Python on integers and numpy arrays. Nothing here knows llama.cpp, weights or time.
+"""
+
+from moe_gguf.policies.presets import POLICIES, Policy, policy
+from moe_gguf.policies.residency import Plan, Residency
+
+__all__ = ["POLICIES", "Plan", "Policy", "Residency", "policy"]

@@ -1,0 +1,72 @@
+"""What a policy is: the interfaces between deciding and holding.
+
+A policy decides and never holds: no bytes, no slots, no clock, no randomness without a seed.
+The same classes run in the engine and in the simulator, so a replayed trace gives the engine's
+own hit count.
+
+Keys are plain integers, ``layer * n_experts + expert``: they are made and compared thousands of
+times per token on the route callback, where a tuple costs three times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+
+class RouteEvent(NamedTuple):
+    """What one MoE layer asked for in one step.
+
+    ``experts`` are the distinct experts in first-seen order (for one token: in the router's
+    order), ``counts[i]`` how many (token, rank) pairs chose ``experts[i]``.
+    """
+
+    layer: int
+    n_tokens: int
+    experts: Sequence[int]
+    counts: Sequence[int]
+
+
+class CachePolicy(Protocol):
+    """Which experts deserve a slot. Owns an order and ghosts, nothing else.
+
+    ``len(policy)`` and ``key in policy`` tell what the policy believes resident; the caller keeps
+    that equal to its own slot table through the four calls below.
+    """
+
+    def touch(self, key: int) -> None:
+        """A resident key was demanded again."""
+
+    def admit(self, key: int) -> bool:
+        """A missing key was demanded and gets a slot.
+
+        Returns whether it may stay after its layer; False means: use once, then drop, and the
+        policy does not hold it.
+        """
+
+    def remove(self, key: int) -> None:
+        """A resident key lost its slot for a reason that was not the policy's (a failed read)."""
+
+    def evict(self, pinned: Container[int]) -> int | None:
+        """Choose, forget and return the victim; None when every resident key is pinned."""
+
+    def check_integrity(self) -> None:
+        """Assert the policy's own invariants (tests call this; cost does not matter)."""
+
+    def __contains__(self, key: object) -> bool: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[int]: ...
+
+
+class Predictor(Protocol):
+    """Which experts a later layer will ask for. Guesses change time, never output."""
+
+    def guess(self, event: RouteEvent) -> Sequence[int]:
+        """Keys worth reading ahead after ``event``, best first; may be empty."""
+
+
+class LoadOrder(Protocol):
+    """In which order missing experts are read and computed."""
+
+    def order(self, experts: Sequence[int], counts: Sequence[int]) -> Sequence[int]:
+        """A permutation of ``range(len(experts))``."""

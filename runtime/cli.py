@@ -1,0 +1,421 @@
+"""The command line. The only module that reads the environment, the terminal and standard input.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 unusable input,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import platformdirs
+
+from moe_gguf.runtime.errors import ExpertReadError, UserError
+
+if TYPE_CHECKING:
+    from moe_gguf.runtime.generate import Sampling
+    from moe_gguf.runtime.llama import Llama
+
+# llama_cpp and numpy are imported inside the commands: help and mistakes should answer at once.
+
+MODEL_HELP = "a GGUF file (the first of a split set), or demo"
+
+
+def note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def resolve(model: str) -> Path:
+    """The file a MODEL argument names."""
+    if model == "demo":
+        from moe_gguf.converters.demo import demo_model
+        from moe_gguf.runtime.progress import bar
+
+        with bar("carving the demo model") as progress:
+            return demo_model(cache_dir(), progress)
+    if model.startswith("hf:"):
+        raise UserError("hf: models are not supported yet: download the GGUF and give its path")
+    return Path(model)
+
+
+def cache_dir() -> Path:
+    """Where files made for the user are kept; MOE_GGUF_CACHE overrides it."""
+    return Path(os.environ.get("MOE_GGUF_CACHE") or platformdirs.user_cache_dir("moe-gguf"))
+
+
+class _Lanes(click.ParamType):
+    name = "N|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        if value is None or value == "auto":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            raise UserError(f"{value!r} is not a number of lanes: give 1 to 64, or auto") from None
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options every command that opens a model shares."""
+    for option in reversed(
+        (
+            click.argument("model", metavar="MODEL"),
+            click.option(
+                "--memory",
+                default="auto",
+                metavar="SIZE",
+                help="what the whole process may use: 2.4GB, 4GiB, auto",
+            ),
+            click.option("--policy", default="lru", metavar="NAME", help="what stays in memory"),
+            click.option(
+                "--ctx", "n_ctx", default=4096, metavar="N", help="context length; 0: the model's own"
+            ),
+            click.option("--threads", type=int, metavar="N", help="default: the physical cores"),
+            click.option(
+                "--reads", default="auto", metavar="MODE", help="auto, direct or buffered"
+            ),
+            click.option(
+                "--lanes", type=_Lanes(), default="auto", help="reader threads", show_default=True
+            ),
+            click.option(
+                "--experts-used",
+                type=int,
+                metavar="K",
+                help="experts per token instead of the model's own number (lossy)",
+            ),
+            click.option("--device", default="cpu", help="where experts are computed (cpu)"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
+    """Open MODEL with the shared options and say on stderr what is in force."""
+    from moe_gguf.runtime.llama import Llama
+    from moe_gguf.runtime.progress import bar
+
+    path = resolve(model)
+    with bar(f"loading {path.name}") as progress:
+        llama = Llama(
+            path,
+            n_ctx=options["n_ctx"],
+            n_threads=options["threads"],
+            memory=options["memory"],
+            policy=options["policy"],
+            reads=options["reads"],
+            lanes=options["lanes"],
+            experts_used=options["experts_used"],
+            device=options["device"],
+            recorder=recorder,
+            progress=progress,
+        )
+    note(llama.mode_line)
+    assert llama.opened.budget is not None
+    note(llama.opened.budget.table())
+    if warning := llama.opened.budget.warning():
+        note(f"moe-gguf: warning: {warning}")
+    return llama
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="moe-gguf")
+@click.option("--debug", is_flag=True, help="show tracebacks")
+def cli(debug: bool) -> None:
+    """Run Mixture-of-Experts GGUF models larger than memory."""
+
+
+@cli.command()
+@model_options
+@click.option("-p", "--prompt", help="prompt text")
+@click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
+@click.option(
+    "-n", "n_predict", default=-1, metavar="N", help="tokens to generate; -1: until the model ends"
+)
+@click.option("--chat", is_flag=True, help="use the model's chat template; converse on a terminal")
+@click.option("--system", help="system message for --chat")
+@click.option("--temp", default=0.8, help="temperature; 0 is greedy", show_default=True)
+@click.option("--top-k", default=40, show_default=True)
+@click.option("--top-p", default=0.95, show_default=True)
+@click.option("--min-p", default=0.05, show_default=True)
+@click.option("--repeat-penalty", default=1.0, show_default=True)
+@click.option("--seed", type=int, help="default: random")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of text")
+def run(
+    model: str,
+    prompt: str | None,
+    prompt_file: str | None,
+    n_predict: int,
+    chat: bool,
+    system: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate text with MODEL inside a memory budget.
+
+    The prompt comes from -p, -f or a pipe; --chat without one starts a conversation.
+    """
+    from moe_gguf.runtime.generate import Sampling
+
+    sampling = Sampling(
+        *(options.pop(k) for k in ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed"))
+    )
+    text = _prompt_text(prompt, prompt_file, wants_terminal=chat)
+    llama = open_llama(model, **options)
+    try:
+        if text is None:
+            _converse(llama, system, n_predict, sampling)
+        else:
+            _complete(llama, text, chat, system, n_predict, sampling, as_json)
+    finally:
+        llama.close()
+
+
+def _prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> str | None:
+    """The prompt, or None for a conversation on the terminal."""
+    if prompt is not None and file is not None:
+        raise UserError("-p and -f exclude each other: give the prompt once")
+    if prompt is not None:
+        return prompt
+    if file is not None:
+        try:
+            return Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompt from {file}: {error}") from None
+    if not sys.stdin.isatty():
+        return sys.stdin.read()
+    if wants_terminal:
+        return None
+    raise UserError("give a prompt with -p, -f or a pipe, or start a conversation with --chat")
+
+
+def _complete(
+    llama: Llama,
+    text: str,
+    chat: bool,
+    system: str | None,
+    n_predict: int,
+    sampling: Sampling,
+    as_json: bool,
+) -> None:
+    from moe_gguf.runtime.generate import Chat, encode, generate
+
+    tokens = Chat(llama, system).ask(text) if chat else encode(llama, text)
+    pieces, interrupted = [], False
+    try:
+        for piece in generate(llama, tokens, n_predict, sampling):
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece.text, nl=False)
+    except KeyboardInterrupt:
+        interrupted = True
+    stats = llama.stats()
+    if as_json:
+        document = {
+            "text": "".join(piece.text for piece in pieces),
+            "tokens": [piece.token for piece in pieces],
+            "prompt_tokens": len(tokens),
+            "stats": stats,
+        }
+        click.echo(json.dumps(document))
+    else:
+        click.echo()
+    note(stats_line(stats))
+    if interrupted:
+        sys.exit(130)
+
+
+def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampling) -> None:
+    """A conversation on the terminal; Ctrl-C stops an answer, Ctrl-D ends it."""
+    from moe_gguf.runtime.generate import Chat, generate
+
+    chat = Chat(llama, system)
+    note("Type a message; Ctrl-C stops an answer, Ctrl-D ends the conversation.")
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            note("")
+            break
+        if not text.strip():
+            continue
+        said: list[str] = []
+        try:
+            for piece in generate(llama, chat.ask(text), n_predict, sampling):
+                said.append(piece.text)
+                click.echo(piece.text, nl=False)
+        except KeyboardInterrupt:
+            note(" [stopped]")
+        except UserError as error:  # the conversation outgrew the context
+            note(f"moe-gguf: {error}")
+            break
+        click.echo()
+        chat.answer("".join(said))
+    note(stats_line(llama.stats()))
+
+
+def stats_line(stats: dict[str, Any]) -> str:
+    from moe_gguf.runtime.budget import format_size
+
+    demanded = stats["hits"] + stats["misses"]
+    return (
+        f"moe-gguf: prefill {stats['prefill_tps']:.1f} tok/s ({stats['prefill_tokens']} tokens), "
+        f"decode {stats['decode_tps']:.2f} tok/s ({stats['decode_tokens']} tokens); "
+        f"hits {stats['hits']} of {demanded} ({stats['hit_rate']:.1%}); "
+        f"read {format_size(stats['bytes_read'])} ({format_size(stats['bytes_per_token'])} per token), "
+        f"stalled {stats['stall_s']:.2f} s; peak {format_size(stats['rss_peak_bytes'])} of "
+        f"{format_size(stats['budget_bytes'])}"
+    )
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--json", "as_json", is_flag=True)
+def inspect(model: str, as_json: bool) -> None:
+    """Show what is in MODEL: architecture, experts, sizes, types."""
+    from moe_gguf.runtime.describe import describe, describe_text
+
+    document = describe(resolve(model))
+    click.echo(json.dumps(document) if as_json else describe_text(document))
+
+
+@cli.command()
+@model_options
+@click.option("--json", "as_json", is_flag=True)
+def plan(model: str, as_json: bool, **options: Any) -> None:
+    """Say whether MODEL fits a budget and what it would hold, without loading it."""
+    from moe_gguf.runtime.describe import plan_document, plan_text
+
+    document = plan_document(resolve(model), options)
+    click.echo(json.dumps(document) if as_json else plan_text(document))
+
+
+@cli.command()
+@model_options
+@click.option("-p", "--prompt", help="prompt text")
+@click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
+@click.option("-n", "n_predict", default=128, metavar="N", show_default=True)
+@click.option("--chat", is_flag=True, help="use the model's chat template")
+@click.option("-o", "--output", required=True, type=click.Path(), help="the trace file to write")
+def trace(
+    model: str,
+    prompt: str | None,
+    prompt_file: str | None,
+    n_predict: int,
+    chat: bool,
+    output: str,
+    **options: Any,
+) -> None:
+    """Record which experts MODEL routes to while it generates (greedily)."""
+    from moe_gguf.policies.trace import TraceRecorder
+    from moe_gguf.runtime.describe import trace_metadata
+    from moe_gguf.runtime.generate import Chat, Sampling, encode, generate
+
+    text = _prompt_text(prompt, prompt_file, wants_terminal=False)
+    assert text is not None
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"cannot write {output}: its folder does not exist")
+    recorder = TraceRecorder()
+    llama = open_llama(model, recorder=recorder, **options)
+    try:
+        tokens = Chat(llama).ask(text) if chat else encode(llama, text)
+        try:
+            for piece in generate(llama, tokens, n_predict, Sampling(temp=0.0)):
+                click.echo(piece.text, nl=False)
+        except KeyboardInterrupt:
+            note(" [stopped]")
+        click.echo()
+        stats = llama.stats()
+        recorder.save(Path(output), trace_metadata(llama))
+        note(stats_line(stats))
+        note(f"moe-gguf: wrote {output}")
+    finally:
+        llama.close()
+
+
+@cli.command()
+@click.argument("trace_file", metavar="TRACE", type=click.Path())
+@click.option(
+    "--policy", "policies", default=None, metavar="A,B,…", help="default: every policy and belady"
+)
+@click.option(
+    "--slots", default=None, metavar="N,…", help="arena sizes; default: the recorded one and a range"
+)
+@click.option("--json", "as_json", is_flag=True)
+def replay(trace_file: str, policies: str | None, slots: str | None, as_json: bool) -> None:
+    """Replay TRACE under any policy and arena size, without the model."""
+    from moe_gguf.runtime.describe import replay_document, replay_text
+
+    document = replay_document(Path(trace_file), policies, slots)
+    click.echo(json.dumps(document) if as_json else replay_text(document))
+
+
+@cli.command()
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8080, show_default=True)
+@click.option("--api-key", help="require this key of clients")
+def serve(model: str, host: str, port: int, api_key: str | None, **options: Any) -> None:
+    """Serve MODEL over the OpenAI API (llama-cpp-python's server, one request at a time)."""
+    from moe_gguf.runtime.server import serve as serve_llama
+
+    llama = open_llama(model, **options)
+    try:
+        serve_llama(llama, host, port, api_key)
+    finally:
+        llama.close()
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--memory", required=True, metavar="SIZE", help="the cap of every limited row")
+@click.option(
+    "--rows",
+    default="stock-mmap,stock-resident,load-on-demand,lru,lfu",
+    show_default=True,
+    help="what to measure",
+)
+@click.option("--repeat", default=3, show_default=True, help="runs of each row, turn about")
+@click.option("-n", "n_predict", default=64, show_default=True, help="decoded tokens per run")
+@click.option("--prompt-tokens", default=64, show_default=True)
+@click.option("--ctx", "n_ctx", default=1024, show_default=True)
+@click.option("--threads", type=int, metavar="N")
+@click.option("--reads", default="auto", metavar="MODE")
+@click.option("--lanes", type=_Lanes(), default="auto")
+@click.option("--json", "json_file", type=click.Path(), help="write the results here")
+@click.option("--plot", "plot_file", type=click.Path(), help="write a PNG here")
+def bench(model: str, **options: Any) -> None:
+    """Measure MODEL under a memory cap: stock llama.cpp against our policies, turn about."""
+    from moe_gguf.runtime.bench import bench as run_bench
+
+    run_bench(resolve(model), **options)
+
+
+def main() -> NoReturn:
+    """Entry point: turns exceptions into one sentence and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+        sys.exit(0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (UserError, click.UsageError) as error:
+        text = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        text, code = "interrupted", 130
+    except BrokenPipeError:  # the reader of our stdout left; nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ExpertReadError, OSError, MemoryError, RuntimeError, ValueError) as error:
+        if debug:
+            raise
+        text, code = str(error) or type(error).__name__, 1
+    note(f"moe-gguf: error: {text}")
+    sys.exit(code)

@@ -1,0 +1,115 @@
+"""How a model's files are best read on this machine: direct or buffered, and with how many lanes.
+
+Chooses by a short measurement and says why in one phrase; the reads themselves are native.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.layout import ModelLayout
+from moe_gguf.runtime.plugin import DirectProbe, probe_direct, probe_speed
+
+READ_MODES = ("auto", "direct", "buffered")
+LANE_CHOICES = (2, 4, 8)
+DEFAULT_LANES = 4
+_PROBE_BYTES = 1 << 20
+_PROBE_SECONDS = 0.06  # per setting: start-up may cost a second, this is a few of those slices
+_PAGE = 4096
+
+
+class ReadMode(NamedTuple):
+    """What is in force; ``reason`` ends the mode line."""
+
+    direct: bool
+    lanes: int
+    offset_align: int
+    memory_align: int
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return "direct" if self.direct else "buffered"
+
+    def __str__(self) -> str:
+        return f"{self.name} x{self.lanes} ({self.reason})"
+
+
+def probe_all(files: tuple[Path, ...]) -> DirectProbe:
+    """One answer for a split set: direct only if every file can be, at the strictest alignments."""
+    probes = [probe_direct(file) for file in files]
+    return DirectProbe(
+        all(p.direct for p in probes),
+        max(p.offset_align for p in probes) or _PAGE,
+        max(p.memory_align for p in probes) or _PAGE,
+    )
+
+
+def choose(
+    layout: ModelLayout, probe: DirectProbe, reads: str, lanes: int | None, spare_bytes: int
+) -> ReadMode:
+    """Decide for a model; ``spare_bytes`` is free memory outside the budget (for the page cache)."""
+    if reads not in READ_MODES:
+        raise UserError(f"{reads!r} is not a way to read: use {', '.join(READ_MODES)}")
+    if lanes is not None and not 1 <= lanes <= 64:
+        raise UserError(f"{lanes} lanes make no sense: give 1 to 64, or auto")
+    sampler = _Sampler(layout)
+    if reads == "buffered":
+        direct, reason = False, "as asked"
+    elif not probe.direct:
+        if reads == "direct":
+            raise UserError(
+                f"direct reads do not work on the file system of {layout.path}: use --reads buffered"
+            )
+        direct, reason = False, "this file system refuses direct reads"
+    elif reads == "direct":
+        direct, reason = True, "as asked"
+    elif spare_bytes >= layout.expert_bytes:
+        direct, reason = False, "free memory outside the budget can cache every expert"
+    else:
+        fast, slow = sampler.speed(4, True), sampler.speed(4, False)
+        direct = fast >= 0.9 * slow
+        reason = f"measured: direct {fast / 1e6:.0f} MB/s, buffered cold {slow / 1e6:.0f} MB/s"
+    if lanes is None:
+        lanes = sampler.best_lanes(direct) if direct else DEFAULT_LANES
+    return ReadMode(direct, lanes, probe.offset_align, probe.memory_align, reason)
+
+
+class _Sampler:
+    """Times reads at random places of the first file's experts, never the same place twice."""
+
+    def __init__(self, layout: ModelLayout) -> None:
+        tensors = [t for layer in layout.layers for t in layer.tensors if t.file == 0]
+        tensors = tensors or [t for layer in layout.layers for t in layer.tensors]
+        self.path = layout.files[tensors[0].file]
+        self.n_bytes = min(_PROBE_BYTES, max(_PAGE, tensors[0].expert_bytes & -_PAGE))
+        self.offsets = [
+            (t.offset + expert * t.expert_bytes) & -_PAGE
+            for t in tensors
+            if t.file == tensors[0].file
+            for expert in range(t.ne[2])
+        ]
+        # Seeded: two starts of the same model must not differ in what they read.
+        random.Random(0).shuffle(self.offsets)
+        self.next = 0
+        self.n_reads = 8
+
+    def speed(self, lanes: int, direct: bool) -> float:
+        """Bytes per second; adapts the number of reads to the disk so that slow ones do not stall."""
+        offsets = [
+            self.offsets[(self.next + i) % len(self.offsets)] for i in range(self.n_reads)
+        ]
+        self.next += self.n_reads
+        speed = probe_speed(self.path, offsets, self.n_bytes, lanes, direct)
+        self.n_reads = max(8, min(128, int(speed * _PROBE_SECONDS / self.n_bytes)))
+        return speed
+
+    def best_lanes(self, direct: bool) -> int:
+        """The fewest lanes within 5 % of the fastest: every lane also takes processor time."""
+        self.speed(DEFAULT_LANES, direct)  # sets the number of reads
+        speeds = {lanes: self.speed(lanes, direct) for lanes in LANE_CHOICES}
+        best = max(speeds.values())
+        return next(lanes for lanes in LANE_CHOICES if speeds[lanes] >= 0.95 * best)

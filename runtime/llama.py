@@ -1,0 +1,203 @@
+"""``moe_gguf.Llama``: llama_cpp.Llama whose routed experts live on disk and in slots.
+
+Every method is the base class's. Only three things differ: how the model is opened, what happens
+when a step fails, and ``stats()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import llama_cpp.llama_cpp as bindings
+import psutil
+
+from moe_gguf.runtime.budget import rss_peak
+from moe_gguf.runtime.controller import Recorder
+from moe_gguf.runtime.model import OpenModel, Options
+
+# llama_cpp.Llama has no hook for opening a model, so its loader function is replaced while one of
+# ours is constructed. Other threads' stock models go on through the original.
+_LOADER_LOCK = threading.Lock()
+
+
+class Llama(llama_cpp.Llama):
+    """A Mixture-of-Experts GGUF inside a memory budget, with llama.cpp's own tokens.
+
+    ``memory`` is a size ("4GiB", bytes) or "auto" and covers the whole process; ``policy`` names
+    what stays in memory (see ``moe_gguf.policies.presets``); ``reads`` is auto, direct or
+    buffered; ``lanes`` the number of reader threads (None: measured); ``experts_used`` overrides
+    how many experts each token uses (lossy). Everything else is llama_cpp.Llama's; ``use_mmap``,
+    ``use_mlock`` and ``n_gpu_layers`` have no meaning here.
+
+    Raises UserError for files and budgets that cannot work, ExpertReadError from any method that
+    computes when an expert cannot be read; the model stays usable after either a read error or
+    an interrupt.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        memory: str | int = "auto",
+        policy: str = "lru",
+        reads: str = "auto",
+        lanes: int | None = None,
+        experts_used: int | None = None,
+        device: str = "cpu",
+        recorder: Recorder | None = None,
+        progress: Callable[[float, float], None] | None = None,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._stack = contextlib.ExitStack()  # so that close() works if opening fails
+        options = Options(memory, policy, reads, lanes, experts_used, device)
+        self.opened = OpenModel(Path(model_path), options)
+        n_threads = kwargs.pop("n_threads", None) or physical_cores()
+        kwargs.setdefault("n_threads_batch", n_threads)
+        if kwargs.get("n_ctx") == 0:
+            kwargs["n_ctx"] = self.opened.layout.n_ctx_train
+        if experts_used is not None:
+            key = f"{self.opened.layout.architecture}.expert_used_count"
+            kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), key: experts_used}
+        try:
+            with self._loader(progress):
+                super().__init__(
+                    str(model_path), n_threads=n_threads, use_mmap=False, verbose=verbose, **kwargs
+                )
+            self._controller = self.opened.start(recorder)
+        except BaseException:
+            self.close()
+            self.opened.close()
+            raise
+        self._timer = _Timer(self)
+        self._finalizer = weakref.finalize(self, self._stack.close)  # lanes are joined at exit
+        if verbose:
+            print(self.opened.mode_line(), file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _loader(self, progress: Callable[[float, float], None] | None) -> Iterator[None]:
+        original = bindings.llama_model_load_from_file
+
+        def load(path: bytes, params: Any) -> Any:
+            if path != self.model_path.encode() or hasattr(self, "_model"):
+                return original(path, params)
+            self._stack.callback(self.opened.close)  # after model and context: the stack is LIFO
+            params = self.opened.model_params(params)
+            self.opened.measure(params, self._planned_context(), self._logits_all)
+            return self.opened.load(params, progress)
+
+        with _LOADER_LOCK:
+            bindings.llama_model_load_from_file = load
+            try:
+                yield
+            finally:
+                bindings.llama_model_load_from_file = original
+
+    def _planned_context(self) -> Any:
+        """The context parameters the base class is about to use."""
+        params = llama_cpp.llama_context_params.from_buffer_copy(self.context_params)
+        if params.embeddings:
+            params.n_seq_max = min(self.n_batch, llama_cpp.llama_max_parallel_sequences())
+            params.kv_unified = True
+        return params
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since opening or ``reset_stats``; the names are the same everywhere."""
+        return self._timer.table()
+
+    def reset_stats(self) -> None:
+        self._timer.reset()
+
+    @property
+    def mode_line(self) -> str:
+        """One line on what is in force: model, budget, reads, policy, device."""
+        return self.opened.mode_line()
+
+
+def physical_cores() -> int:
+    """Cores this process may use, one thread each: ggml's barriers spin, so more is slower."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return max(1, min(cores, usable or cores))
+
+
+class _Timer:
+    """Times every decode of one Llama, turns its failures into exceptions, makes the stats."""
+
+    def __init__(self, llama: Llama) -> None:
+        context = llama._ctx
+        self._opened = llama.opened
+        self._controller = llama._controller
+        self._decode, self._encode = context.decode, context.encode
+        context.decode = self._timed(self._decode)
+        context.encode = self._timed(self._encode)
+        self.reset()
+
+    def reset(self) -> None:
+        self._opened.plugin.stats(reset=True)
+        self._controller.reset_stats()
+        # Per phase (prefill, decode): tokens, seconds, bytes read.
+        self._tokens, self._seconds, self._bytes = [0, 0], [0.0, 0.0], [0, 0]
+
+    def _timed(self, step: Any) -> Any:
+        def timed(batch: Any) -> None:
+            n_tokens = int(batch.batch.n_tokens)
+            phase = int(n_tokens == 1)
+            plugin = self._opened.plugin
+            before = plugin.stats().read_bytes
+            start = time.perf_counter()
+            try:
+                step(batch)
+            except RuntimeError as error:
+                # llama_decode returned a code; a positive one is about the KV cache, not ours.
+                if "returned -" not in str(error):
+                    raise
+                raise self._controller.recover() from None
+            self._seconds[phase] += time.perf_counter() - start
+            self._tokens[phase] += n_tokens
+            self._bytes[phase] += plugin.stats().read_bytes - before
+
+        return timed
+
+    def table(self) -> dict[str, Any]:
+        native = self._opened.plugin.stats()
+        controller = self._controller
+        demanded = controller.hits + controller.misses
+        budget = self._opened.budget
+        assert budget is not None
+
+        def rate(phase: int) -> float:
+            return self._tokens[phase] / self._seconds[phase] if self._seconds[phase] else 0.0
+
+        return {
+            "prefill_tps": rate(0),
+            "decode_tps": rate(1),
+            "prefill_tokens": self._tokens[0],
+            "decode_tokens": self._tokens[1],
+            "hits": controller.hits,
+            "misses": controller.misses,
+            "hit_rate": controller.hits / demanded if demanded else 0.0,
+            "bytes_read": native.read_bytes,
+            "bytes_per_token": self._bytes[1] / self._tokens[1] if self._tokens[1] else 0.0,
+            "stall_s": native.stall_ns / 1e9,
+            "compute_s": native.compute_ns / 1e9,
+            "route_s": native.route_ns / 1e9,
+            "decode_s": self._seconds[1],
+            "guesses": native.guess_loads,
+            "guesses_used": controller.guesses_used,
+            "budget_bytes": budget.total,
+            "rss_peak_bytes": rss_peak(),
+            "slots": budget.n_slots,
+            "policy": self._opened.options.policy,
+            "reads": str(self._opened.mode),
+            "device": "cpu",
+        }

@@ -1,0 +1,672 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+
+namespace moe {
+
+static int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void buffer::reserve(size_t bytes) {
+    clear();
+    if (bytes <= capacity_) {
+        return;
+    }
+    free(data_);
+    data_     = nullptr;
+    capacity_ = 0;
+    if (posix_memalign((void **)&data_, 64, bytes) != 0) {
+        throw std::bad_alloc();
+    }
+    capacity_ = bytes;
+}
+
+char * buffer::take(size_t bytes) {
+    char * p = data_ + used_;
+    used_ += padded(bytes);
+    GGML_ASSERT(used_ <= capacity_);
+    return p;
+}
+
+// ---- recognising a split
+
+bool is_rowwise(enum ggml_op op) {
+    switch (op) {
+        case GGML_OP_GLU:
+        case GGML_OP_UNARY:
+        case GGML_OP_CLAMP:
+        case GGML_OP_SCALE:
+        case GGML_OP_SQR:
+        case GGML_OP_MUL:
+        case GGML_OP_DIV:
+        case GGML_OP_ADD:
+        case GGML_OP_SUB:
+        case GGML_OP_ADD_ID:
+            return true;
+        default:
+            return false;
+    }
+}
+
+static bool is_view(enum ggml_op op) { return op == GGML_OP_VIEW || op == GGML_OP_RESHAPE; }
+
+int chain_stage(const ggml_tensor * t, int depth) {
+    if (t == nullptr || depth == 0) {
+        return 0;
+    }
+    if (t->op == GGML_OP_MUL_MAT_ID && is_expert_weight(t->src[0])) {
+        return chain_stage(t->src[1], depth - 1) > 0 ? 2 : 1;
+    }
+    if (!is_rowwise(t->op) && !is_view(t->op)) {
+        return 0;
+    }
+    int stage = 0;
+    for (int i = 0; i < 2 && stage < 2; i++) {
+        stage = std::max(stage, chain_stage(t->src[i], depth - 1));
+    }
+    return stage;
+}
+
+bool executor::in_chain(const ggml_tensor * t) const { return std::find(c_.nodes.begin(), c_.nodes.end(), t) != c_.nodes.end(); }
+
+// Fills c_; false when the nodes are anything but one expert chain of one layer.
+bool executor::parse(ggml_tensor * const * nodes, int n) {
+    chain & c = c_;
+    c.model   = nullptr;
+    c.ids = c.x = nullptr;
+    c.row_bytes = 0;
+    c.all.clear();
+    c.nodes.clear();
+    c.before.clear();
+    c.inputs.clear();
+    // Views of the output that happen to follow it in the split compute nothing.
+    int n_views = 0;
+    while (n_views < n - 1 && is_view(nodes[n - 1 - n_views]->op)) {
+        n_views++;
+    }
+    n -= n_views;
+    for (int i = n; i < n + n_views; i++) {
+        if (nodes[i]->view_src != nodes[n - 1]) {
+            return false;
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        ggml_tensor * t = nodes[i];
+        if (t->op == GGML_OP_NONE) {
+            continue;
+        }
+        const bool matmul  = t->op == GGML_OP_MUL_MAT_ID && is_expert_weight(t->src[0]);
+        bool       depends = matmul;
+        for (int j = 0; j < GGML_MAX_SRC && !depends; j++) {
+            depends = t->src[j] && in_chain(t->src[j]);
+        }
+        if (!depends) {
+            if (is_view(t->op)) {
+                continue;
+            }
+            if (t->op != GGML_OP_REPEAT && t->op != GGML_OP_GET_ROWS) {
+                return false;
+            }
+            c.all.push_back(t);
+            c.before.push_back(t);
+            continue;
+        }
+        if (matmul) {
+            auto *             model = (moe_model *)t->src[0]->buffer->buft->context;
+            const moe_tensor * where = model->find(t->src[0]);
+            if (where == nullptr || t->src[2]->type != GGML_TYPE_I32) {
+                return false;
+            }
+            if (c.model == nullptr) {
+                c.model    = model;
+                c.layer    = where->layer;
+                c.ids      = t->src[2];
+                c.x        = t->src[1];
+                c.n_used   = (int)c.ids->ne[0];
+                c.n_tokens = (int)c.ids->ne[1];
+            } else if (c.model != model || c.layer != where->layer || c.ids != t->src[2]) {
+                return false;
+            }
+        } else if (!is_rowwise(t->op) && !is_view(t->op)) {
+            return false;
+        }
+        if (t->type != GGML_TYPE_F32 || t->ne[1] != c.n_used || t->ne[2] != c.n_tokens || t->ne[3] != 1) {
+            return false;
+        }
+        if (is_view(t->op)) {
+            // Only slices of a row (gate and up inside gate_up) keep pairs independent.
+            const size_t offset = (char *)t->data - (char *)t->src[0]->data;
+            if (t->nb[1] != t->src[0]->nb[1] || offset + t->ne[0] * sizeof(float) > t->nb[1]) {
+                return false;
+            }
+        } else {
+            c.row_bytes += buffer::padded(t->ne[0] * sizeof(float));
+            c.all.push_back(t);
+        }
+        for (int j = 0; j < GGML_MAX_SRC; j++) {
+            const ggml_tensor * s = t->src[j];
+            if (s == nullptr || in_chain(s) || (matmul && j != 1)) {
+                continue;
+            }
+            if (t->op == GGML_OP_ADD_ID && j > 0) {
+                if (j == 2 && s != c.ids) {
+                    return false;
+                }
+                continue;
+            }
+            const bool pairs  = s->ne[1] == c.n_used && s->ne[2] == c.n_tokens;
+            const bool tokens = s->ne[1] == 1 && s->ne[2] == c.n_tokens;
+            const bool fixed  = s->ne[1] == 1 && s->ne[2] == 1;
+            if (s->ne[3] != 1 || s->type != GGML_TYPE_F32 || s->nb[0] != sizeof(float) || !(pairs || tokens || fixed)) {
+                return false;
+            }
+            if (std::find(c.inputs.begin(), c.inputs.end(), s) == c.inputs.end()) {
+                c.inputs.push_back(s);
+                c.row_bytes += buffer::padded(s->ne[0] * sizeof(float));
+            }
+        }
+        c.nodes.push_back(t);
+    }
+    if (c.nodes.empty() || is_view(c.nodes.back()->op)) {
+        return false;
+    }
+    // Rounds write only the last node's memory: every other result must die inside the split.
+    for (size_t i = 0; i + 1 < c.nodes.size(); i++) {
+        bool used = false;
+        for (size_t k = i + 1; k < c.nodes.size() && !used; k++) {
+            used = std::find(c.nodes[k]->src, c.nodes[k]->src + GGML_MAX_SRC, c.nodes[i]) != c.nodes[k]->src + GGML_MAX_SRC;
+        }
+        if (!used || (c.nodes[i]->flags & GGML_TENSOR_FLAG_OUTPUT)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// ---- building inner graphs
+
+executor::~executor() { ggml_free(meta_); }
+
+ggml_cgraph * executor::begin(size_t n_nodes) {
+    const size_t n = n_nodes + 8;
+    if (meta_ == nullptr || n > meta_nodes_) {
+        ggml_free(meta_);
+        meta_nodes_ = std::max<size_t>(n, 64);
+        // per node: itself, a weight view and up to two gathered sources
+        const ggml_init_params params = {4 * meta_nodes_ * ggml_tensor_overhead() + ggml_graph_overhead_custom(meta_nodes_, false), nullptr,
+                                         true};
+        meta_                         = ggml_init(params);
+        if (meta_ == nullptr) {
+            meta_nodes_ = 0;
+            throw std::bad_alloc();
+        }
+    } else {
+        ggml_reset(meta_);
+    }
+    return ggml_new_graph_custom(meta_, n, false);
+}
+
+// A node like t over [ne0, ne1, ne2] contiguous rows at data; sources are still t's.
+ggml_tensor * executor::clone(const ggml_tensor * t, int64_t ne1, int64_t ne2, void * data) {
+    ggml_tensor * r = ggml_new_tensor_3d(meta_, t->type, t->ne[0], ne1, ne2);
+    r->op           = t->op;
+    r->flags        = t->flags | GGML_TENSOR_FLAG_COMPUTE;
+    r->data         = data;
+    memcpy(r->op_params, t->op_params, sizeof(r->op_params));
+    memcpy(r->src, t->src, sizeof(r->src));
+    return r;
+}
+
+ggml_tensor * executor::slot_view(const ggml_tensor * weight) {
+    const moe_model &  model = *c_.model;
+    const moe_tensor * where = model.find(weight);
+    ggml_tensor *      r     = ggml_new_tensor_3d(meta_, weight->type, weight->ne[0], weight->ne[1], model.n_slots);
+    r->nb[2]                 = model.slot_bytes;
+    r->nb[3]                 = model.slot_bytes * model.n_slots;
+    r->data                  = model.arena + where->slot_offset;
+    return r;
+}
+
+ggml_status executor::submit(ggml_cgraph * graph) {
+    const int64_t     t0     = now_ns();
+    const ggml_status status = ggml_backend_graph_compute(inner_, graph);
+    if (c_.model) {
+        c_.model->stats.compute_ns += now_ns() - t0;
+    }
+    return status;
+}
+
+ggml_status executor::run_plain(ggml_tensor * const * nodes, int n) {
+    if (n == 0) {
+        return GGML_STATUS_SUCCESS;
+    }
+    ggml_cgraph * graph = begin(n);
+    for (int i = 0; i < n; i++) {
+        ggml_graph_add_node(graph, nodes[i]);
+    }
+    return ggml_backend_graph_compute(inner_, graph);
+}
+
+// ---- one event
+
+ggml_status executor::compute(ggml_cgraph * graph) {
+    ggml_tensor ** nodes = ggml_graph_nodes(graph);
+    const int      n     = ggml_graph_n_nodes(graph);
+    if (parse(nodes, n)) {
+        return run_chain();
+    }
+    // Node by node: slower (an event per matmul), correct for anything.
+    ggml_status status = GGML_STATUS_SUCCESS;
+    int         plain  = 0;
+    for (int i = 0; i <= n && status == GGML_STATUS_SUCCESS; i++) {
+        const bool ours = i < n && nodes[i]->op == GGML_OP_MUL_MAT_ID && is_expert_weight(nodes[i]->src[0]);
+        if (!ours && i < n) {
+            continue;
+        }
+        c_.model = nullptr;
+        status   = run_plain(nodes + plain, i - plain);
+        plain    = i + 1;
+        if (ours && status == GGML_STATUS_SUCCESS) {
+            if (!parse(nodes + i, 1)) {
+                return GGML_STATUS_FAILED;
+            }
+            c_.model->stats.generic++;
+            status = run_chain();
+        }
+    }
+    return status;
+}
+
+// Copies the ids (graph memory is reused) and sorts the pairs by expert.
+void executor::group_pairs() {
+    chain &    c     = c_;
+    moe_call & call  = c.model->call;
+    const int  total = c.n_used * c.n_tokens;
+    ids_.resize(total);
+    pairs_.resize(total);
+    index_of_.resize(c.model->n_experts, -1);
+    first_of_.resize(c.model->n_experts);
+    for (int t = 0; t < c.n_tokens; t++) {
+        for (int k = 0; k < c.n_used; k++) {
+            ids_[t * c.n_used + k] = *(const int32_t *)((const char *)c.ids->data + t * c.ids->nb[1] + k * c.ids->nb[0]);
+        }
+    }
+    int n = 0;
+    for (int p = 0; p < total; p++) {
+        const int e = ids_[p];
+        GGML_ASSERT(e >= 0 && e < c.model->n_experts);
+        if (index_of_[e] < 0) {
+            index_of_[e]    = n;
+            call.experts[n] = e;
+            call.counts[n]  = 0;
+            n++;
+        }
+        call.counts[index_of_[e]]++;
+    }
+    call.n_experts = n;
+    for (int i = 0, at = 0; i < n; i++) {
+        first_of_[i] = at;
+        at += call.counts[i];
+    }
+    for (int p = 0; p < total; p++) {
+        pairs_[first_of_[index_of_[ids_[p]]]++] = p;
+    }
+    for (int i = 0; i < n; i++) {
+        first_of_[i] -= call.counts[i];
+    }
+}
+
+bool executor::ask() {
+    chain &     c     = c_;
+    moe_model & model = *c.model;
+    moe_call &  call  = model.call;
+    const auto  seen  = [&](const ggml_tensor * t) {
+        const moe_tensor * where = model.find(t->src[0]);
+        return std::find(model.last_seen.begin(), model.last_seen.end(), where) != model.last_seen.end();
+    };
+    call.continuation = model.last_layer == c.layer;
+    for (const ggml_tensor * t : c.nodes) {
+        if (t->op == GGML_OP_MUL_MAT_ID && seen(t)) {
+            call.continuation = 0;
+        }
+    }
+    if (!call.continuation) {
+        model.last_seen.clear();
+        model.last_layer = c.layer;
+    }
+    for (const ggml_tensor * t : c.nodes) {
+        if (t->op == GGML_OP_MUL_MAT_ID) {
+            model.last_seen.push_back(model.find(t->src[0]));
+        }
+    }
+    call.layer     = c.layer;
+    call.n_tokens  = c.n_tokens;
+    call.n_used    = c.n_used;
+    call.n_embd    = (int)c.x->ne[0];
+    call.x         = (const float *)c.x->data;
+    call.x_stride  = (int64_t)c.x->nb[2];
+    call.ids       = ids_.data();
+    call.n_guesses = 0;
+    if (model.route == nullptr || model.arena == nullptr) {
+        model.fail(ERROR_OTHER, "the model has no controller or no arena");
+        return false;
+    }
+    const int64_t t0 = now_ns();
+    const int32_t rc = model.route();
+    model.stats.route_ns += now_ns() - t0;
+    model.stats.events++;
+    return rc == 0 && read_plan();
+}
+
+// Turns the callback's answer into entries_. A wrong plan would compute with wrong weights, so
+// everything it claims is checked against the slots.
+bool executor::read_plan() {
+    moe_model &      model = *c_.model;
+    const moe_call & call  = model.call;
+    entries_.clear();
+    occupant_.resize(model.n_slots, -1);
+    const char * wrong = nullptr;
+    for (int i = 0; i < call.n_experts && !wrong; i++) {
+        const int expert = call.plan_experts[i], slot = call.plan_slots[i];
+        if (expert < 0 || expert >= model.n_experts || index_of_[expert] < 0) {
+            wrong = "names an expert that was not asked for, or one twice";
+        } else if (slot < 0 || slot >= model.n_slots) {
+            wrong = "names a slot that does not exist";
+        } else {
+            const int key  = c_.layer * model.n_experts + expert;
+            bool      load = call.plan_loads[i] != 0;
+            if (!load && (model.reads->key_of(slot) != key || occupant_[slot] >= 0)) {
+                wrong = "takes an expert for resident that is not";
+                break;
+            }
+            if (!load) {
+                model.reads->promote(slot);
+                load = model.reads->state(slot) == slot_state::FAILED;  // a guess that could not be read
+            }
+            const int index   = index_of_[expert];
+            index_of_[expert] = -1;  // so that naming it again is caught
+            entries_.push_back({expert, slot, first_of_[index], call.counts[index], occupant_[slot], load, false, false});
+            model.stats.recycled += occupant_[slot] >= 0;
+            occupant_[slot] = i;
+        }
+    }
+    for (const entry & e : entries_) {
+        occupant_[e.slot] = -1;
+    }
+    if (wrong) {
+        model.fail(ERROR_OTHER, std::string("the controller's plan ") + wrong);
+    }
+    return wrong == nullptr;
+}
+
+ggml_status executor::run_chain() {
+    moe_model & model = *c_.model;
+    if (c_.n_tokens == 0) {  // a ubatch none of whose rows is an output
+        return GGML_STATUS_SUCCESS;
+    }
+    std::lock_guard<std::mutex> lock(model.step);
+    group_pairs();
+    const bool  planned = ask();
+    ggml_status status  = planned ? run_entries() : GGML_STATUS_FAILED;
+    std::fill(index_of_.begin(), index_of_.end(), -1);
+    if (status != GGML_STATUS_SUCCESS) {
+        waiting_.clear();
+        for (const entry & e : entries_) {
+            waiting_.push_back(e.slot);
+        }
+        model.reads->abandon(waiting_);
+        model.last_layer = -1;
+    }
+    model.stats.scratch_bytes = std::max<int64_t>(model.stats.scratch_bytes, scratch_.capacity() + kept_.capacity());
+    return status;
+}
+
+void executor::submit_ready_loads() {
+    moe_model & model = *c_.model;
+    for (entry & e : entries_) {
+        if (e.load && !e.submitted && (e.waits_for < 0 || entries_[e.waits_for].done)) {
+            model.reads->submit(e.slot, c_.layer * model.n_experts + e.expert, model.parts_of(c_.layer, e.expert, e.slot), false);
+            e.submitted = true;
+        }
+    }
+}
+
+ggml_status executor::run_entries() {
+    moe_model &   model = *c_.model;
+    const int64_t pairs = (int64_t)c_.n_used * c_.n_tokens;
+    submit_ready_loads();
+    for (int i = 0; i < model.call.n_guesses; i++) {
+        const int key = model.call.guess_keys[i], slot = model.call.guess_slots[i];
+        model.reads->submit(slot, key, model.parts_of(key / model.n_experts, key % model.n_experts, slot), true);
+    }
+    bool whole = pairs * model.n_slots * 8 <= WORK_BYTES;
+    for (const entry & e : entries_) {
+        whole = whole && model.reads->state(e.slot) == slot_state::READY && e.waits_for < 0;
+    }
+    if (whole) {
+        model.stats.whole++;
+        return run_whole();
+    }
+    if (keep_inputs() != GGML_STATUS_SUCCESS) {
+        return GGML_STATUS_FAILED;
+    }
+    const int64_t limit = std::max<int64_t>(64, std::min<int64_t>(WORK_BYTES / 8 / model.n_slots, WORK_BYTES / c_.row_bytes));
+    for (size_t done = 0; done < entries_.size();) {
+        ready_.clear();
+        waiting_.clear();
+        int64_t taken = 0;
+        for (size_t i = 0; i < entries_.size(); i++) {
+            const entry & e = entries_[i];
+            if (e.done || (e.load && !e.submitted)) {
+                continue;
+            }
+            const slot_state state = model.reads->state(e.slot);
+            if (state == slot_state::FAILED) {
+                model.fail(ERROR_READ, model.reads->last_error());
+                return GGML_STATUS_FAILED;
+            }
+            if (state == slot_state::LOADING) {
+                waiting_.push_back(e.slot);
+            } else if (taken == 0 || taken + e.count <= limit) {
+                ready_.push_back((int)i);
+                taken += e.count;
+            }
+        }
+        if (ready_.empty()) {
+            const int64_t t0 = now_ns();
+            model.reads->wait_any(waiting_);
+            model.stats.stall_ns += now_ns() - t0;
+            continue;
+        }
+        const ggml_status status = run_round(ready_);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+        for (int i : ready_) {
+            entries_[i].done = true;
+        }
+        done += ready_.size();
+        submit_ready_loads();
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+ggml_status executor::run_whole() {
+    const int     n_experts = c_.model->n_experts;
+    ggml_cgraph * graph     = begin(c_.all.size());
+    round_slots_.resize(n_experts);
+    for (const entry & e : entries_) {
+        round_slots_[e.expert] = e.slot;
+    }
+    ggml_tensor * ids = ggml_new_tensor_2d(meta_, GGML_TYPE_I32, c_.n_used, c_.n_tokens);
+    for (int32_t & id : ids_) {
+        id = round_slots_[id];
+    }
+    ids->data = ids_.data();
+    for (ggml_tensor * t : c_.all) {
+        if (t->op != GGML_OP_MUL_MAT_ID) {
+            ggml_graph_add_node(graph, t);
+            continue;
+        }
+        ggml_tensor * r = clone(t, t->ne[1], t->ne[2], t->data);
+        memcpy(r->nb, t->nb, sizeof(r->nb));
+        r->src[0] = slot_view(t->src[0]);
+        r->src[2] = ids;
+        ggml_graph_add_node(graph, r);
+    }
+    return submit(graph);
+}
+
+// Copies what rounds read from graph memory: the output of the split may lie on top of it.
+ggml_status executor::keep_inputs() {
+    copies_.clear();
+    size_t bytes = 0;
+    for (const ggml_tensor * t : c_.inputs) {
+        bytes += buffer::padded(ggml_nelements(t) * sizeof(float));
+    }
+    for (const ggml_tensor * t : c_.before) {
+        bytes += buffer::padded(ggml_nelements(t) * sizeof(float));
+    }
+    kept_.reserve(bytes);
+    if (!c_.before.empty()) {
+        ggml_cgraph *              graph = begin(c_.before.size());
+        std::vector<ggml_tensor *> results;
+        for (const ggml_tensor * t : c_.before) {
+            ggml_tensor * r = clone(t, t->ne[1], t->ne[2], kept_.take(ggml_nelements(t) * sizeof(float)));
+            for (size_t k = 0; k < results.size(); k++) {
+                for (auto & s : r->src) {
+                    s = s == c_.before[k] ? results[k] : s;
+                }
+            }
+            results.push_back(r);
+            ggml_graph_add_node(graph, r);
+        }
+        const ggml_status status = submit(graph);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+        for (size_t k = 0; k < results.size(); k++) {
+            copies_.emplace_back(c_.before[k], *results[k]);
+        }
+    }
+    for (const ggml_tensor * t : c_.inputs) {
+        if (std::find_if(copies_.begin(), copies_.end(), [t](const auto & p) { return p.first == t; }) != copies_.end()) {
+            continue;
+        }
+        ggml_tensor  copy = *t;
+        const size_t row  = t->ne[0] * sizeof(float);
+        char *       to   = kept_.take(ggml_nelements(t) * sizeof(float));
+        copy.data         = to;
+        copy.nb[1]        = row;
+        copy.nb[2]        = row * t->ne[1];
+        copy.nb[3]        = copy.nb[2] * t->ne[2];
+        for (int64_t i2 = 0; i2 < t->ne[2]; i2++) {
+            for (int64_t i1 = 0; i1 < t->ne[1]; i1++, to += row) {
+                memcpy(to, (const char *)t->data + i1 * t->nb[1] + i2 * t->nb[2], row);
+            }
+        }
+        copies_.emplace_back(t, copy);
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+// The rows of an input that belong to the given pairs, as [ne0, ne1, ne2].
+ggml_tensor * executor::rows_of(const ggml_tensor * input, const std::vector<int32_t> & pairs, int64_t ne1, int64_t ne2) {
+    const auto          it    = std::find_if(copies_.begin(), copies_.end(), [input](const auto & p) { return p.first == input; });
+    const ggml_tensor & from  = it->second;
+    const size_t        row   = from.ne[0] * sizeof(float);
+    const bool          fixed = from.ne[1] == 1 && from.ne[2] == 1;
+    ggml_tensor *       r     = ggml_new_tensor_3d(meta_, GGML_TYPE_F32, from.ne[0], fixed ? 1 : ne1, fixed ? 1 : ne2);
+    if (fixed) {
+        r->data = from.data;  // one row for all pairs: ggml broadcasts it
+        return r;
+    }
+    char * to = scratch_.take(row * pairs.size());
+    r->data   = to;
+    for (const int32_t p : pairs) {
+        const int64_t token = p / c_.n_used, rank = from.ne[1] == 1 ? 0 : p % c_.n_used;
+        memcpy(to, (const char *)from.data + rank * from.nb[1] + token * from.nb[2], row);
+        to += row;
+    }
+    return r;
+}
+
+ggml_status executor::run_round(const std::vector<int> & chosen) {
+    round_pairs_.clear();
+    round_slots_.clear();
+    round_experts_.clear();
+    for (int i : chosen) {
+        const entry & e = entries_[i];
+        round_pairs_.insert(round_pairs_.end(), pairs_.begin() + e.first, pairs_.begin() + e.first + e.count);
+        round_slots_.insert(round_slots_.end(), e.count, e.slot);
+        round_experts_.insert(round_experts_.end(), e.count, e.expert);
+    }
+    const int64_t n = (int64_t)round_pairs_.size();
+    // One token keeps its shape, so that its one row is broadcast (and quantized once); several
+    // tokens become one pair per row.
+    const int64_t ne1 = c_.n_tokens == 1 ? n : 1, ne2 = c_.n_tokens == 1 ? 1 : n;
+    scratch_.reserve(n * c_.row_bytes + 64 * (c_.nodes.size() + c_.inputs.size()));
+    ggml_cgraph * graph   = begin(c_.nodes.size() + c_.inputs.size());
+    ggml_tensor * slots   = ggml_new_tensor_2d(meta_, GGML_TYPE_I32, ne1, ne2);
+    ggml_tensor * experts = ggml_new_tensor_2d(meta_, GGML_TYPE_I32, ne1, ne2);
+    slots->data           = round_slots_.data();
+    experts->data         = round_experts_.data();
+
+    std::vector<std::pair<const ggml_tensor *, ggml_tensor *>> built;
+    built.reserve(c_.nodes.size() + c_.inputs.size());
+    const auto find = [&](const ggml_tensor * t) -> ggml_tensor * {
+        for (const auto & b : built) {
+            if (b.first == t) {
+                return b.second;
+            }
+        }
+        ggml_tensor * r = rows_of(t, round_pairs_, ne1, ne2);
+        built.emplace_back(t, r);
+        return r;
+    };
+    ggml_tensor * last = nullptr;
+    for (ggml_tensor * t : c_.nodes) {
+        const bool view = is_view(t->op);
+        last            = clone(t, ne1, ne2, view ? nullptr : scratch_.take(t->ne[0] * sizeof(float) * n));
+        if (view) {
+            const ggml_tensor * whole = find(t->src[0]);
+            last->data                = (char *)whole->data + ((char *)t->data - (char *)t->src[0]->data);
+            last->nb[1]               = whole->nb[1];
+            last->nb[2]               = whole->nb[2];
+            last->nb[3]               = whole->nb[3];
+            last->op                  = GGML_OP_NONE;
+            memset(last->src, 0, sizeof(last->src));
+        } else {
+            for (int j = 0; j < GGML_MAX_SRC && t->src[j]; j++) {
+                if (t->op == GGML_OP_MUL_MAT_ID) {
+                    last->src[j] = j == 0 ? slot_view(t->src[0]) : j == 1 ? find(t->src[1]) : slots;
+                } else if (t->op == GGML_OP_ADD_ID && j > 0) {
+                    last->src[j] = j == 2 ? experts : t->src[j];
+                } else {
+                    last->src[j] = find(t->src[j]);
+                }
+            }
+            ggml_graph_add_node(graph, last);
+        }
+        built.emplace_back(t, last);
+    }
+    const ggml_status status = submit(graph);
+    if (status != GGML_STATUS_SUCCESS) {
+        return status;
+    }
+    const ggml_tensor * out  = c_.nodes.back();
+    const size_t        row  = out->ne[0] * sizeof(float);
+    const char *        from = (const char *)last->data;
+    for (const int32_t p : round_pairs_) {
+        memcpy((char *)out->data + (p % c_.n_used) * out->nb[1] + (p / c_.n_used) * out->nb[2], from, row);
+        from += row;
+    }
+    c_.model->stats.rounds++;
+    return GGML_STATUS_SUCCESS;
+}
+
+}  // namespace moe

@@ -1,0 +1,289 @@
+#include "reads.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+namespace moe {
+
+static int64_t round_down(int64_t x, int64_t align) { return x & ~(align - 1); }
+static int64_t round_up(int64_t x, int64_t align) { return (x + align - 1) & ~(align - 1); }
+
+reads::reads(const std::vector<std::string> & paths, const read_options & options) : paths_(paths), options_(options) {
+    for (const auto & path : paths_) {
+        const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | (options_.direct ? O_DIRECT : 0));
+        if (fd < 0) {
+            const std::string why = strerror(errno);
+            for (int other : fds_) {
+                close(other);
+            }
+            throw std::runtime_error("cannot open " + path + ": " + why);
+        }
+        if (!options_.direct) {
+            posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);  // experts are scattered: readahead past them is waste
+        }
+        fds_.push_back(fd);
+    }
+    // Lanes must not run the host's signal handlers: Ctrl-C belongs to Python's main thread.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (int i = 0; i < options_.lanes; i++) {
+        lanes_.emplace_back([this] { lane(); });
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+reads::~reads() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    work_.notify_all();
+    for (auto & t : lanes_) {
+        t.join();
+    }
+    for (int fd : fds_) {
+        close(fd);
+    }
+}
+
+void reads::resize(int n_slots) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    slots_.resize(n_slots);
+}
+
+void reads::submit(int slot, int key, const std::vector<part> & parts, bool guess) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    slot_info &                  s = slots_[slot];
+    if (s.state == slot_state::LOADING) {
+        cancel_locked(lock, slot);
+    }
+    s.key    = key;
+    s.guess  = guess;
+    s.failed = false;
+    s.state.store(slot_state::LOADING, std::memory_order_release);
+    auto & queue = guess ? guess_ : demand_;
+    for (const part & p : parts) {
+        // Chunk borders lie on aligned file offsets, so neighbouring direct reads never overlap.
+        for (int64_t from = p.offset; from < p.offset + p.bytes;) {
+            const int64_t to = std::min(p.offset + p.bytes, round_down(from, options_.offset_align) + CHUNK_BYTES);
+            queue.push_back({slot, p.file, from, to - from, p.dest + (from - p.offset)});
+            s.queued++;
+            from = to;
+        }
+    }
+    if (guess) {
+        count.guess_loads++;
+    }
+    lock.unlock();
+    work_.notify_all();
+}
+
+void reads::promote(int slot) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    slot_info &                 s = slots_[slot];
+    if (!s.guess) {
+        return;
+    }
+    s.guess = false;
+    if (s.state != slot_state::LOADING) {
+        return;
+    }
+    count.guess_promoted++;
+    for (auto it = guess_.begin(); it != guess_.end();) {
+        if (it->slot == slot) {
+            demand_.push_back(*it);
+            it = guess_.erase(it);
+        } else {
+            ++it;
+        }
+    }
+    work_.notify_all();
+}
+
+int reads::cancel_guesses() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    int                         n = 0;
+    for (size_t i = 0; i < slots_.size(); i++) {
+        slot_info & s = slots_[i];
+        if (s.guess && s.state == slot_state::LOADING && s.in_flight == 0) {
+            remove_queued(guess_, (int)i);
+            s.key   = -1;
+            s.guess = false;
+            s.state.store(slot_state::EMPTY, std::memory_order_release);
+            count.guess_cancelled++;
+            n++;
+        }
+    }
+    return n;
+}
+
+void reads::remove_queued(std::deque<chunk> & queue, int slot) {
+    const auto end = std::remove_if(queue.begin(), queue.end(), [slot](const chunk & c) { return c.slot == slot; });
+    slots_[slot].queued -= (int)(queue.end() - end);
+    queue.erase(end, queue.end());
+}
+
+// Leaves the slot EMPTY with no lane writing to it.
+void reads::cancel_locked(std::unique_lock<std::mutex> & lock, int slot) {
+    slot_info & s = slots_[slot];
+    s.cancelled   = true;
+    remove_queued(demand_, slot);
+    remove_queued(guess_, slot);
+    if (s.guess) {
+        count.guess_cancelled++;
+    }
+    done_.wait(lock, [&] { return s.in_flight == 0; });
+    s.cancelled = false;
+    s.key       = -1;
+    s.guess     = false;
+    s.state.store(slot_state::EMPTY, std::memory_order_release);
+}
+
+void reads::wait_any(const std::vector<int> & wanted) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] {
+        for (int slot : wanted) {
+            if (slots_[slot].state != slot_state::LOADING) {
+                return true;
+            }
+        }
+        return wanted.empty();
+    });
+}
+
+void reads::abandon(const std::vector<int> & wanted) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (int slot : wanted) {
+        slot_info & s = slots_[slot];
+        if (s.state == slot_state::LOADING) {
+            cancel_locked(lock, slot);
+        } else if (s.state == slot_state::FAILED) {
+            s.key = -1;
+            s.state.store(slot_state::EMPTY, std::memory_order_release);
+        }
+    }
+}
+
+void reads::keys(int32_t * out) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < slots_.size(); i++) {
+        const slot_state state = slots_[i].state;
+        out[i]                 = state == slot_state::READY || state == slot_state::LOADING ? slots_[i].key : -1;
+    }
+}
+
+std::string reads::last_error() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return error_;
+}
+
+void reads::inject(int skip, int err) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    inject_err_ = err;
+    inject_skip_.store(skip);
+}
+
+void reads::finish_if_done(slot_info & s) {
+    if (s.queued == 0 && s.in_flight == 0 && !s.cancelled) {
+        s.state.store(s.failed ? slot_state::FAILED : slot_state::READY, std::memory_order_release);
+    }
+}
+
+void reads::lane() {
+    char * bounce = nullptr;
+    if (options_.direct) {
+        if (posix_memalign((void **)&bounce, 4096, CHUNK_BYTES + 2 * (size_t)options_.offset_align) != 0) {
+            bounce = nullptr;
+        }
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+        work_.wait(lock, [this] { return stop_ || !demand_.empty() || !guess_.empty(); });
+        if (stop_) {
+            break;
+        }
+        auto &      queue = demand_.empty() ? guess_ : demand_;
+        const chunk c     = queue.front();
+        queue.pop_front();
+        slot_info & s = slots_[c.slot];
+        s.queued--;
+        s.in_flight++;
+        const bool skip = s.failed;  // the job is lost already: do not spend disk time on its rest
+        lock.unlock();
+        const std::string error = skip ? std::string() : read_chunk(c, bounce);
+        lock.lock();
+        s.in_flight--;
+        if (!error.empty()) {
+            s.failed = true;
+            error_   = error;
+        }
+        finish_if_done(s);
+        if (s.in_flight == 0) {
+            done_.notify_all();
+        }
+    }
+    lock.unlock();
+    free(bounce);
+}
+
+std::string reads::read_chunk(const chunk & c, char * bounce) {
+    const int     align = options_.direct ? options_.offset_align : 1;
+    const int64_t begin = round_down(c.offset, align);
+    const int64_t head  = c.offset - begin;
+    const int64_t want  = round_up(head + c.bytes, align);
+    // The slot is padded by offset_align on both sides of a part, so an aligned read may spill
+    // over its ends; where the device wants an alignment the slot cannot offer, bounce.
+    const bool in_place = !options_.direct || (uintptr_t)(c.dest - head) % options_.memory_align == 0;
+    if (!in_place && bounce == nullptr) {
+        return "out of memory for a read buffer";
+    }
+    char *  dest = in_place ? c.dest - head : bounce;
+    int64_t done = 0;
+    bool    cut  = false;
+
+    if (inject_skip_.load(std::memory_order_relaxed) >= 0 && inject_skip_.fetch_sub(1) == 0) {
+        if (inject_err_ != 0) {
+            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + strerror(inject_err_);
+        }
+        cut = true;
+    }
+    while (!cut && done < head + c.bytes) {
+        const ssize_t n = pread(fds_[c.file], dest + done, want - done, begin + done);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n < 0) {
+            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + strerror(errno);
+        }
+        if (n == 0) {
+            cut = true;
+            break;
+        }
+        done += n;
+        if (options_.direct && done < head + c.bytes && done % align != 0) {
+            cut = true;  // a direct read stops unaligned only at the end of the file
+        }
+    }
+    if (cut) {
+        return paths_[c.file] + " ended early: expected " + std::to_string(c.bytes) + " bytes at " + std::to_string(c.offset) +
+               "; it was truncated or replaced since it was opened";
+    }
+    if (!in_place) {
+        memcpy(c.dest, bounce + head, c.bytes);
+        count.bounced++;
+    }
+    count.bytes += c.bytes;
+    count.reads++;
+    return {};
+}
+
+}  // namespace moe

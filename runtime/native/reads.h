@@ -1,0 +1,111 @@
+// Reads expert parts from disk into slots with a few threads ("lanes").
+//
+// Owns: the files, the lanes, two queues (demand before guess) and the state of every slot.
+// Does not know: experts, layers, policies, ggml. A slot is filled by one job at a time; a job is
+// a list of parts, cut into chunks so that one big expert uses all lanes.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace moe {
+
+// Read requests are flat in speed above about 256 KiB; a chunk is also the longest time a demand
+// can wait behind a guess that a lane has already started.
+constexpr int64_t CHUNK_BYTES = 1 << 20;
+
+struct read_options {
+    int  lanes        = 4;
+    bool direct       = false;
+    int  offset_align = 4096;
+    int  memory_align = 4096;
+};
+
+struct part {
+    int     file;
+    int64_t offset;
+    int64_t bytes;
+    char *  dest;
+};
+
+enum class slot_state : uint8_t { EMPTY, LOADING, READY, FAILED };
+
+class reads {
+  public:
+    // Throws std::runtime_error naming the file that cannot be opened.
+    reads(const std::vector<std::string> & paths, const read_options & options);
+    ~reads();
+    reads(const reads &)             = delete;
+    reads & operator=(const reads &) = delete;
+
+    void resize(int n_slots);
+
+    // Starts filling a slot with `key`; whatever the slot was loading is cancelled first.
+    void submit(int slot, int key, const std::vector<part> & parts, bool guess);
+    // A guess that is demanded now: its queued chunks move to the demand queue.
+    void promote(int slot);
+    // Drops guesses that no lane has started; returns how many slots became empty.
+    int cancel_guesses();
+
+    int        key_of(int slot) const { return slots_[slot].key; }
+    slot_state state(int slot) const { return slots_[slot].state.load(std::memory_order_acquire); }
+    bool       is_guess(int slot) const { return slots_[slot].guess; }
+
+    // Blocks until a slot of `wanted` is no longer LOADING.
+    void wait_any(const std::vector<int> & wanted);
+    // Blocks until nothing is loading into `wanted`, forgetting what was loading.
+    void abandon(const std::vector<int> & wanted);
+    void keys(int32_t * out);
+
+    std::string last_error();
+    void        inject(int skip, int err);
+
+    struct counters {
+        std::atomic<int64_t> bytes{0}, reads{0}, bounced{0}, guess_loads{0}, guess_promoted{0}, guess_cancelled{0};
+    } count;
+
+  private:
+    struct chunk {
+        int     slot;
+        int     file;
+        int64_t offset;
+        int64_t bytes;
+        char *  dest;
+    };
+    struct slot_info {
+        std::atomic<slot_state> state{slot_state::EMPTY};
+        int                     key       = -1;
+        int                     queued    = 0;  // chunks waiting
+        int                     in_flight = 0;  // chunks a lane is reading
+        bool                    guess     = false;
+        bool                    failed    = false;
+        bool                    cancelled = false;
+    };
+
+    void        lane();
+    std::string read_chunk(const chunk & c, char * bounce);
+    void        cancel_locked(std::unique_lock<std::mutex> & lock, int slot);
+    void        remove_queued(std::deque<chunk> & queue, int slot);
+    void        finish_if_done(slot_info & s);
+
+    std::vector<std::string> paths_;
+    std::vector<int>         fds_;
+    read_options             options_;
+    std::mutex               mutex_;
+    std::condition_variable  work_, done_;
+    std::deque<chunk>        demand_, guess_;
+    std::deque<slot_info>    slots_;  // deque: atomics do not move
+    std::vector<std::thread> lanes_;
+    std::string              error_;
+    bool                     stop_ = false;
+    std::atomic<int>         inject_skip_{-1};
+    int                      inject_err_ = 0;
+};
+
+}  // namespace moe

@@ -1,0 +1,267 @@
+"""The ctypes mirror of native/moe.h, and loading the plugin into the llama.cpp of this process.
+
+Knows struct layouts and function signatures; decides nothing. ``tests/test_abi.py`` compares the
+mirror with the compiled plugin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llama_cpp
+
+from moe_gguf.runtime.errors import ExpertReadError, UserError
+
+ABI = 1
+MAX_GUESSES = 256
+LIBRARY = "libggml-moe.so"
+
+SOURCE_FILE, SOURCE_MEMORY, SOURCE_SKIP = 0, 1, 2
+
+i32, i64 = ctypes.c_int32, ctypes.c_int64
+i32_array = ctypes.POINTER(i32)
+
+
+class Segment(ctypes.Structure):
+    _fields_ = [("start", i64), ("end", i64), ("offset", i64), ("source", i32), ("file", i32)]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 64),
+        ("offset", i64),
+        ("expert_bytes", i64),
+        ("slot_offset", i64),
+        ("layer", i32),
+        ("file", i32),
+    ]
+
+
+class Config(ctypes.Structure):
+    _fields_ = [
+        ("abi", i32),
+        ("n_experts", i32),
+        ("n_files", i32),
+        ("n_segments", i32),
+        ("n_tensors", i32),
+        ("lanes", i32),
+        ("direct", i32),
+        ("offset_align", i32),
+        ("memory_align", i32),
+        ("reserved", i32),
+        ("slot_bytes", i64),
+        ("header_bytes", i64),
+        ("stream_bytes", i64),
+        ("paths", ctypes.POINTER(ctypes.c_char_p)),
+        ("segments", ctypes.POINTER(Segment)),
+        ("tensors", ctypes.POINTER(Tensor)),
+        ("header", ctypes.c_char_p),
+    ]
+
+
+class Call(ctypes.Structure):
+    """One route event and its answer; see moe_call in moe.h for who fills what."""
+
+    _fields_ = [
+        ("layer", i32),
+        ("n_tokens", i32),
+        ("n_used", i32),
+        ("n_experts", i32),
+        ("continuation", i32),
+        ("n_embd", i32),
+        ("x_stride", i64),
+        ("x", ctypes.c_void_p),
+        ("ids", i32_array),
+        ("experts", i32_array),
+        ("counts", i32_array),
+        ("plan_experts", ctypes.c_void_p),
+        ("plan_slots", ctypes.c_void_p),
+        ("plan_loads", ctypes.c_void_p),
+        ("guess_keys", ctypes.c_void_p),
+        ("guess_slots", ctypes.c_void_p),
+        ("n_guesses", i32),
+        ("reserved", i32),
+    ]
+
+
+class Stats(ctypes.Structure):
+    _fields_ = [
+        (name, i64)
+        for name in (
+            "read_bytes",
+            "reads",
+            "bounced",
+            "stall_ns",
+            "compute_ns",
+            "route_ns",
+            "events",
+            "whole",
+            "rounds",
+            "generic",
+            "recycled",
+            "guess_loads",
+            "guess_promoted",
+            "guess_cancelled",
+            "scratch_bytes",
+        )
+    ]
+
+
+class Probe(ctypes.Structure):
+    _fields_ = [("direct", i32), ("offset_align", i32), ("memory_align", i32), ("reserved", i32)]
+
+
+class DirectProbe(NamedTuple):
+    """Whether O_DIRECT works on a file and the alignments it asks for, in bytes."""
+
+    direct: bool
+    offset_align: int
+    memory_align: int
+
+
+ROUTE_FN = ctypes.CFUNCTYPE(i32)
+
+ERROR_NONE, ERROR_READ, ERROR_OTHER = 0, 1, 2
+
+
+def library_path() -> Path:
+    """Where the installed plugin lies, for regular and editable installs alike."""
+    try:
+        files = importlib.metadata.files("moe-gguf") or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError("moe-gguf is not installed: pip install moe-gguf") from error
+    for file in files:
+        if file.name == LIBRARY:
+            return Path(str(file.locate())).resolve()
+    raise UserError(f"this install of moe-gguf has no {LIBRARY}: reinstall it with pip")
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the plugin into this process's ggml, once, and return it with typed functions.
+
+    Every symbol of ggml is resolved through the libllama that llama_cpp has loaded: the wheel's
+    library files are copies, and opening one by path would make a second registry.
+    """
+    path = str(library_path()).encode()
+    host = llama_cpp.llama_cpp._lib
+    llama_cpp.llama_backend_init()
+    host.ggml_backend_load.restype = ctypes.c_void_p
+    host.ggml_backend_load.argtypes = [ctypes.c_char_p]
+    if not host.ggml_backend_load(path):
+        raise UserError(
+            "llama.cpp refused the moe-gguf plugin: it was built for another llama-cpp-python; "
+            "reinstall moe-gguf"
+        )
+    lib = ctypes.CDLL(path.decode())
+    handle = ctypes.c_void_p
+    for name, restype, argtypes in (
+        ("moe_model_new", handle, [ctypes.POINTER(Config), ctypes.c_char_p, ctypes.c_size_t]),
+        ("moe_model_free", None, [handle]),
+        ("moe_model_buffer_type", handle, [handle]),
+        ("moe_model_stream", handle, [handle]),
+        ("moe_model_arena", i32, [handle, i32]),
+        ("moe_model_bind", None, [handle, ROUTE_FN]),
+        ("moe_model_call", ctypes.POINTER(Call), [handle]),
+        ("moe_model_stats", None, [handle, ctypes.POINTER(Stats), i32]),
+        ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),
+        ("moe_model_slots", None, [handle, i32_array]),
+        ("moe_model_cancel_guesses", None, [handle]),
+        ("moe_model_inject", None, [handle, i32, i32]),
+        ("moe_probe_direct", None, [ctypes.c_char_p, ctypes.POINTER(Probe)]),
+        (
+            "moe_probe_speed",
+            ctypes.c_double,
+            [ctypes.c_char_p, ctypes.POINTER(i64), i32, i64, i32, i32],
+        ),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    return lib
+
+
+def probe_direct(path: Path) -> DirectProbe:
+    """Try O_DIRECT on a file; the alignments are the smallest that worked."""
+    probe = Probe()
+    load().moe_probe_direct(str(path).encode(), ctypes.byref(probe))
+    return DirectProbe(bool(probe.direct), probe.offset_align, probe.memory_align)
+
+
+def probe_speed(
+    path: Path, offsets: Sequence[int], n_bytes: int, lanes: int, direct: bool
+) -> float:
+    """Bytes per second of reading ``n_bytes`` at each offset (4096-aligned) with ``lanes`` threads."""
+    array = (i64 * len(offsets))(*offsets)
+    return float(
+        load().moe_probe_speed(str(path).encode(), array, len(offsets), n_bytes, lanes, direct)
+    )
+
+
+class PluginModel:
+    """Owner of one native ``moe_model``; every method is one call of moe.h."""
+
+    def __init__(self, config: Config) -> None:
+        self._lib = load()
+        error = ctypes.create_string_buffer(512)
+        self._handle = self._lib.moe_model_new(ctypes.byref(config), error, len(error))
+        if not self._handle:
+            raise UserError(error.value.decode(errors="replace"))
+        self._route: Any = None  # the ctypes thunk must outlive the binding
+        self.n_slots = 0
+        self.call: Call = self._lib.moe_model_call(self._handle).contents
+
+    def buffer_type(self) -> int:
+        return int(self._lib.moe_model_buffer_type(self._handle))
+
+    def stream(self) -> int:
+        """A new ``FILE *`` over the model; whoever takes it closes it with fclose."""
+        stream = self._lib.moe_model_stream(self._handle)
+        if not stream:
+            raise UserError("the model file vanished while it was being opened")
+        return int(stream)
+
+    def allocate(self, n_slots: int) -> None:
+        if self._lib.moe_model_arena(self._handle, n_slots) != 0:
+            raise UserError(f"the system refused the memory for {n_slots} slots: lower --memory")
+        self.n_slots = n_slots
+
+    def bind(self, route: Callable[[], int]) -> None:
+        self._route = ROUTE_FN(route)
+        self._lib.moe_model_bind(self._handle, self._route)
+
+    def stats(self, reset: bool = False) -> Stats:
+        stats = Stats()
+        self._lib.moe_model_stats(self._handle, ctypes.byref(stats), int(reset))
+        return stats
+
+    def take_error(self) -> Exception | None:
+        """The reason of the last failed step, once."""
+        text = ctypes.create_string_buffer(1024)
+        kind = self._lib.moe_model_error(self._handle, text, len(text))
+        sentence = text.value.decode(errors="replace")
+        if kind == ERROR_READ:
+            return ExpertReadError(sentence)
+        return RuntimeError(sentence) if kind == ERROR_OTHER else None
+
+    def slot_keys(self) -> list[int]:
+        """Per slot the key it holds or is reading, -1 for none."""
+        keys = (i32 * self.n_slots)()
+        self._lib.moe_model_slots(self._handle, keys)
+        return list(keys)
+
+    def cancel_guesses(self) -> None:
+        self._lib.moe_model_cancel_guesses(self._handle)
+
+    def inject(self, skip: int, err: int) -> None:
+        """Tests only: the read after ``skip`` further ones fails (errno ``err``; 0: reads short)."""
+        self._lib.moe_model_inject(self._handle, skip, err)
+
+    def close(self) -> None:
+        if self._handle:
+            self._lib.moe_model_free(self._handle)
+            self._handle = None
