@@ -51,6 +51,8 @@ class Residency:
         self.predictor = predictor
         self.slot_of: dict[int, int] = {}
         self.free = list(range(n_slots - 1, -1, -1))
+        self.guessed: set[int] = set()  # resident because of a guess, not demanded yet
+        self.guesses_used = 0
 
     def plan(self, event: RouteEvent) -> Plan:
         """Decide hits, loads, victims and guesses of one event and update the table.
@@ -73,6 +75,10 @@ class Residency:
                 experts.append(expert)
                 slots.append(slot)
         n_hits = len(experts)
+        if self.guessed:
+            used = self.guessed.intersection(base + expert for expert in experts)
+            self.guesses_used += len(used)
+            self.guessed -= used
         if missing:
             self._place(event, base, missing, experts, slots)
         loads = [0] * n_hits + [1] * len(missing)
@@ -112,6 +118,7 @@ class Residency:
                     recycled += 1
                 else:
                     slot = slot_of.pop(victim)
+                    self.guessed.discard(victim)
             slot_of[key] = slot
             if not cache.admit(key):
                 passing.append(key)
@@ -133,6 +140,7 @@ class Residency:
             if self.cache.admit(key):
                 slot = self.free.pop()
                 self.slot_of[key] = slot
+                self.guessed.add(key)
                 guesses.append((key, slot))
         return guesses
 
@@ -140,6 +148,7 @@ class Residency:
         """Forget keys whose slots turned out not to hold them (a failed read, a cancelled step)."""
         for key in keys:
             self.free.append(self.slot_of.pop(key))
+            self.guessed.discard(key)
             if key in self.cache:
                 self.cache.remove(key)
 
@@ -154,4 +163,5 @@ class Residency:
         assert len(set(used)) == len(used), "two experts share a slot"
         assert sorted(used + self.free) == list(range(self.n_slots)), "a slot is lost"
         assert set(self.slot_of) == set(self.cache), "the policy and the table disagree"
+        assert self.guessed <= set(self.slot_of), "a guess is counted that is not resident"
         self.cache.check_integrity()

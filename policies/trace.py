@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
 from moe_gguf.policies.base import RouteEvent
 
+FORMAT = "moe-gguf trace"
 VERSION = 1
 
 Ids = npt.NDArray[np.int16] | npt.NDArray[np.int32]
@@ -86,14 +86,14 @@ class TraceRecorder:
         ids = np.array(self._ids, np.int32)
         if ids.size == 0 or int(ids.max()) < 1 << 15:
             ids = ids.astype(np.int16)
-        arrays = {
+        arrays: dict[str, Any] = {
             "layer": np.array(self._layer, np.int32),
             "n_tokens": np.array(self._n_tokens, np.int32),
             "n_used": np.array(self._n_used, np.int32),
             "continuation": np.array(self._continuation, np.bool_),
             "ids": ids,
         }
-        text = json.dumps({"format": "moe-gguf trace", "version": VERSION, **metadata})
+        text = json.dumps({**metadata, "format": FORMAT, "version": VERSION})
         _parse(arrays, json.loads(text))  # what this writes, load_trace reads
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
@@ -132,7 +132,7 @@ def _parse(arrays: Mapping[str, npt.NDArray[Any]], metadata: Any) -> Trace:
             raise ValueError(message)
 
     require(isinstance(metadata, dict), "its metadata is not a JSON object")
-    require(metadata.get("format") == "moe-gguf trace", "its metadata names another format")
+    require(metadata.get("format") == FORMAT, "its metadata names another format")
     require(metadata.get("version") == VERSION, f"its version is not {VERSION}")
     n_experts = metadata.get("n_experts")
     require(type(n_experts) is int and n_experts >= 1, "n_experts is not a positive number")
@@ -153,11 +153,12 @@ def _parse(arrays: Mapping[str, npt.NDArray[Any]], metadata: Any) -> Trace:
     n_tokens, n_used = (arrays[name].astype(np.int64) for name in ("n_tokens", "n_used"))
     lengths = {len(arrays[name]) for name in kinds if name != "ids"}
     require(len(lengths) == 1, "its arrays differ in length")
-    require((n_tokens >= 1).all() and (n_used >= 1).all(), "an event is empty")
+    for numbers in (n_tokens, n_used):  # bounded, so that their products cannot wrap round
+        require(((numbers >= 1) & (numbers <= len(ids))).all(), "an event's size is impossible")
     require(np.isin(layer, layers).all(), "an event's layer is not among its layers")
     sizes = n_tokens * n_used
-    # As floats: a sum of forged sizes must not wrap round to the true one.
-    require(float(sizes.sum(dtype=np.float64)) == len(ids), "ids has another length than events")
+    # In floats, since the sum could still wrap.
+    require(sizes.sum(dtype=np.float64) == len(ids), "its events do not add up to its ids")
     require(((ids >= 0) & (ids < n_experts)).all(), "an expert is not below n_experts")
     continuation = arrays["continuation"]
     repeats = np.flatnonzero(continuation)

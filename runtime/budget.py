@@ -75,6 +75,10 @@ class Needs(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
+    def with_slots(self, n_slots: int, slot_bytes: int) -> int:
+        """The budget that leaves room for this many slots."""
+        return self.total + n_slots * slot_bytes
+
 
 class Budget(NamedTuple):
     """A budget that works: what each part takes, and the slots that fit."""
@@ -117,7 +121,7 @@ class Budget(NamedTuple):
         """One sentence when the arena is below one token's working set."""
         if self.n_slots >= self.working_set:
             return None
-        enough = self.needs.total + self.working_set * self.slot_bytes
+        enough = self.needs.with_slots(self.working_set, self.slot_bytes)
         return (
             f"{self.n_slots} slots are fewer than the {self.working_set} experts one token uses: "
             f"least-recently-used caching will hit almost never; "
@@ -125,12 +129,17 @@ class Budget(NamedTuple):
         )
 
 
+def min_slots(n_all: int) -> int:
+    """The fewest slots a model runs with."""
+    return min(MIN_SLOTS, n_all)
+
+
 def fit(total: int, needs: Needs, slot_bytes: int, n_all: int, working_set: int) -> Budget:
     """Divide ``total`` bytes; raises UserError naming the smallest budget that works."""
     n_slots = min(n_all, (total - needs.total) // slot_bytes)
-    floor = min(MIN_SLOTS, n_all)
+    floor = min_slots(n_all)
     if n_slots < floor:
-        smallest = needs.total + floor * slot_bytes
+        smallest = needs.with_slots(floor, slot_bytes)
         raise UserError(
             f"{format_size(total)} of memory is too little for this model: the smallest budget that "
             f"works is {-(-smallest // MB)}MB (trunk {format_size(needs.trunk)}, KV cache "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # llama_cpp and numpy are imported inside the commands: help and mistakes should answer at once.
 
-MODEL_HELP = "a GGUF file (the first of a split set), or demo"
 
 
 def note(text: str) -> None:
@@ -34,19 +34,36 @@ def note(text: str) -> None:
 def resolve(model: str) -> Path:
     """The file a MODEL argument names."""
     if model == "demo":
-        from moe_gguf.converters.demo import demo_model
-        from moe_gguf.runtime.progress import bar
-
-        with bar("carving the demo model") as progress:
-            return demo_model(cache_dir(), progress)
+        return _demo()
     if model.startswith("hf:"):
         raise UserError("hf: models are not supported yet: download the GGUF and give its path")
     return Path(model)
 
 
+def _demo() -> Path:
+    """The demo model, carved by a child: the memory that takes must not count in this process."""
+    command = [sys.executable, "-m", "moe_gguf", "carve-demo"]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode != 0:  # it has told why
+        sys.exit(child.returncode)
+    return Path(child.stdout.rstrip("\n"))
+
+
 def cache_dir() -> Path:
     """Where files made for the user are kept; MOE_GGUF_CACHE overrides it."""
     return Path(os.environ.get("MOE_GGUF_CACHE") or platformdirs.user_cache_dir("moe-gguf"))
+
+
+def debugging() -> bool:
+    return bool(click.get_current_context().find_root().params["debug"])
+
+
+def quieten() -> None:
+    """Keep llama.cpp's own log off the terminal unless debugging."""
+    from moe_gguf.runtime import logs
+
+    if not debugging():
+        logs.silence()
 
 
 class _Lanes(click.ParamType):
@@ -59,6 +76,18 @@ class _Lanes(click.ParamType):
             return int(value)
         except ValueError:
             raise UserError(f"{value!r} is not a number of lanes: give 1 to 64, or auto") from None
+
+
+class _Number(click.FloatRange):
+    """A number in a range; ``nan`` is in none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = float(super().convert(value, param, ctx))
+        if number != number:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,9 +103,19 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--policy", default="lru", metavar="NAME", help="what stays in memory"),
             click.option(
-                "--ctx", "n_ctx", default=4096, metavar="N", help="context length; 0: the model's own"
+                "--ctx",
+                "n_ctx",
+                type=click.IntRange(min=0),
+                metavar="N",
+                help="context length; 0: the model's own; default: that, but at most 4096",
             ),
-            click.option("--threads", type=int, metavar="N", help="default: the physical cores"),
+            click.option(
+                "--threads",
+                "n_threads",
+                type=click.IntRange(1, 512),
+                metavar="N",
+                help="default: the physical cores",
+            ),
             click.option(
                 "--reads", default="auto", metavar="MODE", help="auto, direct or buffered"
             ),
@@ -101,26 +140,23 @@ def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
     from moe_gguf.runtime.llama import Llama
     from moe_gguf.runtime.progress import bar
 
+    quieten()
     path = resolve(model)
     with bar(f"loading {path.name}") as progress:
         llama = Llama(
             path,
-            n_ctx=options["n_ctx"],
-            n_threads=options["threads"],
-            memory=options["memory"],
-            policy=options["policy"],
-            reads=options["reads"],
-            lanes=options["lanes"],
-            experts_used=options["experts_used"],
-            device=options["device"],
             recorder=recorder,
             progress=progress,
+            verbose=debugging(),
+            **options,
         )
-    note(llama.mode_line)
+    if not debugging():  # a verbose model has said it
+        note(llama.mode_line)
     assert llama.opened.budget is not None
-    note(llama.opened.budget.table())
     if warning := llama.opened.budget.warning():
         note(f"moe-gguf: warning: {warning}")
+    if llama.n_ctx() > (trained := llama.opened.layout.n_ctx_train):
+        note(f"moe-gguf: warning: this model was trained for a context of {trained} tokens only")
     return llama
 
 
@@ -136,16 +172,27 @@ def cli(debug: bool) -> None:
 @click.option("-p", "--prompt", help="prompt text")
 @click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
 @click.option(
-    "-n", "n_predict", default=-1, metavar="N", help="tokens to generate; -1: until the model ends"
+    "-n",
+    "n_predict",
+    default=-1,
+    type=click.IntRange(min=-1),
+    metavar="N",
+    help="tokens to generate; -1: until the model ends",
 )
 @click.option("--chat", is_flag=True, help="use the model's chat template; converse on a terminal")
 @click.option("--system", help="system message for --chat")
-@click.option("--temp", default=0.8, help="temperature; 0 is greedy", show_default=True)
-@click.option("--top-k", default=40, show_default=True)
-@click.option("--top-p", default=0.95, show_default=True)
-@click.option("--min-p", default=0.05, show_default=True)
-@click.option("--repeat-penalty", default=1.0, show_default=True)
-@click.option("--seed", type=int, help="default: random")
+@click.option(
+    "--temp",
+    default=0.8,
+    type=_Number(0, 100),
+    help="temperature; 0 is greedy",
+    show_default=True,
+)
+@click.option("--top-k", default=40, type=click.IntRange(min=0), help="0: off", show_default=True)
+@click.option("--top-p", default=0.95, type=_Number(0, 1), show_default=True)
+@click.option("--min-p", default=0.05, type=_Number(0, 1), show_default=True)
+@click.option("--repeat-penalty", default=1.0, type=_Number(0.01, 100), show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 2), metavar="N", help="default: random")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of text")
 def run(
     model: str,
@@ -167,6 +214,10 @@ def run(
         *(options.pop(k) for k in ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed"))
     )
     text = _prompt_text(prompt, prompt_file, wants_terminal=chat)
+    if system is not None and not chat:
+        raise UserError("--system belongs to --chat: give both or neither")
+    if text is None and as_json:
+        raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
     llama = open_llama(model, **options)
     try:
         if text is None:
@@ -185,14 +236,24 @@ def _prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> 
         return prompt
     if file is not None:
         try:
-            return Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompt from {file}: {error}") from None
+            return _decoded(Path(file).read_bytes(), file)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"cannot read the prompt from {file} ({reason})") from None
     if not sys.stdin.isatty():
-        return sys.stdin.read()
-    if wants_terminal:
+        if text := _decoded(sys.stdin.buffer.read(), "standard input"):
+            return text
+    elif wants_terminal:
         return None
     raise UserError("give a prompt with -p, -f or a pipe, or start a conversation with --chat")
+
+
+def _decoded(data: bytes, source: str) -> str:
+    """Text without the line end that editors and ``echo`` put behind it."""
+    try:
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{source} is not text in UTF-8: convert it first") from None
 
 
 def _complete(
@@ -289,18 +350,26 @@ def inspect(model: str, as_json: bool) -> None:
 @model_options
 @click.option("--json", "as_json", is_flag=True)
 def plan(model: str, as_json: bool, **options: Any) -> None:
-    """Say whether MODEL fits a budget and what it would hold, without loading it."""
-    from moe_gguf.runtime.describe import plan_document, plan_text
+    """Say whether MODEL fits a budget and what it would hold, without loading it.
 
-    document = plan_document(resolve(model), options)
+    Exits with 1 when it does not fit.
+    """
+    from moe_gguf.runtime.planner import plan_document, plan_text
+
+    quieten()
+    document = plan_document(resolve(model), verbose=debugging(), **options)
     click.echo(json.dumps(document) if as_json else plan_text(document))
+    if not document["fits"]:
+        sys.exit(1)
 
 
 @cli.command()
 @model_options
 @click.option("-p", "--prompt", help="prompt text")
 @click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
-@click.option("-n", "n_predict", default=128, metavar="N", show_default=True)
+@click.option(
+    "-n", "n_predict", default=128, type=click.IntRange(min=1), metavar="N", show_default=True
+)
 @click.option("--chat", is_flag=True, help="use the model's chat template")
 @click.option("-o", "--output", required=True, type=click.Path(), help="the trace file to write")
 def trace(
@@ -314,29 +383,41 @@ def trace(
 ) -> None:
     """Record which experts MODEL routes to while it generates (greedily)."""
     from moe_gguf.policies.trace import TraceRecorder
-    from moe_gguf.runtime.describe import trace_metadata
     from moe_gguf.runtime.generate import Chat, Sampling, encode, generate
+    from moe_gguf.runtime.traces import trace_metadata
 
     text = _prompt_text(prompt, prompt_file, wants_terminal=False)
     assert text is not None
-    if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"cannot write {output}: its folder does not exist")
+    _check_writable(Path(output))
     recorder = TraceRecorder()
     llama = open_llama(model, recorder=recorder, **options)
     try:
         tokens = Chat(llama).ask(text) if chat else encode(llama, text)
+        interrupted = False
         try:
             for piece in generate(llama, tokens, n_predict, Sampling(temp=0.0)):
                 click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
-            note(" [stopped]")
+            interrupted = True
         click.echo()
-        stats = llama.stats()
-        recorder.save(Path(output), trace_metadata(llama))
-        note(stats_line(stats))
-        note(f"moe-gguf: wrote {output}")
+        recorder.save(Path(output), trace_metadata(llama, complete=not interrupted))
+        note(stats_line(llama.stats()))
+        note(f"moe-gguf: wrote {output}" + (", up to the interrupt" if interrupted else ""))
     finally:
         llama.close()
+    if interrupted:
+        sys.exit(130)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise now what would be raised after the work."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: its folder does not exist")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder may not be written to")
 
 
 @cli.command()
@@ -350,7 +431,7 @@ def trace(
 @click.option("--json", "as_json", is_flag=True)
 def replay(trace_file: str, policies: str | None, slots: str | None, as_json: bool) -> None:
     """Replay TRACE under any policy and arena size, without the model."""
-    from moe_gguf.runtime.describe import replay_document, replay_text
+    from moe_gguf.runtime.traces import replay_document, replay_text
 
     document = replay_document(Path(trace_file), policies, slots)
     click.echo(json.dumps(document) if as_json else replay_text(document))
@@ -359,8 +440,14 @@ def replay(trace_file: str, policies: str | None, slots: str | None, as_json: bo
 @cli.command()
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8080, show_default=True)
-@click.option("--api-key", help="require this key of clients")
+@click.option(
+    "--port",
+    default=8080,
+    type=click.IntRange(0, 65535),
+    help="0: any that is free",
+    show_default=True,
+)
+@click.option("--api-key", envvar="MOE_GGUF_API_KEY", show_envvar=True, help="require this key")
 def serve(model: str, host: str, port: int, api_key: str | None, **options: Any) -> None:
     """Serve MODEL over the OpenAI API (llama-cpp-python's server, one request at a time)."""
     from moe_gguf.runtime.server import serve as serve_llama
@@ -393,18 +480,37 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 def bench(model: str, **options: Any) -> None:
     """Measure MODEL under a memory cap: stock llama.cpp against our policies, turn about."""
     from moe_gguf.runtime.bench import bench as run_bench
+    from moe_gguf.runtime.bench_report import table
 
-    run_bench(resolve(model), **options)
+    outcome = run_bench(resolve(model), note=note, **options)
+    click.echo(table(outcome.document))
+    for error in outcome.errors:
+        note(f"moe-gguf: ERROR: {error}")
+    if outcome.interrupted or outcome.errors:
+        sys.exit(130 if outcome.interrupted else 1)
+
+
+@cli.command(hidden=True)
+def carve_demo() -> None:
+    """Make the demo model unless it is there, and print its path."""
+    from moe_gguf.converters.demo import demo_model
+    from moe_gguf.runtime.progress import bar
+
+    with bar("carving the demo model") as progress:
+        path = demo_model(cache_dir(), progress)
+    click.echo(path)
 
 
 def main() -> NoReturn:
     """Entry point: turns exceptions into one sentence and an exit code."""
-    debug = "--debug" in sys.argv
+    args = sys.argv[1:]
+    if debug := "--debug" in args:  # anywhere, though click knows it in front only
+        args = ["--debug", *(arg for arg in args if arg != "--debug")]
     try:
-        cli.main(standalone_mode=False)
-        sys.exit(0)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        sys.exit(cli.main(args, standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        note(error.format_message())
+        sys.exit(2)
     except (UserError, click.UsageError) as error:
         text = error.format_message() if isinstance(error, click.UsageError) else str(error)
         code = 2
@@ -417,5 +523,9 @@ def main() -> NoReturn:
         if debug:
             raise
         text, code = str(error) or type(error).__name__, 1
+    except Exception as error:
+        if debug:
+            raise
+        text, code = f"{type(error).__name__}: {error}; this is a bug: --debug shows where", 1
     note(f"moe-gguf: error: {text}")
     sys.exit(code)

@@ -7,7 +7,7 @@ list and dict operations per expert and nothing per token. Does not know files, 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from moe_gguf.policies.base import RouteEvent
 from moe_gguf.policies.residency import Residency
@@ -33,15 +33,14 @@ class Controller:
         self.recorder = recorder
         self.hits = 0
         self.misses = 0
-        self.guesses_used = 0
         self._failure: BaseException | None = None
         call, n = plugin.call, residency.n_experts
         self._call = call
-        self._plan_experts = (i32 * n).from_address(call.plan_experts)
-        self._plan_slots = (i32 * n).from_address(call.plan_slots)
-        self._plan_loads = (i32 * n).from_address(call.plan_loads)
-        self._guess_keys = (i32 * MAX_GUESSES).from_address(call.guess_keys)
-        self._guess_slots = (i32 * MAX_GUESSES).from_address(call.guess_slots)
+        self._plan_experts: Any = (i32 * n).from_address(call.plan_experts)
+        self._plan_slots: Any = (i32 * n).from_address(call.plan_slots)
+        self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
+        self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
+        self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
         plugin.bind(self._route)
 
     def _route(self) -> int:
@@ -87,5 +86,5 @@ class Controller:
         return failure or native or RuntimeError("llama.cpp could not compute a step")
 
     def reset_stats(self) -> None:
-        self.hits = self.misses = self.guesses_used = 0
+        self.hits = self.misses = self.residency.guesses_used = 0
 

@@ -78,6 +78,13 @@ def choose(
     return ReadMode(direct, lanes, probe.offset_align, probe.memory_align, reason)
 
 
+def speed(layout: ModelLayout, mode: ReadMode) -> float:
+    """Bytes per second of cold expert reads the way they will be done."""
+    sampler = _Sampler(layout)
+    sampler.speed(mode.lanes, mode.direct)  # sets the number of reads
+    return sampler.speed(mode.lanes, mode.direct)
+
+
 class _Sampler:
     """Times reads at random places of the first file's experts, never the same place twice."""
 

@@ -7,6 +7,7 @@ data. Big arrays (vocabularies) are stepped over and decoded only when asked for
 
 from __future__ import annotations
 
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -193,6 +194,16 @@ class GgufHeader:
             reader.at = pair.payload
             return reader.items(pair.item, pair.count)
 
+    def strings(self, key: str) -> list[bytes]:
+        """Every item of an array of strings, as bytes; [] if there is none."""
+        pair = self.pairs.get(key)
+        if pair is None or pair.item is not ValueType.STRING:
+            return []
+        with _open(self.path) as file:
+            reader = _Reader(self.path, file, self.file_bytes)
+            reader.at = pair.payload
+            return reader.strings(pair.count)
+
     def raw(self, key: str) -> bytes:
         """The bytes of one pair as they stand in the file, ready to be written to another."""
         pair = self.pairs[key]
@@ -210,13 +221,15 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a GGUF file; name the file inside it")
     try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.open("rb", buffering=0)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise UserError(f"cannot open {path} ({reason}); check the name and its rights") from error
+    kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    raise UserError(f"{path} is {kind}; name a GGUF file")
 
 
 class _Reader:
@@ -290,9 +303,10 @@ class _Reader:
 
     # --- values ---
 
-    def skip_strings(self, count: int) -> None:
-        """Step over strings: the one loop that runs once per token and merge of a vocabulary."""
+    def strings(self, count: int, keep: bool = True) -> list[bytes]:
+        """Read or step over strings: the one loop that runs per token and merge of a vocabulary."""
         unpack = struct.Struct("<Q").unpack_from
+        out: list[bytes] = []
         while count:
             place = self.load(8)
             window, last = self.window, len(self.window) - 8
@@ -300,18 +314,24 @@ class _Reader:
                 (n_bytes,) = unpack(window, place)
                 if n_bytes > MAX_STRING_BYTES:
                     raise self.damaged(f"a string of {n_bytes} bytes in an array")
-                place += 8 + n_bytes
+                start, place = place + 8, place + 8 + n_bytes
                 count -= 1
-            self.at = self.window_at + place
+                if not keep:
+                    continue
+                if place > len(window):  # it runs out of the window
+                    self.at = self.window_at + start
+                    out.append(self.take(n_bytes))
+                    break
+                out.append(window[start:place])
+            else:
+                self.at = self.window_at + place
         if self.at > self.file_bytes:
             raise self.truncated()
+        return out
 
     def items(self, item: ValueType, count: int) -> tuple[Scalar, ...]:
         if item is ValueType.STRING:
-            return tuple(
-                self.string("a string in an array", MAX_STRING_BYTES).decode("utf-8", "replace")
-                for _ in range(count)
-            )
+            return tuple(raw.decode("utf-8", "replace") for raw in self.strings(count))
         code = f"<{count}{_CODES[item]}"
         return struct.unpack(code, self.take(struct.calcsize(code)))
 
@@ -339,7 +359,7 @@ class _Reader:
             if count <= SMALL_ARRAY:
                 value = self.items(item, count)
             elif item is ValueType.STRING:
-                self.skip_strings(count)
+                self.strings(count, keep=False)
             else:
                 self.at += count * each
         else:

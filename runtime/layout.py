@@ -1,8 +1,8 @@
-"""Where every byte of a model lies: experts by layer, the trunk, and the stream llama.cpp reads.
+"""Where every byte of a model lies: experts by layer, the trunk, and the header llama.cpp is shown.
 
 The only reader of offsets. Joins split sets, finds experts by shape instead of by an allow-list
-of architectures, and presents header and trunk as one complete GGUF in which expert ranges are
-skipped. Reads headers only. Knows no budget, no slots in use and no llama.cpp.
+of architectures, and writes the header of one complete GGUF that stands for all files. Reads
+headers only. Knows no budget, no slots in use and no llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from moe_gguf.runtime.errors import UserError
@@ -19,19 +18,21 @@ from moe_gguf.runtime.gguf_header import (
     GGML_TYPES,
     MAGIC,
     GgufHeader,
-    KeyValue,
     Value,
+    ValueType,
     pad_up,
     read_header,
 )
 
 ROLES = ("gate", "up", "gate_up", "down")  # the order of a layer's tensors; others follow
 PAGE = 4096
+MAP_ALIGNMENT = 32  # ggml's TENSOR_ALIGNMENT
 
 _EXPERT_NAME = re.compile(r"blk\.(\d+)\.(?:ffn_)?(.+)_exps\.(\w+)")
 _SINGLE_EXPERT_NAME = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.")
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_ALIGNMENT = "general.alignment"
 _SPLIT_COUNT, _SPLIT_NO, _SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
 
 
@@ -40,7 +41,7 @@ _SPLIT_COUNT, _SPLIT_NO, _SPLIT_TENSORS = "split.count", "split.no", "split.tens
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the model: where it lies on disk, and where in the stream."""
+    """One tensor of the model and where it lies on disk."""
 
     name: str
     ne: tuple[int, ...]
@@ -48,7 +49,6 @@ class Tensor:
     file: int
     offset: int  # in that file
     n_bytes: int
-    position: int  # in the stream
 
 
 @dataclass(frozen=True)
@@ -78,31 +78,12 @@ class MoeLayer:
         return sum(t.expert_bytes for t in self.tensors)
 
 
-class Source(Enum):
-    """What backs a stretch of the stream."""
-
-    MEMORY = "memory"  # ModelLayout.header, from offset
-    FILE = "file"
-    SKIP = "skip"  # experts and padding: never asked for; zeros if it is
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Positions [start, end) of the stream. file is -1 unless the source is a file."""
-
-    start: int
-    end: int
-    source: Source
-    file: int
-    offset: int
-
-
 @dataclass(frozen=True)
 class ModelLayout:
     """A model ready to be opened: what it is, and where all of it lies.
 
-    Segments cover [0, stream_size) in order without gaps. header is set when the stream's
-    header is not the file's own, which is when a split set was joined.
+    header and stream_bytes describe the stream: one GGUF with all tensors and no split, whose
+    data nobody reads through it.
     """
 
     path: Path
@@ -113,9 +94,8 @@ class ModelLayout:
     n_experts: int
     layers: tuple[MoeLayer, ...]
     tensors: tuple[Tensor, ...]  # all, in stream order
-    header: bytes | None
-    segments: tuple[Segment, ...]
-    stream_size: int
+    header: bytes
+    stream_bytes: int
 
     # --- metadata ---
 
@@ -208,10 +188,7 @@ def read_layout(path: Path) -> ModelLayout:
     layers = _find_experts(headers, n_experts if type(n_experts) is int else 0)
     if not layers or type(n_experts) is not int:
         raise _no_experts(path, architecture, headers)
-    header_bytes, data_start = _stream_header(headers)
-    tensors = tuple(_place(headers, data_start))
-    end = pad_up(tensors[-1].position + tensors[-1].n_bytes, first.alignment)
-    experts = {t.name for layer in layers for t in layer.tensors}
+    stream_header, stream_bytes = _stream(headers)
     layout = ModelLayout(
         path=path,
         files=tuple(h.path for h in headers),
@@ -220,10 +197,9 @@ def read_layout(path: Path) -> ModelLayout:
         architecture=architecture,
         n_experts=n_experts,
         layers=layers,
-        tensors=tensors,
-        header=header_bytes,
-        segments=_segments(headers, header_bytes, data_start, tensors, experts, end),
-        stream_size=end,
+        tensors=tuple(_tensors(headers)),
+        header=stream_header,
+        stream_bytes=stream_bytes,
     )
     validate(layout)
     return layout
@@ -348,84 +324,38 @@ def _no_experts(path: Path, architecture: str, headers: Iterable[GgufHeader]) ->
 # --- the stream ---------------------------------------------------------------------------------
 
 
-def _stream_header(headers: Sequence[GgufHeader]) -> tuple[bytes | None, int]:
-    """The header of the stream if it must be made, and where the stream's data begins.
+def _stream(headers: Sequence[GgufHeader]) -> tuple[bytes, int]:
+    """The header that stands for all files, and the size of the GGUF it describes.
 
-    Joined, keys are the first file's, byte for byte, less those that speak of the split.
+    Keys are the first file's, byte for byte, less those that speak of the split. The alignment is
+    raised to what llama.cpp asks of a file it maps.
     """
     first = headers[0]
-    if len(headers) == 1:
-        return None, first.data_start
-    pairs = [p for p in first.pairs.values() if not p.key.startswith("split.")]
+    alignment = max(first.alignment, MAP_ALIGNMENT)
+    keys = [key for key in first.pairs if not key.startswith("split.") and key != _ALIGNMENT]
     infos = [info for header in headers for info in header.tensors]
-    out = bytearray(MAGIC + struct.pack("<IQQ", 3, len(infos), len(pairs)))
-    for raw in _raw_pairs(first, pairs):
-        out += raw
+    out = bytearray(MAGIC + struct.pack("<IQQ", 3, len(infos), len(keys) + 1))
+    for key in keys:
+        out += first.raw(key)
+    name = _ALIGNMENT.encode()
+    out += struct.pack("<Q", len(name)) + name
+    out += struct.pack("<II", ValueType.UINT32, alignment)
     offset = 0
     for info in infos:
         name = info.name.encode()
         out += struct.pack("<Q", len(name)) + name
         out += struct.pack(f"<I{len(info.ne)}Q", len(info.ne), *info.ne)
         out += struct.pack("<IQ", info.ggml_type, offset)
-        offset += pad_up(info.n_bytes, first.alignment)
-    out += bytes(-len(out) % first.alignment)
-    return bytes(out), len(out)
+        offset += pad_up(info.n_bytes, alignment)
+    out += bytes(-len(out) % alignment)
+    return bytes(out), len(out) + offset
 
 
-def _raw_pairs(header: GgufHeader, pairs: Sequence[KeyValue]) -> Iterator[bytes]:
-    for pair in pairs:
-        yield header.raw(pair.key)
-
-
-def _place(headers: Sequence[GgufHeader], data_start: int) -> Iterator[Tensor]:
-    """Every tensor in stream order: file by file, each padded to the first file's alignment."""
-    position = data_start
+def _tensors(headers: Sequence[GgufHeader]) -> Iterator[Tensor]:
     for file, header in enumerate(headers):
         for info in header.tensors:
             offset = header.data_start + info.offset
-            yield Tensor(
-                info.name, info.ne, info.ggml_type, file, offset, info.n_bytes, position
-            )
-            position += pad_up(info.n_bytes, headers[0].alignment)
-
-
-def _segments(
-    headers: Sequence[GgufHeader],
-    header_bytes: bytes | None,
-    data_start: int,
-    tensors: Sequence[Tensor],
-    experts: set[str],
-    end: int,
-) -> tuple[Segment, ...]:
-    """Cover the stream; neighbours that continue each other are one segment.
-
-    The padding behind a trunk tensor is read with it where the file has it, so that a run of
-    trunk tensors is one segment.
-    """
-    source = Source.FILE if header_bytes is None else Source.MEMORY
-    out = [Segment(0, data_start, source, 0 if header_bytes is None else -1, 0)]
-
-    def add(start: int, stop: int, source: Source, file: int, offset: int) -> None:
-        last = out[-1]
-        joins = last.source is source and last.file == file
-        if source is not Source.SKIP:
-            joins = joins and last.offset + last.end - last.start == offset
-        if joins:
-            out[-1] = Segment(last.start, stop, source, file, last.offset)
-        elif start < stop:
-            out.append(Segment(start, stop, source, file, offset))
-
-    stops = [t.position for t in tensors[1:]] + [end]
-    for tensor, stop in zip(tensors, stops, strict=True):
-        start = tensor.position
-        if tensor.name in experts:
-            add(start, stop, Source.SKIP, -1, 0)
-            continue
-        there = min(stop, start + headers[tensor.file].file_bytes - tensor.offset)
-        add(start, there, Source.FILE, tensor.file, tensor.offset)
-        if there < stop:
-            add(there, stop, Source.SKIP, -1, 0)
-    return tuple(out)
+            yield Tensor(info.name, info.ne, info.ggml_type, file, offset, info.n_bytes)
 
 
 # --- slots --------------------------------------------------------------------------------------

@@ -17,16 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import llama_cpp._logger
 import llama_cpp.llama_cpp as bindings
 import psutil
 
+from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import rss_peak
 from moe_gguf.runtime.controller import Recorder
+from moe_gguf.runtime.gguf_header import pad_up
 from moe_gguf.runtime.model import OpenModel, Options
+
+DEFAULT_CTX = 4096
 
 # llama_cpp.Llama has no hook for opening a model, so its loader function is replaced while one of
 # ours is constructed. Other threads' stock models go on through the original.
 _LOADER_LOCK = threading.Lock()
+
+
+class _Planned(Exception):
+    """Ends a construction that was only meant to measure."""
+
+    def __init__(self, opened: OpenModel) -> None:
+        super().__init__()
+        self.opened = opened
 
 
 class Llama(llama_cpp.Llama):
@@ -35,8 +48,9 @@ class Llama(llama_cpp.Llama):
     ``memory`` is a size ("4GiB", bytes) or "auto" and covers the whole process; ``policy`` names
     what stays in memory (see ``moe_gguf.policies.presets``); ``reads`` is auto, direct or
     buffered; ``lanes`` the number of reader threads (None: measured); ``experts_used`` overrides
-    how many experts each token uses (lossy). Everything else is llama_cpp.Llama's; ``use_mmap``,
-    ``use_mlock`` and ``n_gpu_layers`` have no meaning here.
+    how many experts each token uses (lossy). ``n_ctx`` may also be None: the model's own, at most
+    DEFAULT_CTX. Everything else is llama_cpp.Llama's; ``use_mmap``, ``use_mlock`` and
+    ``n_gpu_layers`` have no meaning here.
 
     Raises UserError for files and budgets that cannot work, ExpertReadError from any method that
     computes when an expert cannot be read; the model stays usable after either a read error or
@@ -59,17 +73,18 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # so that close() works if opening fails
+        llama_cpp._logger.set_verbose(verbose)
         options = Options(memory, policy, reads, lanes, experts_used, device)
         self.opened = OpenModel(Path(model_path), options)
         n_threads = kwargs.pop("n_threads", None) or physical_cores()
         kwargs.setdefault("n_threads_batch", n_threads)
-        if kwargs.get("n_ctx") == 0:
-            kwargs["n_ctx"] = self.opened.layout.n_ctx_train
+        if "n_ctx" in kwargs:
+            kwargs["n_ctx"] = self._n_ctx_asked(kwargs["n_ctx"])
         if experts_used is not None:
             key = f"{self.opened.layout.architecture}.expert_used_count"
             kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), key: experts_used}
         try:
-            with self._loader(progress):
+            with self._loader(progress), logs.capture():
                 super().__init__(
                     str(model_path), n_threads=n_threads, use_mmap=False, verbose=verbose, **kwargs
                 )
@@ -83,6 +98,13 @@ class Llama(llama_cpp.Llama):
         if verbose:
             print(self.opened.mode_line(), file=sys.stderr)
 
+    def _n_ctx_asked(self, n_ctx: int | None) -> int:
+        """A length llama.cpp takes as it is; the base class sizes its arrays by what it is told."""
+        n_ctx_train = self.opened.layout.n_ctx_train
+        return pad_up(n_ctx or min(n_ctx_train, DEFAULT_CTX if n_ctx is None else n_ctx_train), 256)
+
+    _plan_only = False  # measure, then raise _Planned
+
     @contextlib.contextmanager
     def _loader(self, progress: Callable[[float, float], None] | None) -> Iterator[None]:
         original = bindings.llama_model_load_from_file
@@ -91,8 +113,15 @@ class Llama(llama_cpp.Llama):
             if path != self.model_path.encode() or hasattr(self, "_model"):
                 return original(path, params)
             self._stack.callback(self.opened.close)  # after model and context: the stack is LIFO
+            if not (self._logits_all or self.context_params.embeddings):
+                # Only the last token's logits are ever read: without this llama.cpp reserves
+                # graph memory for a whole batch of them (300 MB with a vocabulary of 150k).
+                self.context_params.n_outputs_max = 1
             params = self.opened.model_params(params)
             self.opened.measure(params, self._planned_context(), self._logits_all)
+            if self._plan_only:
+                raise _Planned(self.opened)
+            self.opened.divide()
             return self.opened.load(params, progress)
 
         with _LOADER_LOCK:
@@ -101,6 +130,20 @@ class Llama(llama_cpp.Llama):
                 yield
             finally:
                 bindings.llama_model_load_from_file = original
+
+    @classmethod
+    def plan(cls, model_path: str | os.PathLike[str], **kwargs: Any) -> OpenModel:
+        """What opening with the same arguments would find; no weight is read, nothing stays open.
+
+        The result has ``needs`` and no ``budget``: whether they fit is the caller's question.
+        """
+        llama = cls.__new__(cls)
+        llama._plan_only = True
+        try:
+            cls.__init__(llama, model_path, **kwargs)
+        except _Planned as planned:
+            return planned.opened
+        raise AssertionError("a plan does not open its model")
 
     def _planned_context(self) -> Any:
         """The context parameters the base class is about to use."""
@@ -193,7 +236,7 @@ class _Timer:
             "route_s": native.route_ns / 1e9,
             "decode_s": self._seconds[1],
             "guesses": native.guess_loads,
-            "guesses_used": controller.guesses_used,
+            "guesses_used": controller.residency.guesses_used,
             "budget_bytes": budget.total,
             "rss_peak_bytes": rss_peak(),
             "slots": budget.n_slots,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llama_cpp
 import llama_cpp._logger
@@ -36,20 +38,46 @@ class Log:
         return re.sub(r"^(\w+: )+", "", errors[0]).removeprefix("error loading model: ")
 
 
+# Who hears llama.cpp; the last one is in force. It keeps the pointer only, so they must stay alive.
+_listeners: list[Any] = [llama_cpp._logger.llama_log_callback]
+
+
+def _listen(callback: Any) -> None:
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+
+
 @contextmanager
 def capture() -> Iterator[Log]:
-    """Collect llama.cpp's log instead of printing it."""
+    """Collect llama.cpp's log instead of printing it; with ``verbose`` models, print it as well."""
     log = Log()
+    # llama-cpp-python's own switch: 0 until the first model says whether it is verbose.
+    echo = 0 < llama_cpp._logger.logger.level <= logging.DEBUG
 
     @llama_cpp.llama_log_callback
     def on_line(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-        log.add(level, text.decode("utf-8", errors="replace"))
+        line = text.decode("utf-8", errors="replace")
+        log.add(level, line)
+        if echo:
+            print(line, end="", file=sys.stderr, flush=True)
 
-    llama_cpp.llama_log_set(on_line, ctypes.c_void_p(0))
+    _listeners.append(on_line)
+    _listen(on_line)
     try:
         yield log
     finally:
-        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+        _listeners.remove(on_line)
+        _listen(_listeners[-1])
+
+
+@llama_cpp.llama_log_callback
+def _deaf(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    pass
+
+
+def silence() -> None:
+    """Print nothing of llama.cpp's from now on: a command says what matters in its own words."""
+    _listeners[0] = _deaf
+    _listen(_listeners[-1])
 
 
 class Sizes(NamedTuple):
@@ -63,15 +91,17 @@ class Sizes(NamedTuple):
 # The release is pinned, and tests/test_budget.py fails when a line changes.
 _KV = re.compile(r"^llama_(?:kv_cache|memory)\S*: .*?\bsize =\s*([0-9.]+) MiB \(")
 _KV_STATE = re.compile(r"DSV4 .* state, .*?size =\s*([0-9.]+) MiB|ratio = .*size =\s*([0-9.]+) MiB")
-_COMPUTE = re.compile(r"(?:compute|output) buffer size =\s*([0-9.]+) MiB")
+_COMPUTE = re.compile(r"(\S+\s+(?:compute|output)) buffer size =\s*([0-9.]+) MiB")
 
 
 def context_sizes(log: Log) -> Sizes:
     """The KV cache (or recurrent state) and graph buffers announced in a log."""
-    kv = compute = 0.0
+    kv = 0.0
+    # A simulation names a buffer once per backend that computes in it, CPU and plugin.
+    compute: dict[str, float] = {}
     for _, line in log.lines:
         if match := _KV.search(line) or _KV_STATE.search(line):
             kv += float(next(group for group in match.groups() if group))
         elif match := _COMPUTE.search(line):
-            compute += float(match[1])
-    return Sizes(int(kv * _MIB), int(compute * _MIB))
+            compute[match[1]] = max(compute.get(match[1], 0.0), float(match[2]))
+    return Sizes(int(kv * _MIB), int(sum(compute.values()) * _MIB))

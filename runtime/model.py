@@ -21,29 +21,20 @@ from moe_gguf.runtime import disk, logs
 from moe_gguf.runtime.budget import Budget, Needs, format_size
 from moe_gguf.runtime.controller import Controller, Recorder
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.layout import ModelLayout, SlotLayout, Source, read_layout, slot_layout
+from moe_gguf.runtime.layout import ModelLayout, SlotLayout, read_layout, slot_layout
 from moe_gguf.runtime.plugin import (
     ABI,
-    SOURCE_FILE,
-    SOURCE_MEMORY,
-    SOURCE_SKIP,
     Config,
     PluginModel,
-    Segment,
     Tensor,
+    TrunkTensor,
 )
 
 _MIB = 2**20
 # ggml-cpu's own work buffers of the trunk's matmuls and the tiled kernels' per-thread scratch.
 _WORK_BASE = 8 * _MIB
 _WORK_BYTES = 32 * _MIB  # native/executor.h, WORK_BYTES
-
-
-_SOURCES = {
-    Source.FILE: SOURCE_FILE,
-    Source.MEMORY: SOURCE_MEMORY,
-    Source.SKIP: SOURCE_SKIP,
-}
+_FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
 
 
 class Options(NamedTuple):
@@ -89,7 +80,9 @@ class OpenModel:
         self.mode = disk.choose(self.layout, probe, options.reads, options.lanes, spare)
         self.plugin = PluginModel(_config(self.layout, self.slots, self.mode))
         self._keep: list[Any] = []  # ctypes memory llama.cpp points into while loading
-        self.budget: Budget | None = None
+        self.needs: Needs | None = None  # once measured
+        self.n_ctx = 0  # likewise
+        self.budget: Budget | None = None  # once divided
         self.controller: Controller | None = None
 
     # -- loading
@@ -98,12 +91,15 @@ class OpenModel:
         """The caller's parameters with what the plugin needs."""
         names = {t.name.split(".", 2)[2] for layer in self.layout.layers for t in layer.tensors}
         pattern = r"^blk\.[0-9]+\.(" + "|".join(sorted(n.replace(".", r"\.") for n in names)) + ")$"
-        overrides = (BuftOverride * 2)(
-            BuftOverride(pattern.encode(), self.plugin.buffer_type()), BuftOverride(None, None)
+        overrides = (BuftOverride * 3)(
+            BuftOverride(pattern.encode(), self.plugin.expert_buffer_type()),
+            BuftOverride(b".*", self.plugin.trunk_buffer_type()),
+            BuftOverride(None, None),
         )
         self._keep.append(overrides)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
-        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # the trunk in anonymous memory
+        # Nothing is mapped: see open_stream in native/model.cpp. The trunk goes to anonymous memory.
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         # Slots hold experts in the plain layout; repacked kernels sum in another order.
         params.use_extra_bufts = False
         params.n_gpu_layers = 0
@@ -128,6 +124,9 @@ class OpenModel:
             model = llama_cpp.llama_model_load_from_file_ptr(self.plugin.stream(), params)
         if not model:
             raise UserError(f"llama.cpp cannot load {self.layout.path}: {log.reason()}")
+        if error := self.plugin.take_error():
+            llama_cpp.llama_model_free(model)
+            raise error
         return model
 
     def measure(
@@ -135,8 +134,8 @@ class OpenModel:
         model_params: llama_cpp.llama_model_params,
         context_params: llama_cpp.llama_context_params,
         logits_all: bool = False,
-    ) -> Budget:
-        """Simulate loading (no weight is read) and divide the budget; UserError when too small."""
+    ) -> Needs:
+        """Simulate loading (no weight is read) to learn what everything but experts takes."""
         dry = llama_cpp.llama_model_params.from_buffer_copy(model_params)
         dry.no_alloc = True
         with logs.capture() as log:
@@ -154,16 +153,27 @@ class OpenModel:
         n_ubatch = min(context_params.n_ubatch, context_params.n_ctx)
         rows = context_params.n_ctx + context_params.n_batch if logits_all else 1
         logits = rows * self.layout.n_vocab * 4
-        needs = Needs(
+        self.n_ctx = int(context_params.n_ctx)
+        self.needs = Needs(
             trunk=self.layout.trunk_bytes,
             kv=sizes.kv,
             compute=sizes.compute + logits + executor_bytes(self.layout, self.n_used, n_ubatch),
             process=rss + budgets.MARGIN_BYTES,
         )
+        return self.needs
+
+    def divide(self) -> Budget:
+        """Give the slots what the needs leave of the budget; UserError when that is too little."""
+        assert self.needs is not None
         self.budget = budgets.fit(
-            self.total, needs, self.slots.slot_bytes, self.n_all, len(self.layout.layers) * self.n_used
+            self.total, self.needs, self.slots.slot_bytes, self.n_all, self.working_set
         )
         return self.budget
+
+    @property
+    def working_set(self) -> int:
+        """Experts that one token uses, over all layers."""
+        return len(self.layout.layers) * self.n_used
 
     @property
     def n_all(self) -> int:
@@ -176,18 +186,15 @@ class OpenModel:
         Called when trunk, KV cache and context exist: what they really took decides, not what
         was computed, so a wrong estimate costs slots and never the limit.
         """
-        assert self.budget is not None
-        needs = self.budget.needs
+        assert self.needs is not None
         rss = int(psutil.Process().memory_info().rss)
-        surplus = max(0, rss - (needs.trunk + needs.kv + needs.process))
+        surplus = max(0, rss - (self.needs.trunk + self.needs.kv + self.needs.process))
         if surplus:
-            needs = needs._replace(process=needs.process + surplus)
-            self.budget = budgets.fit(
-                self.total, needs, self.slots.slot_bytes, self.n_all, self.budget.working_set
-            )
-        self.plugin.allocate(self.budget.n_slots)
+            self.needs = self.needs._replace(process=self.needs.process + surplus)
+        budget = self.divide()
+        self.plugin.allocate(budget.n_slots)
         residency = Residency(
-            self.budget.n_slots,
+            budget.n_slots,
             self.layout.n_experts,
             self.policy.cache,
             self.policy.order,
@@ -233,29 +240,24 @@ def _experts_used(layout: ModelLayout, override: int | None) -> int:
 def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
     """Bytes the plugin and its inner device allocate for a batch of ``n_ubatch`` tokens.
 
-    Follows native/executor.cpp: the row table and the gathered rows are limited to WORK_BYTES
-    each (but one expert's rows always go together), inputs of an event are kept once, and
-    ggml-cpu quantizes a matmul's whole input (at most 4 bytes per element).
+    Follows native/executor.cpp: an event runs either whole (ggml-cpu's table of rows, 8 bytes per
+    slot and pair, at most WORK_BYTES) or in rounds (gathered rows, at most WORK_BYTES unless one
+    expert has more, and the event's inputs kept once). Either way ggml-cpu quantizes a matmul's
+    input, to at most 1.2 bytes per element unless the weights are floats.
     """
     pairs = n_ubatch * n_used
     n_all = len(layout.layers) * layout.n_experts
-    table = min(_WORK_BYTES, pairs * n_all * 8) + 72 * n_all
-    width = max(sum(t.ne[0] + t.ne[1] for t in layer.tensors) * 4 for layer in layout.layers)
+    whole = min(_WORK_BYTES, pairs * n_all * 8)
+    tensors = [t for layer in layout.layers for t in layer.tensors]
+    width = max(sum(4 * (t.ne[0] + t.ne[1]) for t in layer.tensors) for layer in layout.layers)
     gathered = min(pairs * width, max(_WORK_BYTES, n_ubatch * width))
-    widest = max(t.ne[0] for layer in layout.layers for t in layer.tensors)
-    kept = n_ubatch * widest * 4
-    quantized = pairs * max(
-        t.ne[0] * (4 if t.ggml_type <= 1 or t.ggml_type == 30 else 1.2)
-        for layer in layout.layers
-        for t in layer.tensors
-    )
-    return int(_WORK_BASE + table + gathered + kept + quantized)
+    kept = n_ubatch * max(t.ne[0] for t in tensors) * 4
+    element = max(4.0 if t.ggml_type in _FLOAT_TYPES else 1.2 for t in tensors)
+    quantized = int(pairs * max(t.ne[0] for t in tensors) * element)
+    return _WORK_BASE + 72 * n_all + max(whole, gathered + kept) + quantized
 
 
 def _config(layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode) -> Config:
-    segments = (Segment * len(layout.segments))(
-        *(Segment(s.start, s.end, s.offset, _SOURCES[s.source], s.file) for s in layout.segments)
-    )
     tensors = [t for layer in layout.layers for t in layer.tensors]
     mirrored = (Tensor * len(tensors))(
         *(
@@ -263,26 +265,30 @@ def _config(layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode) -> Conf
             for t in tensors
         )
     )
+    experts = {t.name for t in tensors}
+    trunk = [t for t in layout.tensors if t.name not in experts]
+    trunk_tensors = (TrunkTensor * len(trunk))(
+        *(TrunkTensor(t.name.encode(), t.offset, t.n_bytes, t.file) for t in trunk)
+    )
     paths = (ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files))
-    header = layout.header or b""
 
 
     config = Config(
         abi=ABI,
         n_experts=layout.n_experts,
         n_files=len(layout.files),
-        n_segments=len(segments),
+        n_trunk_tensors=len(trunk),
         n_tensors=len(tensors),
         lanes=mode.lanes,
         direct=mode.direct,
         offset_align=mode.offset_align,
         memory_align=mode.memory_align,
         slot_bytes=slots.slot_bytes,
-        header_bytes=len(header),
-        stream_bytes=layout.stream_size,
+        header_bytes=len(layout.header),
+        stream_bytes=layout.stream_bytes,
         paths=paths,
-        segments=segments,
+        trunk_tensors=trunk_tensors,
         tensors=mirrored,
-        header=header,
+        header=layout.header,
     )
     return config

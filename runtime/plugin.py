@@ -15,20 +15,15 @@ from typing import Any, NamedTuple
 
 import llama_cpp
 
+from moe_gguf.runtime import logs
 from moe_gguf.runtime.errors import ExpertReadError, UserError
 
 ABI = 1
 MAX_GUESSES = 256
 LIBRARY = "libggml-moe.so"
 
-SOURCE_FILE, SOURCE_MEMORY, SOURCE_SKIP = 0, 1, 2
-
 i32, i64 = ctypes.c_int32, ctypes.c_int64
 i32_array = ctypes.POINTER(i32)
-
-
-class Segment(ctypes.Structure):
-    _fields_ = [("start", i64), ("end", i64), ("offset", i64), ("source", i32), ("file", i32)]
 
 
 class Tensor(ctypes.Structure):
@@ -42,12 +37,22 @@ class Tensor(ctypes.Structure):
     ]
 
 
+class TrunkTensor(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 64),
+        ("offset", i64),
+        ("n_bytes", i64),
+        ("file", i32),
+        ("reserved", i32),
+    ]
+
+
 class Config(ctypes.Structure):
     _fields_ = [
         ("abi", i32),
         ("n_experts", i32),
         ("n_files", i32),
-        ("n_segments", i32),
+        ("n_trunk_tensors", i32),
         ("n_tensors", i32),
         ("lanes", i32),
         ("direct", i32),
@@ -58,7 +63,7 @@ class Config(ctypes.Structure):
         ("header_bytes", i64),
         ("stream_bytes", i64),
         ("paths", ctypes.POINTER(ctypes.c_char_p)),
-        ("segments", ctypes.POINTER(Segment)),
+        ("trunk_tensors", ctypes.POINTER(TrunkTensor)),
         ("tensors", ctypes.POINTER(Tensor)),
         ("header", ctypes.c_char_p),
     ]
@@ -153,7 +158,9 @@ def load() -> ctypes.CDLL:
     llama_cpp.llama_backend_init()
     host.ggml_backend_load.restype = ctypes.c_void_p
     host.ggml_backend_load.argtypes = [ctypes.c_char_p]
-    if not host.ggml_backend_load(path):
+    with logs.capture():  # ggml announces every backend on stderr
+        loaded = host.ggml_backend_load(path)
+    if not loaded:
         raise UserError(
             "llama.cpp refused the moe-gguf plugin: it was built for another llama-cpp-python; "
             "reinstall moe-gguf"
@@ -163,7 +170,8 @@ def load() -> ctypes.CDLL:
     for name, restype, argtypes in (
         ("moe_model_new", handle, [ctypes.POINTER(Config), ctypes.c_char_p, ctypes.c_size_t]),
         ("moe_model_free", None, [handle]),
-        ("moe_model_buffer_type", handle, [handle]),
+        ("moe_model_expert_buffer_type", handle, [handle]),
+        ("moe_model_trunk_buffer_type", handle, [handle]),
         ("moe_model_stream", handle, [handle]),
         ("moe_model_arena", i32, [handle, i32]),
         ("moe_model_bind", None, [handle, ROUTE_FN]),
@@ -215,14 +223,17 @@ class PluginModel:
         self.n_slots = 0
         self.call: Call = self._lib.moe_model_call(self._handle).contents
 
-    def buffer_type(self) -> int:
-        return int(self._lib.moe_model_buffer_type(self._handle))
+    def expert_buffer_type(self) -> int:
+        return int(self._lib.moe_model_expert_buffer_type(self._handle))
+
+    def trunk_buffer_type(self) -> int:
+        return int(self._lib.moe_model_trunk_buffer_type(self._handle))
 
     def stream(self) -> int:
-        """A new ``FILE *`` over the model; whoever takes it closes it with fclose."""
+        """A new ``FILE *`` that llama.cpp takes for the model; whoever takes it closes it with fclose."""
         stream = self._lib.moe_model_stream(self._handle)
         if not stream:
-            raise UserError("the model file vanished while it was being opened")
+            raise UserError("the system has no file descriptor left for the model's stream")
         return int(stream)
 
     def allocate(self, n_slots: int) -> None:

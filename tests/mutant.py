@@ -73,7 +73,9 @@ class Weight:
         for d in self.ne:
             items *= d
         block = GGML_TYPES[self.ggml_type].block if self.ggml_type in GGML_TYPES else 1
-        size = type_bytes(self.ggml_type, items // block * block) if block > 1 or items else 0
+        size = type_bytes(self.ggml_type, items // block * block)
+        if size > 1 << 26:  # no need to write it out: it will not be read
+            return b""
         return (self.data * (size // max(1, len(self.data)) + 1))[:size]
 
 
@@ -141,15 +143,24 @@ _FLOATS += (float("inf"), -float("inf"), float("nan"))
 _WORDS = ("", "llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "no_vocab", "none", "default")
 _WORDS += ("llama-bpe", "qwen2", "tekken", "gpt-4o", "yarn", "longrope", "linear", "x" * 300)
 _WORDS += ("a b", " ", "\0", "\x80\xff", "é", "Ġ", "<|eos|>", "gelu", "silu", "[", "hybriddna")
+ARCHITECTURES = (
+    "afmoe arctic bailingmoe bailingmoe2 cohere2moe dbrx deepseek deepseek2 deepseek32 deepseek4"
+    " dots1 ernie4_5-moe exaone-moe gemma4 glm4moe glm-dsa glm5-next gpt-oss granitehybrid"
+    " granitemoe grok grovemoe hunyuan-moe hy_v3 jamba kimi-k3 kimi-linear laguna lfm2moe"
+    " llada-moe llama llama4 mellum mimo2 minimax-01 minimax-m2 minimax-m3 mistral3 mistral4"
+    " nemotron_h_moe olmoe phimoe qwen2moe qwen35moe qwen3moe qwen3next qwen3vlmoe qwen4exp rnd1"
+    " smallthinker step35 bert t5 clip mamba rwkv7 wavtokenizer-dec gemma-embedding no-such-thing"
+).split()
 _KINDS = tuple(k for k in ValueType if k is not T.ARRAY)
 
 
 def llama_keys() -> list[str]:
-    """Every per-architecture key the installed llama.cpp knows, found in its library."""
+    """Every key the installed llama.cpp knows, found in its library; ".x" is an architecture's."""
     import llama_cpp
 
     library = next((Path(llama_cpp.__file__).parent / "lib").glob("*llama.*"))
-    return sorted(k.decode() for k in set(re.findall(rb"%s(\.[a-z0-9_.]+)", library.read_bytes())))
+    found = re.findall(rb"%s(\.[a-z0-9_.]+)|(tokenizer\.[a-z_.]+)", library.read_bytes())
+    return sorted({(own or other).decode() for own, other in found})
 
 
 def _value(choose: Choose, kind: ValueType) -> Scalar:
@@ -162,14 +173,15 @@ def _value(choose: Choose, kind: ValueType) -> Scalar:
 
 def mutate(mutant: Mutant, choose: Choose, keys: list[str]) -> str:
     """Change one thing about a file; says what."""
-    action = choose(12)
+    action = choose(13)
     arch = str(mutant.fields["general.architecture"].value) if mutant.fields else ""
     names, weights = list(mutant.fields), list(mutant.weights)
     if action < 5 and names:
         key = names[choose(len(names))]
         return f"{key} = {_mutate_field(mutant.fields[key], choose)}"
     if action < 7:
-        key = arch + keys[choose(len(keys))]
+        key = keys[choose(len(keys))]
+        key = arch + key if key.startswith(".") else key
         kind = (T.UINT32, T.UINT32, T.FLOAT32, T.BOOL, T.STRING, T.UINT32)[choose(6)]
         mutant.fields[key] = Field(kind, _value(choose, kind))
         return f"new {key} = {mutant.fields[key]}"
@@ -177,18 +189,25 @@ def mutate(mutant: Mutant, choose: Choose, keys: list[str]) -> str:
         key = names[choose(len(names))]
         del mutant.fields[key]
         return f"no {key}"
+    if action == 8 and arch:
+        new = ARCHITECTURES[choose(len(ARCHITECTURES))]
+        mutant.fields = {
+            re.sub(f"^{re.escape(arch)}\\.", f"{new}.", key): v for key, v in mutant.fields.items()
+        }
+        mutant.fields["general.architecture"] = Field(T.STRING, new)
+        return f"architecture {new}"
     if not weights:
         return "nothing"
     name = weights[choose(len(weights))]
     weight = mutant.weights[name]
-    if action == 8:
+    if action == 9:
         del mutant.weights[name]
         return f"no {name}"
-    if action == 9:
+    if action == 10:
         new = _rename(name, choose)
         mutant.weights = {new if n == name else n: w for n, w in mutant.weights.items()}
         return f"{name} renamed {new}"
-    if action == 10:
+    if action == 11:
         kinds = sorted(GGML_TYPES)
         weight.ggml_type = kinds[choose(len(kinds))]
         return f"{name} is {GGML_TYPES[weight.ggml_type].name}"
@@ -242,9 +261,6 @@ def _reshape(weight: Weight, choose: Choose) -> str:
         weight.ne = [*weight.ne, 1][:5]
     else:
         weight.ne[dim] = weight.ne[dim] * 2
-    if any(d > 1 << 21 for d in weight.ne):  # no need to write it out: it will not be read
-        weight.data, weight.ggml_type = b"", 0
-        weight.ne = weight.ne[:1]
     return f"has shape {weight.ne}"
 
 
@@ -268,6 +284,7 @@ class Autopsy:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"GGML_NO_BACKTRACE": "1"},
         )
 
     def __enter__(self) -> Autopsy:

@@ -64,6 +64,68 @@ static const ggml_backend_buffer_type_i moe_buffer_type_iface = {
     /* .is_host        = */ moe_buffer_type_is_host,
 };
 
+// ---- trunk buffer: the CPU's own memory, filled by us instead of by llama.cpp
+
+static const char * trunk_buffer_type_name(ggml_backend_buffer_type_t) { return "MOE_TRUNK"; }
+
+static ggml_backend_buffer_t trunk_inner(ggml_backend_buffer_t buffer) { return (ggml_backend_buffer_t)buffer->context; }
+
+static void   trunk_buffer_free(ggml_backend_buffer_t buffer) { ggml_backend_buffer_free(trunk_inner(buffer)); }
+static void * trunk_buffer_base(ggml_backend_buffer_t buffer) { return ggml_backend_buffer_get_base(trunk_inner(buffer)); }
+
+static void trunk_buffer_memset(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+    memset((char *)tensor->data + offset, value, size);
+}
+
+static void trunk_buffer_set(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    // While loading, data points into the empty mapping. A tensor that is not the model's (a LoRA
+    // adapter's) comes with its bytes.
+    if (!((moe_model *)buffer->buft->context)->read_trunk(tensor)) {
+        memcpy((char *)tensor->data + offset, data, size);
+    }
+}
+
+static void trunk_buffer_get(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    memcpy(data, (const char *)tensor->data + offset, size);
+}
+
+static void trunk_buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) { ggml_backend_buffer_clear(trunk_inner(buffer), value); }
+
+static const ggml_backend_buffer_i trunk_buffer_iface = {
+    /* .free_buffer   = */ trunk_buffer_free,
+    /* .get_base      = */ trunk_buffer_base,
+    /* .init_tensor   = */ nullptr,
+    /* .memset_tensor = */ trunk_buffer_memset,
+    /* .set_tensor    = */ trunk_buffer_set,
+    /* .get_tensor    = */ trunk_buffer_get,
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ nullptr,
+    /* .clear         = */ trunk_buffer_clear,
+    /* .reset         = */ nullptr,
+};
+
+static ggml_backend_buffer_type_t trunk_inner_type() {
+    return ggml_backend_dev_buffer_type(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+}
+
+static ggml_backend_buffer_t trunk_buffer_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(trunk_inner_type(), size);
+    return inner ? ggml_backend_buffer_init(buft, trunk_buffer_iface, inner, size) : nullptr;
+}
+
+static size_t trunk_buffer_type_alignment(ggml_backend_buffer_type_t) { return ggml_backend_buft_get_alignment(trunk_inner_type()); }
+static bool   trunk_buffer_type_is_host(ggml_backend_buffer_type_t) { return true; }
+
+static const ggml_backend_buffer_type_i trunk_buffer_type_iface = {
+    /* .get_name       = */ trunk_buffer_type_name,
+    /* .alloc_buffer   = */ trunk_buffer_type_alloc,
+    /* .get_alignment  = */ trunk_buffer_type_alignment,
+    /* .get_max_size   = */ nullptr,
+    /* .get_alloc_size = */ nullptr,
+    /* .is_host        = */ trunk_buffer_type_is_host,
+};
+
 static bool is_moe_buffer_type(ggml_backend_buffer_type_t buft) { return buft->iface.get_name == moe_buffer_type_name; }
 
 bool moe::is_expert_weight(const ggml_tensor * t) { return t != nullptr && t->buffer != nullptr && is_moe_buffer_type(t->buffer->buft); }
@@ -234,8 +296,9 @@ static void put(const std::string & text, char * out, size_t n) {
 
 moe_model * moe_model_new(const moe_config * config, char * error, size_t n_error) {
     try {
-        auto * model = new moe_model(*config);
-        model->buft  = {moe_buffer_type_iface, &moe_device, model};
+        auto * model       = new moe_model(*config);
+        model->expert_buft = {moe_buffer_type_iface, &moe_device, model};
+        model->trunk_buft  = {trunk_buffer_type_iface, ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), model};
         return model;
     } catch (const std::exception & e) {
         put(e.what(), error, n_error);
@@ -244,7 +307,8 @@ moe_model * moe_model_new(const moe_config * config, char * error, size_t n_erro
 }
 
 void       moe_model_free(moe_model * model) { delete model; }
-void *     moe_model_buffer_type(moe_model * model) { return &model->buft; }
+void *     moe_model_expert_buffer_type(moe_model * model) { return &model->expert_buft; }
+void *     moe_model_trunk_buffer_type(moe_model * model) { return &model->trunk_buft; }
 FILE *     moe_model_stream(moe_model * model) { return model->open_stream(); }
 int32_t    moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate_arena(n_slots) ? 0 : -1; }
 void       moe_model_bind(moe_model * model, moe_route_fn route) { model->route = route; }

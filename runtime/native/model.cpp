@@ -12,7 +12,6 @@
 moe_model::moe_model(const moe_config & config)
     : n_experts(config.n_experts),
       slot_bytes(config.slot_bytes),
-      segments_(config.segments, config.segments + config.n_segments),
       tensors_(config.tensors, config.tensors + config.n_tensors),
       header_(config.header, config.header + config.header_bytes),
       stream_bytes_(config.stream_bytes) {
@@ -21,6 +20,10 @@ moe_model::moe_model(const moe_config & config)
     }
     for (int i = 0; i < config.n_files; i++) {
         paths_.emplace_back(config.paths[i]);
+    }
+    trunk_.assign(config.trunk_tensors, config.trunk_tensors + config.n_trunk_tensors);
+    for (size_t i = 0; i < trunk_.size(); i++) {
+        trunk_by_name_[trunk_[i].name] = (int)i;
     }
     int max_layer = 0;
     for (const auto & t : tensors_) {
@@ -88,54 +91,68 @@ void moe_model::fail(moe::error_kind kind, const std::string & sentence) {
     error      = sentence;
 }
 
-// ---- the virtual stream: a complete GGUF whose expert ranges cost nothing to "read"
+bool moe_model::read_trunk(const ggml_tensor * tensor) {
+    const auto it = trunk_by_name_.find(tensor->name);
+    if (it == trunk_by_name_.end()) {
+        return false;
+    }
+    const moe_trunk_tensor & t    = trunk_[it->second];
+    const std::string &      path = paths_[t.file];
+    const int                fd   = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    ssize_t                  n    = fd < 0 ? -1 : 0;
+    for (int64_t done = 0; done < t.n_bytes && n >= 0; done += n) {
+        do {
+            n = pread(fd, (char *)tensor->data + done, t.n_bytes - done, t.offset + done);
+        } while (n < 0 && errno == EINTR);
+        if (n == 0) {
+            errno = ENODATA;
+            n     = -1;
+        }
+    }
+    if (n < 0) {  // set_tensor cannot fail: whoever loads asks for the error afterwards
+        fail(moe::ERROR_READ,
+             "cannot read " + std::string(t.name) + " from " + path + ": " + (errno == ENODATA ? "the file ended early" : strerror(errno)));
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    return true;
+}
+
+// ---- the stream: a header, and behind it address space that only has the right size
+//
+// llama.cpp's plain loader would copy every expert through a staging buffer (about a second per
+// GB) before set_tensor ignores it. Its mmap loader passes a pointer instead, and our two buffer
+// types never look at it: the trunk is read by name. So the stream is opened in mmap mode on a
+// file descriptor without a single byte, and the mapping costs nothing, whatever its length.
 
 namespace {
 
 struct stream {
-    std::vector<moe_segment> segments;
-    std::vector<uint8_t>     header;
-    std::vector<int>         fds;
-    int64_t                  size;
-    int64_t                  position = 0;
+    std::vector<uint8_t> header;
+    int64_t              size;
+    int64_t              position = 0;
+    int                  empty_fd = -1;
 
     ~stream() {
-        for (int fd : fds) {
-            close(fd);
+        if (empty_fd >= 0) {
+            close(empty_fd);
         }
     }
 };
 
 ssize_t stream_read(void * cookie, char * out, size_t n) {
-    stream & s = *(stream *)cookie;
-    if (s.position >= s.size) {
-        return 0;
+    stream &      s   = *(stream *)cookie;
+    const int64_t end = (int64_t)s.header.size();
+    if (s.position >= end) {
+        memset(out, 0, n);  // read-ahead past the header: nobody looks at it
+        n = (size_t)std::min<int64_t>((int64_t)n, s.size - s.position);
+    } else {
+        n = (size_t)std::min<int64_t>((int64_t)n, end - s.position);
+        memcpy(out, s.header.data() + s.position, n);
     }
-    const auto it =
-        std::upper_bound(s.segments.begin(), s.segments.end(), s.position, [](int64_t at, const moe_segment & g) { return at < g.end; });
-    if (it == s.segments.end() || s.position < it->start) {
-        errno = EIO;
-        return -1;
-    }
-    const moe_segment & g      = *it;
-    const int64_t       inside = s.position - g.start;
-    ssize_t             got    = (ssize_t)std::min<int64_t>((int64_t)n, g.end - s.position);
-    if (g.source == MOE_SOURCE_MEMORY) {
-        memcpy(out, s.header.data() + g.offset + inside, got);
-    } else if (g.source == MOE_SOURCE_FILE) {
-        do {
-            got = pread(s.fds[g.file], out, got, g.offset + inside);
-        } while (got < 0 && errno == EINTR);
-        if (got == 0) {  // the file ends before its header said: an error, not an end of stream
-            errno = EIO;
-            return -1;
-        }
-    }
-    // MOE_SOURCE_SKIP leaves `out` as it is: set_tensor of our buffers ignores the data.
-    if (got > 0) {
-        s.position += got;
-    }
-    return got;
+    s.position += (int64_t)n;
+    return (ssize_t)n;
 }
 
 int stream_seek(void * cookie, off64_t * offset, int whence) {
@@ -159,21 +176,19 @@ int stream_close(void * cookie) {
 
 FILE * moe_model::open_stream() {
     auto s      = std::make_unique<stream>();
-    s->segments = segments_;
     s->header   = header_;
     s->size     = stream_bytes_;
-    for (const auto & path : paths_) {
-        const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        if (fd < 0) {
-            return nullptr;
-        }
-        s->fds.push_back(fd);
+    s->empty_fd = memfd_create("moe-gguf", MFD_CLOEXEC);
+    if (s->empty_fd < 0) {
+        return nullptr;
     }
+    const int                   fd   = s->empty_fd;
     const cookie_io_functions_t io   = {stream_read, nullptr, stream_seek, stream_close};
     FILE *                      file = fopencookie(s.get(), "rb", io);
     if (file) {
         s.release();
         setvbuf(file, nullptr, _IOFBF, 1 << 16);
+        file->_fileno = fd;  // what fileno() answers and mmap() gets; glibc leaves it to the cookie's owner
     }
     return file;
 }

@@ -27,13 +27,16 @@ struct moe_model {
     const moe_tensor * find(const ggml_tensor * weight) const;
     // The destination and source of every part of one expert in one slot.
     const std::vector<moe::part> & parts_of(int layer, int expert, int slot);
-    void                           fail(moe::error_kind kind, const std::string & sentence);
+    // Fills a trunk tensor from its file; false when the tensor is not of this model.
+    bool read_trunk(const ggml_tensor * tensor);
+    void fail(moe::error_kind kind, const std::string & sentence);
 
     int                         n_experts;
     int64_t                     slot_bytes;
     int                         n_slots = 0;
     char *                      arena   = nullptr;
-    ggml_backend_buffer_type    buft{};
+    ggml_backend_buffer_type    expert_buft{};
+    ggml_backend_buffer_type    trunk_buft{};
     std::unique_ptr<moe::reads> reads;
     moe_route_fn                route = nullptr;
     moe_call                    call{};
@@ -48,7 +51,8 @@ struct moe_model {
 
   private:
     std::vector<std::string>                     paths_;
-    std::vector<moe_segment>                     segments_;
+    std::vector<moe_trunk_tensor>                trunk_;
+    std::unordered_map<std::string, int>         trunk_by_name_;
     std::vector<moe_tensor>                      tensors_;
     std::unordered_map<std::string, int>         by_name_;
     std::vector<std::vector<const moe_tensor *>> by_layer_;

@@ -24,17 +24,6 @@ extern "C" {
 
 struct moe_model;
 
-// Where the bytes [start, end) of the virtual stream come from.
-enum moe_source { MOE_SOURCE_FILE = 0, MOE_SOURCE_MEMORY = 1, MOE_SOURCE_SKIP = 2 };
-
-struct moe_segment {
-    int64_t start;
-    int64_t end;
-    int64_t offset;  // in the file or in the header memory
-    int32_t source;  // enum moe_source
-    int32_t file;
-};
-
 // One routed-expert tensor: expert e lies at offset + e * expert_bytes and is read to
 // slot_offset within its slot.
 struct moe_tensor {
@@ -46,24 +35,33 @@ struct moe_tensor {
     int32_t file;
 };
 
+// One tensor of the trunk, read whole into the memory llama.cpp computes on.
+struct moe_trunk_tensor {
+    char    name[64];
+    int64_t offset;
+    int64_t n_bytes;
+    int32_t file;
+    int32_t reserved;
+};
+
 struct moe_config {
-    int32_t                    abi;
-    int32_t                    n_experts;
-    int32_t                    n_files;
-    int32_t                    n_segments;
-    int32_t                    n_tensors;
-    int32_t                    lanes;         // reader threads
-    int32_t                    direct;        // 1: O_DIRECT
-    int32_t                    offset_align;  // of file offsets in direct reads
-    int32_t                    memory_align;  // of destinations in direct reads
-    int32_t                    reserved;
-    int64_t                    slot_bytes;  // distance between two slots
-    int64_t                    header_bytes;
-    int64_t                    stream_bytes;
-    const char * const *       paths;
-    const struct moe_segment * segments;
-    const struct moe_tensor *  tensors;
-    const uint8_t *            header;
+    int32_t                         abi;
+    int32_t                         n_experts;
+    int32_t                         n_files;
+    int32_t                         n_trunk_tensors;
+    int32_t                         n_tensors;
+    int32_t                         lanes;         // reader threads
+    int32_t                         direct;        // 1: O_DIRECT
+    int32_t                         offset_align;  // of file offsets in direct reads
+    int32_t                         memory_align;  // of destinations in direct reads
+    int32_t                         reserved;
+    int64_t                         slot_bytes;  // distance between two slots
+    int64_t                         header_bytes;
+    int64_t                         stream_bytes;  // size of the GGUF the header describes
+    const char * const *            paths;
+    const struct moe_trunk_tensor * trunk_tensors;
+    const struct moe_tensor *       tensors;
+    const uint8_t *                 header;
 };
 
 // One route event and its answer, in memory shared with the callback. The plugin fills the first
@@ -123,9 +121,11 @@ struct moe_probe {
 MOE_API struct moe_model * moe_model_new(const struct moe_config * config, char * error, size_t n_error);
 // Joins the lanes and frees the arena. Every llama model and context using it must be gone.
 MOE_API void moe_model_free(struct moe_model * model);
-// The ggml_backend_buffer_type_t for tensor_buft_overrides.
-MOE_API void * moe_model_buffer_type(struct moe_model * model);
-// A FILE * that presents the model as one complete GGUF; the caller closes it with fclose.
+// The ggml_backend_buffer_type_t for tensor_buft_overrides: of the experts, and of all the rest.
+MOE_API void * moe_model_expert_buffer_type(struct moe_model * model);
+MOE_API void * moe_model_trunk_buffer_type(struct moe_model * model);
+// A FILE * that llama.cpp takes for the complete model: it reads the header from it and maps the
+// rest, of which nothing is ever touched. The caller closes it with fclose.
 MOE_API FILE * moe_model_stream(struct moe_model * model);
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
 MOE_API int32_t           moe_model_arena(struct moe_model * model, int32_t n_slots);

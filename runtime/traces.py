@@ -1,0 +1,140 @@
+"""Recorded routing as documents and tables: what ``trace`` writes down and ``replay`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_gguf.policies.presets import POLICIES
+from moe_gguf.policies.replay import BELADY, ReplayResult, replay_table
+from moe_gguf.policies.trace import Trace, load_trace
+from moe_gguf.runtime.budget import format_size
+from moe_gguf.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_gguf.runtime.llama import Llama
+
+# Arena sizes shown by default, as shares of all experts.
+_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
+    """What a trace says about the run it records.
+
+    An interrupted run is not ``complete``: its last step counted nothing but may have loaded.
+    """
+    layout = llama.opened.layout
+    stats = llama.stats()
+    return {
+        "model": layout.name,
+        "architecture": layout.architecture,
+        "n_experts": layout.n_experts,
+        "n_experts_used": llama.opened.n_used,
+        "layers": [layer.layer for layer in layout.layers],
+        "blob_bytes": [layer.blob_bytes for layer in layout.layers],
+        "policy": stats["policy"],
+        "n_slots": stats["slots"],
+        "hits": stats["hits"],
+        "misses": stats["misses"],
+        "bytes_read": stats["bytes_read"],
+        "prefill_tokens": stats["prefill_tokens"],
+        "decode_tokens": stats["decode_tokens"],
+        "complete": complete,
+    }
+
+
+def replay_document(path: Path, policies: str | None, slots: str | None) -> dict[str, Any]:
+    """The document of ``replay``. ``policies`` and ``slots`` are lists separated by commas."""
+    try:
+        trace = load_trace(path)
+    except OSError as error:
+        raise UserError(f"cannot open {path} ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    names = [*POLICIES, BELADY] if policies is None else policies.split(",")
+    sizes = _default_sizes(trace) if slots is None else _parse_sizes(slots)
+    for name in names:
+        if name != BELADY and name not in POLICIES:
+            known = ", ".join((*POLICIES, BELADY))
+            raise UserError(f"there is no policy {name!r}: choose from {known}")
+    return {
+        "path": str(path),
+        "metadata": dict(trace.metadata),
+        "events": len(trace.events),
+        "recorded": _recorded(trace),
+        "sizes": sizes,
+        "rows": [_row(result) for result in replay_table(trace, names, sizes)],
+    }
+
+
+def _row(result: ReplayResult) -> dict[str, Any]:
+    return {
+        "policy": result.policy,
+        "slots": result.n_slots,
+        "hits": result.hits,
+        "misses": result.misses,
+        "hit_rate": result.hit_rate,
+        "bytes_read": result.bytes_read,
+    }
+
+
+def _recorded(trace: Trace) -> dict[str, Any] | None:
+    """The recorded run's own counts and whether replaying it gives them again; None if unknown."""
+    run = {key: trace.metadata.get(key) for key in ("policy", "n_slots", "hits", "misses")}
+    policy, n_slots = run["policy"], run["n_slots"]
+    if None in run.values() or policy not in POLICIES or not trace.metadata.get("complete", True):
+        return None
+    if type(n_slots) is not int or n_slots < 1:
+        return None
+    (again,) = replay_table(trace, [policy], [n_slots])
+    return {**run, "reproduced": (again.hits, again.misses) == (run["hits"], run["misses"])}
+
+
+def _default_sizes(trace: Trace) -> list[int]:
+    n_all = len(trace.metadata["layers"]) * trace.metadata["n_experts"]
+    recorded = trace.metadata.get("n_slots")
+    sizes = {max(1, round(n_all * share)) for share in _SHARES}
+    return sorted(sizes | ({recorded} if type(recorded) is int and recorded >= 1 else set()))
+
+
+def _parse_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{text!r} is not a list of arena sizes: write it like 64,128") from None
+    if min(sizes) < 1:
+        raise UserError(f"an arena of {min(sizes)} slots holds no expert: ask for at least 1")
+    return sizes
+
+
+def replay_text(document: dict[str, Any]) -> str:
+    d, meta = document, document["metadata"]
+    n_all = len(meta["layers"]) * meta["n_experts"]
+    lines = [
+        f"{meta.get('model', d['path'])}: {d['events']} events, {len(meta['layers'])} MoE layers x "
+        f"{meta['n_experts']} experts"
+    ]
+    if (recorded := d["recorded"]) is None:
+        lines.append("the recorded run cannot be checked: it was interrupted or says too little")
+    else:
+        run = (
+            f"{recorded['policy']} with {recorded['n_slots']} slots had {recorded['hits']} hits and "
+            f"{recorded['misses']} misses"
+        )
+        verdict = "the same" if recorded["reproduced"] else "OTHER COUNTS, which is a bug"
+        lines.append(f"recorded: {run}; replaying it gives {verdict}")
+    header = [f"{n} slots ({n / n_all:.0%})" for n in d["sizes"]]
+    cells: dict[str, list[str]] = {}
+    for row in d["rows"]:
+        cell = f"{row['hit_rate']:.1%} {format_size(row['bytes_read'])}"
+        cells.setdefault(row["policy"], []).append(cell)
+    lines += _table([["hits, bytes read", *header], *([name, *row] for name, row in cells.items())])
+    return "\n".join(lines)
+
+
+def _table(rows: list[list[str]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        yield "  ".join((first.ljust(widths[0]), *cells))

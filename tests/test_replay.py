@@ -1,0 +1,349 @@
+"""Traces survive the disk, and replaying one tells what the engine would have counted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from moe_gguf.policies import POLICIES, Residency, policy
+from moe_gguf.policies.replay import replay, replay_table
+from moe_gguf.policies.trace import Trace, TraceEvent, TraceRecorder, load_trace, route_event
+
+ROWS = [*POLICIES, "belady"]
+
+
+def metadata(n_layers: int, n_experts: int) -> dict[str, Any]:
+    layers = list(range(n_layers))
+    return {"n_experts": n_experts, "layers": layers, "blob_bytes": [100 + n for n in layers]}
+
+
+def make_trace(events: Sequence[tuple[int, Sequence[Sequence[int]]]], n_experts: int) -> Trace:
+    """A trace from (layer, ids by token) pairs."""
+    n_layers = 1 + max(layer for layer, _ in events)
+    rows = [TraceEvent(layer, len(ids), False, np.array(ids, np.int16)) for layer, ids in events]
+    return Trace(metadata(n_layers, n_experts), rows)
+
+
+def random_trace(seed: int, n_experts: int = 10, n_layers: int = 3, n_events: int = 120) -> Trace:
+    """Skewed routing of one to a few tokens per step, the same number in each layer of a step."""
+    rng = random.Random(seed)
+    weights = [[rng.random() ** 3 for _ in range(n_experts)] for _ in range(n_layers)]
+
+    def token(layer: int) -> list[int]:
+        drawn: dict[int, None] = {}
+        while len(drawn) < 3:
+            drawn[rng.choices(range(n_experts), weights[layer])[0]] = None
+        return list(drawn)
+
+    events = []
+    for step in range(n_events // n_layers):
+        n_tokens = 8 if step % 10 == 0 else 1
+        events += [(x, [token(x) for _ in range(n_tokens)]) for x in range(n_layers)]
+    return make_trace(events, n_experts)
+
+
+def golden_trace() -> Trace:
+    """The same on every machine and version: a prompt of 12 tokens, then 100 single ones.
+
+    A linear congruential generator chooses; the expert drifts with the step, and half of each
+    token's experts are the previous token's, so that there is something to cache.
+    """
+    n_layers, n_experts, n_used = 6, 16, 4
+    state = 2024
+
+    def draws() -> Iterator[int]:
+        nonlocal state
+        while True:
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            yield (state >> 33) % 1000
+
+    numbers = draws()
+    previous: list[list[int]] = [[] for _ in range(n_layers)]
+
+    def token(layer: int, step: int) -> list[int]:
+        chosen = previous[layer][: n_used // 2]
+        while len(chosen) < n_used:
+            number = next(numbers)
+            expert = (number * number // 62500 + step // 25 + layer) % n_experts
+            if expert not in chosen:
+                chosen.append(expert)
+        previous[layer] = chosen[::-1]
+        return chosen
+
+    events = []
+    for step in range(101):
+        n_tokens = 12 if step == 0 else 1
+        events += [(x, [token(x, step) for _ in range(n_tokens)]) for x in range(n_layers)]
+    return make_trace(events, n_experts)
+
+
+def record(trace: Trace) -> TraceRecorder:
+    recorder = TraceRecorder()
+    for layer, n_tokens, continuation, ids in trace.events:
+        recorder.record(layer, n_tokens, ids.shape[1], ids.ravel().tolist(), continuation)
+    return recorder
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    with np.load(path) as archive:
+        return dict(archive)
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def test_a_route_event_lists_experts_as_first_seen() -> None:
+    ids = np.array([[7, 2, 5], [5, 7, 1], [9, 7, 2]], np.int16)
+    event = route_event(3, ids)
+    assert event == (3, 3, [7, 2, 5, 1, 9], [3, 2, 2, 1, 1])
+
+
+@pytest.mark.parametrize("n_experts", [10, 40000])
+def test_a_trace_survives_the_disk(n_experts: int, tmp_path: Path) -> None:
+    events = [*random_trace(1).events, TraceEvent(1, 1, False, np.array([[n_experts - 1]]))]
+    events += [TraceEvent(1, 1, True, np.array([[n_experts - 1]]))]
+    trace = Trace({**metadata(3, n_experts), "model": "größer", "hits": 5}, events)
+    record(trace).save(tmp_path / "run.npz", trace.metadata)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.npz"], "a temporary file is left"
+    loaded = load_trace(tmp_path / "run.npz")
+    assert loaded.metadata.items() >= trace.metadata.items()
+    assert len(loaded.events) == len(trace.events)
+    for a, b in zip(loaded.events, trace.events, strict=True):
+        assert a[:3] == b[:3]
+        assert np.array_equal(a.ids, b.ids)
+        assert a.ids.dtype == (np.int16 if n_experts < 1 << 15 else np.int32)
+
+
+def test_an_empty_trace_is_a_trace(tmp_path: Path) -> None:
+    TraceRecorder().save(tmp_path / "run.npz", metadata(2, 8))
+    trace = load_trace(tmp_path / "run.npz")
+    assert not trace.events
+    assert all(
+        row.hits == row.misses == row.hit_rate == 0 for row in replay_table(trace, ROWS, [4])
+    )
+
+
+def test_a_trace_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    old = tmp_path / "run.npz"
+    old.write_bytes(b"the previous one")
+    recorder = record(random_trace(1))
+    with pytest.raises(ValueError, match="n_experts is not"):
+        recorder.save(old, {})
+    with pytest.raises(ValueError, match="layer is not among"):
+        recorder.save(old, metadata(2, 10))
+    with pytest.raises(ValueError, match="an expert is not below"):
+        recorder.save(old, metadata(3, 9))
+    recorder.record(0, 2, 3, [1, 2, 3], False)  # half an event
+    with pytest.raises(ValueError, match="do not add up"):
+        recorder.save(old, metadata(3, 10))
+    assert old.read_bytes() == b"the previous one"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_no_trace_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    good = tmp_path / "good.npz"
+    record(random_trace(1)).save(good, metadata(3, 10))
+    arrays = arrays_of(good)
+    meta = json.loads(arrays["metadata"].tobytes())
+    raw = good.read_bytes()
+
+    def patched(**changes: Any) -> dict[str, Any]:
+        return {k: v for k, v in {**arrays, **changes}.items() if v is not None}
+
+    def described(**changes: Any) -> dict[str, Any]:
+        text = json.dumps({k: v for k, v in {**meta, **changes}.items() if v is not None})
+        return patched(metadata=np.frombuffer(text.encode(), np.uint8))
+
+    def first(name: str, value: int) -> dict[str, Any]:
+        array = arrays[name].copy()
+        array[0] = value
+        return patched(**{name: array})
+
+    forged = arrays["n_tokens"].astype(np.int64)
+    forged[:2] = 2**62, 2**62
+    archives = [
+        *(patched(**{name: None}) for name in arrays),
+        *(described(**{name: None}) for name in metadata(1, 1)),
+        described(version=2),
+        described(format="something else"),
+        described(n_experts=9),
+        described(n_experts=True),
+        described(blob_bytes=[1, 2]),
+        described(layers=[0, 1, "2"]),
+        patched(metadata=np.frombuffer(b"[1]", np.uint8)),
+        patched(metadata=np.frombuffer(b"{\xff", np.uint8)),
+        patched(metadata=np.frombuffer(b"[" * 100_000, np.uint8)),
+        patched(ids=arrays["ids"][:-1]),
+        patched(ids=arrays["ids"].astype(np.float32)),
+        patched(layer=arrays["layer"].reshape(-1, 1)),
+        patched(layer=arrays["layer"][:-1]),
+        patched(ids=np.array([{}], object)),
+        patched(n_tokens=forged),
+        first("n_tokens", 0),
+        first("n_used", -3),
+        first("ids", -1),
+        first("ids", 10),
+        first("layer", 3),
+        first("continuation", 1),
+        patched(continuation=np.ones_like(arrays["continuation"])),
+    ]
+    path = tmp_path / "bad.npz"
+    for archive in archives:
+        np.savez(path, **archive)
+        with pytest.raises(ValueError, match=r"bad\.npz is not a routing trace"):
+            load_trace(path)
+    single = tmp_path / "single.npy"
+    np.save(single, arrays["ids"])
+    for blob in (b"", b"GGUF", raw[:-100], raw[:60], single.read_bytes(), b"PK\3\4" + raw[:9]):
+        path.write_bytes(blob)
+        with pytest.raises(ValueError, match=r"bad\.npz is not a routing trace"):
+            load_trace(path)
+    with pytest.raises(FileNotFoundError):
+        load_trace(tmp_path / "nowhere.npz")
+
+
+def test_damaged_bytes_raise_nothing_but_value_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    record(random_trace(1, n_events=12)).save(path, metadata(3, 10))
+    raw = path.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(raw)
+        damaged[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_trace(path)
+        except ValueError:
+            refused += 1
+    assert refused > 150  # a zip file has many bytes that nobody reads
+
+
+# --- the replay --------------------------------------------------------------------------------
+
+
+# Hits among 2480 demands, by arena size: one event's 4 experts do not fit into 3 slots, one token's
+# 24 not into 20. When a policy changes on purpose, enter the new counts.
+GOLDEN = {
+    "load-on-demand": {3: 0, 20: 0, 32: 0, 48: 0, 96: 0},
+    "lru": {3: 0, 20: 0, 32: 1440, 48: 1744, 96: 2384},
+    "lfu": {3: 0, 20: 649, 32: 1062, 48: 1740, 96: 2384},
+    "belady": {3: 300, 20: 1550, 32: 1875, 48: 2102, 96: 2384},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_golden_counts(name: str) -> None:
+    rows = replay_table(golden_trace(), [name], [3, 20, 32, 48, 96])
+    assert {row.n_slots: row.hits for row in rows} == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("n_slots", [2, 7, 12, 30])
+def test_replay_counts_what_the_run_counted(name: str, n_slots: int, tmp_path: Path) -> None:
+    """A run as the engine does it, with some layers in two parts, then its trace from disk."""
+    rng = random.Random(n_slots)
+    residency = Residency(n_slots, 10, *policy(name))
+    recorder = TraceRecorder()
+    hits = misses = loaded = 0
+    for layer, n_tokens, _, ids in random_trace(7).events:
+        for continuation in (False, True) if rng.random() < 0.3 else (False,):
+            event = route_event(layer, ids)
+            plan = residency.plan(event)
+            recorder.record(layer, n_tokens, 3, ids.ravel().tolist(), continuation)
+            loaded += sum(plan.loads) * (100 + layer)
+            if not continuation:
+                hits += plan.n_hits
+                misses += sum(plan.loads)
+    recorder.save(tmp_path / "run.npz", metadata(3, 10))
+    row = replay(load_trace(tmp_path / "run.npz"), name, n_slots)
+    assert (row.hits, row.misses, row.bytes_read) == (hits, misses, loaded)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_belady_bounds_every_policy(seed: int) -> None:
+    trace = random_trace(seed)
+    repeated = [e for event in trace.events for e in (event, event._replace(continuation=True))]
+    for some in (trace, Trace(trace.metadata, repeated)):
+        sizes = [1, 2, 3, 5, 8, 12, 20, 30]
+        table = replay_table(some, ROWS, sizes)
+        best = {row.n_slots: row.hits for row in table if row.policy == "belady"}
+        assert all(row.hits <= best[row.n_slots] for row in table)
+        assert len({row.hits + row.misses for row in table}) == 1
+
+
+def fewest_misses(events: Sequence[frozenset[int]], n_slots: int) -> int:
+    """By trying every victim everywhere: costs[arena] = misses so far on the best way there."""
+    costs: dict[frozenset[int], int] = {frozenset(): 0}
+    for wanted in events:
+        after: dict[frozenset[int], int] = {}
+        for arena, cost in costs.items():
+            pool = arena | wanted
+            must = wanted if len(wanted) <= n_slots else frozenset()
+            room = min(n_slots, len(pool)) - len(must)
+            for kept in itertools.combinations(sorted(pool - must), room):
+                state = must | frozenset(kept)
+                paid = cost + len(wanted - arena)
+                after[state] = min(paid, after.get(state, paid))
+        costs = after
+    return min(costs.values())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_belady_is_the_optimum(seed: int) -> None:
+    rng = random.Random(seed)
+    layers = [0, 1] * 5
+    chosen = [rng.sample(range(4), rng.choice([1, 1, 2, 2, 3, 4])) for _ in layers]
+    trace = make_trace([(x, [c]) for x, c in zip(layers, chosen, strict=True)], 4)
+    events = [frozenset(4 * x + e for e in c) for x, c in zip(layers, chosen, strict=True)]
+    for n_slots in (1, 2, 3, 4, 5):
+        assert replay(trace, "belady", n_slots).misses == fewest_misses(events, n_slots)
+
+
+def test_below_one_tokens_working_set_lru_hits_nothing() -> None:
+    """The cliff: an order of demand that repeats exactly evicts each expert just before its use."""
+    token = [(layer, [[2 * layer, 2 * layer + 1]]) for layer in range(4)]  # 8 keys per token
+    trace = make_trace(token * 50, 8)
+    assert [replay(trace, "lru", n).hits for n in (1, 2, 5, 6)] == [0, 0, 0, 0]
+    # With one slot short the first half of each event is a hit, pinned while the other half loads.
+    # So the edge lies one event below the working set, not at it.
+    assert replay(trace, "lru", 7).hits == 4 * 49
+    assert replay(trace, "lru", 8).misses == 8
+    # Nothing forces the fall: one may keep what fits beside two slots that all the rest share.
+    assert replay(trace, "belady", 6).hit_rate > 0.6
+
+
+def test_layers_add_up() -> None:
+    for row in replay_table(random_trace(2), ROWS, [2, 9]):
+        assert sum(row.layer_hits.values()) == row.hits
+        assert sum(row.layer_misses.values()) == row.misses
+        assert row.bytes_read == sum(n * (100 + x) for x, n in row.layer_misses.items())
+        for layer, rate in row.layer_hit_rate.items():
+            total = row.layer_hits[layer] + row.layer_misses[layer]
+            assert rate == row.layer_hits[layer] / total
+
+
+def test_a_table_has_a_row_per_policy_and_size() -> None:
+    trace = random_trace(2)
+    table = replay_table(trace, ["lru", "belady"], [4, 9])
+    assert [(row.policy, row.n_slots) for row in table] == [
+        ("lru", 4),
+        ("lru", 9),
+        ("belady", 4),
+        ("belady", 9),
+    ]
+    assert table == [replay(trace, row.policy, row.n_slots) for row in table]
+
+
+def test_unusable_requests_name_the_mend() -> None:
+    trace = random_trace(2)
+    with pytest.raises(ValueError, match="at least 1"):
+        replay(trace, "lru", 0)
+    with pytest.raises(ValueError, match="choose one of"):
+        replay(trace, "mru", 4)
