@@ -43,7 +43,8 @@ class Residency:
         order: LoadOrder | None = None,
         predictor: Predictor | None = None,
     ) -> None:
-        assert n_slots >= 1 and n_experts >= 1
+        assert n_slots >= 1
+        assert n_experts >= 1
         self.n_slots = n_slots
         self.n_experts = n_experts
         self.cache = cache
@@ -79,10 +80,12 @@ class Residency:
             used = self.guessed.intersection(base + expert for expert in experts)
             self.guesses_used += len(used)
             self.guessed -= used
-        if missing:
-            self._place(event, base, missing, experts, slots)
+        passing = self._place(event, base, missing, experts, slots) if missing else []
         loads = [0] * n_hits + [1] * len(missing)
         guesses = self._guess(event) if self.predictor is not None else []
+        for key in passing:  # only now: until here their slots belong to this very plan
+            if key in slot_of:
+                self.free.append(slot_of.pop(key))
         return Plan(experts, slots, loads, guesses, n_hits)
 
     def _place(
@@ -92,8 +95,11 @@ class Residency:
         missing: list[int],
         experts: list[int],
         slots: list[int],
-    ) -> None:
-        """Give every missing expert a slot, appending to ``experts`` and ``slots``."""
+    ) -> list[int]:
+        """Give every missing expert a slot, appending to ``experts`` and ``slots``.
+
+        Returns the keys the policy does not want to keep.
+        """
         slot_of, cache, free = self.slot_of, self.cache, self.free
         if self.order is not None and len(missing) > 1:
             rank = self.order.order(
@@ -102,7 +108,7 @@ class Residency:
             missing = [missing[r] for r in rank]
         pinned = {base + expert for expert in event.experts}
         recycled = 0
-        passing: list[int] = []  # keys the policy does not want to keep
+        passing: list[int] = []
         for i in missing:
             expert = event.experts[i]
             key = base + expert
@@ -124,9 +130,7 @@ class Residency:
                 passing.append(key)
             experts.append(expert)
             slots.append(slot)
-        for key in passing:
-            if key in slot_of:
-                free.append(slot_of.pop(key))
+        return passing
 
     def _guess(self, event: RouteEvent) -> list[tuple[int, int]]:
         """Slots for the predictor's keys. A guess takes a free slot only: it evicts nothing."""
@@ -151,6 +155,19 @@ class Residency:
             self.guessed.discard(key)
             if key in self.cache:
                 self.cache.remove(key)
+
+    def reconcile(self, held: Sequence[int]) -> None:
+        """Make the table true after a failure, also one inside ``plan`` that left it half changed.
+
+        ``held[slot]`` is the key a slot holds, -1 for none.
+        """
+        slot_of = {key: s for key, s in self.slot_of.items() if held[s] == key and key in self.cache}
+        for key in [key for key in self.cache if key not in slot_of]:
+            self.cache.remove(key)
+        self.slot_of = slot_of
+        self.guessed &= slot_of.keys()
+        used = set(slot_of.values())
+        self.free = [slot for slot in range(self.n_slots - 1, -1, -1) if slot not in used]
 
     def resident(self, layer: int) -> Sequence[int]:
         """The experts of one layer that have a slot."""

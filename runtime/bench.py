@@ -35,6 +35,7 @@ from moe_gguf.runtime.layout import PAGE, ModelLayout, read_layout, slot_layout
 SCHEMA = 1
 # A run that takes longer hangs, or thrashes beyond what is worth measuring.
 RUN_LIMIT_S = 1800.0
+LEFT_OUT = "left out"  # how the failure of a row that was never tried begins
 # Of a process beside its weights; only decides whether an uncapped row may be tried at all.
 _PROCESS_BYTES = 2 * 10**9
 
@@ -253,7 +254,7 @@ def _run_row(name: str, spec: Spec, group_bytes: int | None, layout: ModelLayout
         needed = sum(header.file_bytes for header in layout.headers)
         free = auto_size()
         if needed > free:
-            return Run({}, f"left out: needs {format_size(needed)}, {format_size(free)} is free")
+            return Run({}, f"{LEFT_OUT}: needs {format_size(needed)}, {format_size(free)} is free")
     if group_bytes is None:
         return run_process(_command(spec), None)
     try:
@@ -289,8 +290,9 @@ def run_process(
     if code < 0 or code > 128:  # by itself, or as the shell reports it
         number = -code if code < 0 else code - 128
         kills = group.oom_kills() if group is not None else None
-        if number == signal.SIGKILL and kills != 0:  # without a cgroup nobody counts
-            return Run({}, "killed (out of memory)")
+        if number == signal.SIGKILL and kills != 0:
+            surely = "" if kills else "probably "  # without a cgroup nobody counts
+            return Run({}, f"killed ({surely}out of memory)")
         return Run({}, f"killed ({_signal_name(number)})")
     try:
         result = json.loads(out.splitlines()[-1])
@@ -373,16 +375,17 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _errors(document: dict[str, Any]) -> list[str]:
-    errors = [
-        f"{row['row']} generated other tokens than {document['reference']}"
-        for row in document["rows"]
-        if row["identical"] is False
-    ]
-    errors += [
-        f"{row['row']} peaked at {format_size(row['median']['rss_peak_bytes'])}, over the cap"
-        for row in document["rows"]
-        if row["policy"] is not None and row.get("within_cap") is False
-    ]
+    """Broken promises: same tokens, hard budget, our rows run. What stock suffers is a result."""
+    errors = []
+    for row in document["rows"]:
+        name, failure, ours = row["row"], row["failure"], row["policy"] is not None
+        if row["identical"] is False:
+            errors.append(f"{name} generated other tokens than {document['reference']}")
+        if ours and row.get("within_cap") is False:
+            peak = format_size(row["median"]["rss_peak_bytes"])
+            errors.append(f"{name} peaked at {peak}, over the cap")
+        if ours and failure and not failure.startswith(LEFT_OUT):
+            errors.append(f"{name}: {failure}")
     return errors
 
 

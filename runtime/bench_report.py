@@ -63,6 +63,8 @@ def conditions(document: dict[str, Any]) -> list[str]:
     """Model, cap, machine and versions: a number without these means nothing."""
     model, machine, settings = document["model"], document["machine"], document["settings"]
     commit = document["commit"] or "unknown"
+    repeat = settings["repeat"]
+    runs = f"median of {repeat} runs" if repeat > 1 else "one run of each row"
     return [
         f"{model['name']}: {model['architecture']}, {model['moe_layers']} MoE layers x "
         f"{model['experts']} experts, top-{model['experts_used']}, experts "
@@ -73,7 +75,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
         f"{machine['system']}; {document['threads']} threads, context {settings['n_ctx']}",
         f"moe-gguf {document['moe_gguf']}, commit {commit}; llama-cpp-python "
         f"{document['llama_cpp_python']}, weight repacking off",
-        f"median of {settings['repeat']} runs, rows in turn; prefill cold "
+        f"{runs}, rows in turn; prefill cold "
         f"({settings['prompt_tokens']} tokens); decode warm (the last three quarters of "
         f"{settings['n_predict']} tokens)",
     ]
@@ -108,9 +110,10 @@ def remarks(document: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{row['row']}: decoding cut off after {limit:.0f} s, {counted} tokens counted"
             )
-    checked = [row["row"] for row in rows if row["identical"]]
-    if len(checked) > 1:
-        lines.append(f"same greedy tokens as {document['reference']}: {', '.join(checked)}")
+    reference = document["reference"]
+    checked = [row["row"] for row in rows if row["identical"] and row["row"] != reference]
+    if checked:
+        lines.append(f"same greedy tokens as {reference}: {', '.join(checked)}")
     if document["interrupted"]:
         lines.append("interrupted: rows have fewer runs than planned")
     return lines
@@ -159,8 +162,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * top)
-    runs = document["settings"]["repeat"]
-    axes.set_xlabel(f"decode, tokens per second (median of {runs}; whiskers: slowest and fastest)")
+    repeat = document["settings"]["repeat"]
+    what = f"median of {repeat} runs; whiskers: slowest and fastest" if repeat > 1 else "one run"
+    axes.set_xlabel(f"decode, tokens per second ({what})")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_title(

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 import platformdirs
 
-from moe_gguf.runtime.errors import ExpertReadError, UserError
+from moe_gguf.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from moe_gguf.runtime.generate import Sampling
@@ -355,9 +356,12 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     Exits with 1 when it does not fit.
     """
     from moe_gguf.runtime.planner import plan_document, plan_text
+    from moe_gguf.runtime.progress import bar
 
     quieten()
-    document = plan_document(resolve(model), verbose=debugging(), **options)
+    path = resolve(model)
+    with bar(f"measuring {path.name}"):  # like run: the process has the same size then
+        document = plan_document(path, verbose=debugging(), **options)
     click.echo(json.dumps(document) if as_json else plan_text(document))
     if not document["fits"]:
         sys.exit(1)
@@ -450,11 +454,12 @@ def replay(trace_file: str, policies: str | None, slots: str | None, as_json: bo
 @click.option("--api-key", envvar="MOE_GGUF_API_KEY", show_envvar=True, help="require this key")
 def serve(model: str, host: str, port: int, api_key: str | None, **options: Any) -> None:
     """Serve MODEL over the OpenAI API (llama-cpp-python's server, one request at a time)."""
-    from moe_gguf.runtime.server import serve as serve_llama
+    from moe_gguf.runtime import server
 
+    listener = server.listen(host, port)
     llama = open_llama(model, **options)
     try:
-        serve_llama(llama, host, port, api_key)
+        server.serve(llama, listener, api_key)
     finally:
         llama.close()
 
@@ -508,24 +513,29 @@ def main() -> NoReturn:
         args = ["--debug", *(arg for arg in args if arg != "--debug")]
     try:
         sys.exit(cli.main(args, standalone_mode=False))
-    except click.exceptions.NoArgsIsHelpError as error:
-        note(error.format_message())
-        sys.exit(2)
-    except (UserError, click.UsageError) as error:
-        text = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        text, code = "interrupted", 130
     except BrokenPipeError:  # the reader of our stdout left; nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ExpertReadError, OSError, MemoryError, RuntimeError, ValueError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
-            raise
-        text, code = str(error) or type(error).__name__, 1
-    except Exception as error:
-        if debug:
-            raise
-        text, code = f"{type(error).__name__}: {error}; this is a bug: --debug shows where", 1
-    note(f"moe-gguf: error: {text}")
+            traceback.print_exc()
+        text, code = _explained(error)
+    note(text)
     sys.exit(code)
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and the exit code."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return error.format_message(), 2
+    if isinstance(error, click.UsageError):
+        text, code = error.format_message(), 2
+    elif isinstance(error, UserError):
+        text, code = str(error), 2
+    elif isinstance(error, KeyboardInterrupt | click.Abort):
+        text, code = "interrupted", 130
+    elif isinstance(error, OSError | MemoryError | RuntimeError | ValueError):
+        text, code = str(error) or type(error).__name__, 1
+    else:
+        text, code = f"{type(error).__name__}: {error}; this is a bug: --debug shows where", 1
+    return f"moe-gguf: error: {text}", code

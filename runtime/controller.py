@@ -7,6 +7,7 @@ list and dict operations per expert and nothing per token. Does not know files, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from moe_gguf.policies.base import RouteEvent
@@ -41,17 +42,32 @@ class Controller:
         self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
-        plugin.bind(self._route)
+        self._bind()
 
-    def _route(self) -> int:
-        # ctypes would print and swallow an exception; keep it for whoever called decode.
-        # BaseException: Ctrl-C arrives here too, since this is the Python code that runs.
-        try:
-            self.on_route()
-            return 0
-        except BaseException as error:
-            self._failure = error
-            return 1
+    def _bind(self) -> None:
+        answers = self._answers()
+        next(answers)
+        self.plugin.bind(answers.__next__)
+
+    def _answers(self) -> Iterator[int]:
+        """Answer one event per item: 1 when the plan is filled, 0 when that raised.
+
+        ctypes would print and swallow an exception; this keeps it for whoever called decode. A
+        generator, because Ctrl-C during a step is raised at the next bytecode of Python that runs:
+        in a function that is its entry, before any ``try``, but a generator resumes inside one.
+        """
+        answer = 0
+        while True:
+            try:
+                while True:
+                    yield answer
+                    answer = 0
+                    self.on_route()
+                    answer = 1
+            except GeneratorExit:
+                return
+            except BaseException as error:
+                self._failure, answer = error, 0
 
     def on_route(self) -> None:
         call = self._call
@@ -78,9 +94,8 @@ class Controller:
 
     def recover(self) -> BaseException:
         """After a failed step: make the table true again and return the reason of the failure."""
-        keys = self.plugin.slot_keys()
-        table = self.residency.slot_of
-        self.residency.drop([key for key, slot in table.items() if keys[slot] != key])
+        self.residency.reconcile(self.plugin.slot_keys())
+        self._bind()  # a second Ctrl-C within microseconds of the first ends the generator
         failure, self._failure = self._failure, None
         native = self.plugin.take_error()
         return failure or native or RuntimeError("llama.cpp could not compute a step")

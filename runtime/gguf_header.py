@@ -74,8 +74,8 @@ class GgmlType:
 # From ggml.h and ggml-common.h. Kept here, not taken from the gguf package: importing that takes
 # longer than reading a header, and it does not list every type of the pinned llama.cpp.
 GGML_TYPES: dict[int, GgmlType] = {
-    number: GgmlType(*rest)
-    for number, *rest in (
+    number: GgmlType(name, block, block_bytes)
+    for number, name, block, block_bytes in (
         (0, "F32", 1, 4),
         (1, "F16", 1, 2),
         (2, "Q4_0", 32, 18),
@@ -254,7 +254,7 @@ class _Reader:
     def load(self, n_bytes: int) -> int:
         """Have at least this many bytes of the cursor in the window; the cursor's place in it."""
         place = self.at - self.window_at
-        if 0 <= place and place + n_bytes <= len(self.window):
+        if place >= 0 and place + n_bytes <= len(self.window):
             return place
         if self.at + n_bytes > self.file_bytes:
             raise self.truncated()

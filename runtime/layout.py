@@ -266,9 +266,7 @@ _LOOKUPS = re.compile(r"blk\.\d+\.ffn_gate_tid2eid\.weight|d2t|t2d")
 def _check_types(header: GgufHeader) -> None:
     for info in header.tensors:
         kind = GGML_TYPES[info.ggml_type].name
-        if kind in _NO_WEIGHT and not (
-            kind in ("I32", "I64") and _LOOKUPS.fullmatch(info.name)
-        ):
+        if kind in _NO_WEIGHT and not (kind in ("I32", "I64") and _LOOKUPS.fullmatch(info.name)):
             raise UserError(
                 f"{header.path}: tensor {info.name} is {kind}, which llama.cpp cannot compute"
                 " with; convert the model to F32, F16, BF16 or a quantised type"
@@ -369,7 +367,8 @@ def slot_layout(layout: ModelLayout, align: int) -> SlotLayout:
     behind it. A part has its file offset's remainder (expert 0's: others share it where
     expert_bytes is a multiple of align), so that bytes land where they are used.
     """
-    assert align >= 1 and align & (align - 1) == 0
+    assert align >= 1
+    assert align & (align - 1) == 0
     offsets: dict[tuple[int, str], int] = {}
     need = 0
     for layer in layout.layers:

@@ -1,8 +1,10 @@
-"""The OpenAI API over one open model: llama-cpp-python's routes, served by uvicorn.
+"""The OpenAI API over one open model: llama-cpp-python's endpoints, served by uvicorn.
 
-The routes, their validation and their one-request-at-a-time lock are llama_cpp.server's. Ours is
-that they get the model that is open, that listening, errors and stopping are orderly, and two
-routes more: /health and /stats.
+The endpoints, the schema of their requests and the lock that lets one request at a time compute
+are llama_cpp.server's. Ours: they get the model that is open, every failure is answered in the
+form OpenAI's clients read, stopping is orderly, and there are /health and /stats.
+
+Importing this raises UserError where the packages are missing, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -13,63 +15,80 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import llama_cpp
+from llama_cpp.llama_chat_format import get_chat_completion_handler
+
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.llama import Llama
 
-# How long a stop waits for requests in progress before the next step of each is refused.
+try:
+    import llama_cpp.server.app as api
+    import uvicorn
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.middleware.cors import CORSMiddleware
+    from fastapi.responses import JSONResponse
+    from llama_cpp.server.settings import ServerSettings
+    from starlette.exceptions import HTTPException
+except ImportError as missing:
+    raise UserError(
+        f"serving needs more packages ({missing}): pip install 'moe-gguf[server]'"
+    ) from missing
+
+# How long a stop waits for the requests in progress.
 _GRACE_SECONDS = 1
+# /v1/models is ours; embeddings need a context made for them.
+_NOT_TAKEN_OVER = ("/v1/models", "/v1/embeddings")
 
 
-def serve(llama: Llama, host: str, port: int, api_key: str | None) -> None:
-    """Serve until SIGINT or SIGTERM; UserError without the extra packages or the address."""
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 is any that is free. UserError when the address cannot be had."""
     try:
-        import uvicorn
-
-        app = make_app(llama, api_key)
-    except ImportError as error:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
         raise UserError(
-            f"serving needs more packages ({error}): pip install 'moe-gguf[server]'"
+            f"cannot listen on {host}:{port} ({reason}): give another --host or --port"
         ) from None
-    listener = _listen(host, port)
+    return listener
+
+
+def serve(llama: Llama, listener: socket.socket, api_key: str | None) -> None:
+    """Serve until SIGINT or SIGTERM."""
     stop = _Stop(llama)
 
-    class Server(uvicorn.Server):
+    class Server(uvicorn.Server):  # type: ignore[misc]
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            note(f"moe-gguf: serving {alias(llama)} at {_url(listener)} (Ctrl-C stops)")
+            _note(f"moe-gguf: serving {_alias(llama)} at {_url(listener)} (Ctrl-C stops)")
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             stop.requested = True
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="off"
+        make_app(llama, api_key),
+        log_level="error",
+        lifespan="off",
+        timeout_graceful_shutdown=_GRACE_SECONDS,
     )
-    # llama_cpp.server prints remarks on clients that left; uvicorn ends by raising the signal again.
-    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(KeyboardInterrupt):
+    # uvicorn raises the signal again when it has stopped. llama_cpp.server prints remarks.
+    with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(sys.stderr):
         Server(config).run(sockets=[listener])
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def alias(llama: Llama) -> str:
-    """The model's name towards clients."""
-    return llama.opened.layout.path.stem
-
-
-def make_app(llama: Llama, api_key: str | None) -> Any:
-    """The ASGI application; ImportError without the extra packages."""
-    import llama_cpp.server.app as api
-    from fastapi import Depends, FastAPI
-    from fastapi.middleware.cors import CORSMiddleware
-    from llama_cpp.server.settings import ServerSettings
-
-    # Not api.create_app: it would open a model by itself, and obey the environment's CONFIG_FILE.
+def make_app(llama: Llama, api_key: str | None) -> FastAPI:
+    """The ASGI application."""
+    # Not api.create_app: it opens a model by itself and obeys the environment's CONFIG_FILE.
     api.set_server_settings(ServerSettings(api_key=api_key, interrupt_requests=False))
-    api._llama_proxy = _Proxy(llama)  # type: ignore[assignment]
-    app = FastAPI(title="moe-gguf")
+    served = _Served(llama)
+    api._llama_proxy = lambda model=None: served  # whatever name is asked for
+    app = FastAPI(title="moe-gguf", docs_url=None, redoc_url=None)
     app.add_middleware(
         CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
     )
@@ -83,55 +102,103 @@ def make_app(llama: Llama, api_key: str | None) -> Any:
     async def stats() -> dict[str, Any]:
         return llama.stats()
 
-    # In front of the same route of llama_cpp.server, which waits for the request in progress.
+    # llama_cpp.server's own would wait until the request in progress is answered.
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
-        model = {"id": alias(llama), "object": "model", "owned_by": "me", "permissions": []}
+        model = {"id": _alias(llama), "object": "model", "owned_by": "moe-gguf", "permissions": []}
         return {"object": "list", "data": [model]}
 
-    app.include_router(api.router)
+    # Route by route, not the router: its route class answers bad requests with 500.
+    for route in api.router.routes:
+        if route.path not in _NOT_TAKEN_OVER:
+            app.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=list(route.methods),
+                dependencies=route.dependencies,
+                response_model=None,
+            )
+    for kind in (HTTPException, RequestValidationError, *_EXPECTED):
+        app.add_exception_handler(kind, _answer)
     return app
 
 
-class _Proxy:
-    """What llama_cpp.server asks for a model by name: whatever the name, there is one."""
+# --- failures -----------------------------------------------------------------------------------
 
-    def __init__(self, llama: Llama) -> None:
-        self._served = _Served(llama)
+# What computing may raise: bad arguments, a failed step, an expert that cannot be read.
+_EXPECTED = (ValueError, AssertionError, RuntimeError, OSError)
 
-    def __call__(self, model: str | None = None) -> Any:
-        return self._served
 
-    def __iter__(self) -> Iterator[str]:
-        return iter([alias(self._served.llama)])
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        status, message = 400, "; ".join(map(_complaint, error.errors()))
+    elif isinstance(error, ValueError | AssertionError):
+        status, message = 400, str(error) or "this server takes one prompt per request"
+    else:
+        status, message = 500, str(error)
+    return JSONResponse(_error(status, message), status)
+
+
+def _complaint(error: dict[str, Any]) -> str:
+    return f"{'.'.join(map(str, error['loc'][1:]))}: {error['msg']}"
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    """The body OpenAI's clients understand."""
+    if status >= 500:
+        _note(f"moe-gguf: error: {message}")
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    code = "context_length_exceeded" if "exceed context window" in message else None
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _reported(answer: Any) -> Any:
+    """A whole answer as it is; of a stream, a failure becomes the last chunk.
+
+    By then the response has begun, and an exception would only cut the connection.
+    """
+    if isinstance(answer, dict):
+        return answer
+
+    def chunks() -> Iterator[Any]:
+        try:
+            yield from answer
+        except _EXPECTED as error:
+            yield _error(400 if isinstance(error, ValueError) else 500, str(error))
+
+    return chunks()
+
+
+# --- the model ----------------------------------------------------------------------------------
 
 
 class _Served:
-    """The model as the routes see it: a stream that fails says so in its last event.
-
-    When it fails the response has begun, and an exception would only cut the connection.
-    """
+    """The model as the endpoints see it: under its own name, and with streams that report."""
 
     def __init__(self, llama: Llama) -> None:
-        self.llama = llama
+        self._llama = llama
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.llama, name)
+        return getattr(self._llama, name)
+
+    # The endpoints stream through llama_cpp.Llama.__call__ and .create_chat_completion with this
+    # object as self. The first calls create_completion, the second chat_handler.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.llama(*args, **kwargs)
-
-    # The routes stream through Llama.__call__ and Llama.create_chat_completion with this object
-    # as self; the first calls create_completion, the second chat_handler.
+        return self.create_completion(*args, **kwargs)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        return _reported(self.llama.create_completion(*args, **kwargs))
+        kwargs["model"] = kwargs.get("model") or _alias(self._llama)
+        return _reported(self._llama.create_completion(*args, **kwargs))
+
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        return llama_cpp.Llama.create_chat_completion(self, *args, **kwargs)
 
     @property
     def chat_handler(self) -> Callable[..., Any]:
-        from llama_cpp.llama_chat_format import get_chat_completion_handler
-
-        llama = self.llama
+        llama = self._llama
         handler = (
             llama.chat_handler
             or llama._chat_handlers.get(llama.chat_format)
@@ -139,31 +206,14 @@ class _Served:
         )
 
         def handle(**kwargs: Any) -> Any:
+            kwargs["model"] = kwargs.get("model") or _alias(llama)
             return _reported(handler(**{**kwargs, "llama": llama}))
 
         return handle
 
 
-def _reported(answer: Any) -> Any:
-    """A stream of chunks with an error as its last chunk; a whole answer as it is."""
-    if isinstance(answer, dict):
-        return answer
-
-    def chunks() -> Iterator[Any]:
-        try:
-            yield from answer
-        except (ValueError, OSError, RuntimeError) as error:
-            yield {"error": {"message": str(error), "type": _kind(error), "code": None}}
-
-    return chunks()
-
-
-def _kind(error: Exception) -> str:
-    return "invalid_request_error" if isinstance(error, ValueError) else "server_error"
-
-
 class _Stop:
-    """Once ``requested``, every further step of the model fails: threads cannot be cancelled."""
+    """Once ``requested``, every further step of the model fails: a thread cannot be cancelled."""
 
     def __init__(self, llama: Llama) -> None:
         self.requested = False
@@ -178,22 +228,15 @@ class _Stop:
         context.decode = unless_stopped
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}:{port} ({(error.strerror or str(error)).lower()}): "
-            "give another --host or --port"
-        ) from None
-    return listener
+def _alias(llama: Llama) -> str:
+    """The model's name towards clients."""
+    return llama.opened.layout.path.stem
 
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

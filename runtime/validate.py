@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES, ValueType
 
 if TYPE_CHECKING:
-    from moe_gguf.runtime.layout import ModelLayout, Tensor
+    from moe_gguf.runtime.layout import ModelLayout
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
@@ -29,19 +33,25 @@ _MAX_WINDOW = 1 << 24  # larger ones overflow llama.cpp's 32-bit cache arithmeti
 
 # Architectures whose graphs assert that all of a head is rotated, and that keys and values are
 # of one size. Only these: a model of another architecture may well differ.
-_WHOLE_HEAD_ROTATED = frozenset(
-    "arctic bailingmoe cohere2moe dbrx deepseek dots1 ernie4_5-moe exaone-moe gpt-oss granitemoe"
-    " granite_swa graniteswitch grok grovemoe hunyuan-moe hy_v3 llada-moe llama llama4 mellum"
-    " granite minicpm mistral3 olmoe qwen2moe qwen3moe qwen3vlmoe rnd1 smallthinker".split()
+_WHOLE_HEAD_ROTATED = _names(
+    "arctic bailingmoe cohere2moe dbrx deepseek dots1 ernie4_5-moe exaone-moe gpt-oss"
+    " granitemoe granite_swa graniteswitch grok grovemoe hunyuan-moe hy_v3 llada-moe llama"
+    " llama4 mellum granite minicpm mistral3 olmoe qwen2moe qwen3moe qwen3vlmoe rnd1"
+    " smallthinker"
 )
-_EQUAL_KEY_VALUE = _WHOLE_HEAD_ROTATED | frozenset(
-    "afmoe bailingmoe2 gemma4 glm4moe granitehybrid laguna lfm2moe maple minimax-01 minimax-m2"
-    " minimax-m3 nemotron_h_moe phimoe qwen35moe qwen3next qwen4exp".split()
+_EQUAL_KEY_VALUE = _WHOLE_HEAD_ROTATED | _names(
+    "afmoe bailingmoe2 gemma4 glm4moe granitehybrid laguna lfm2moe maple minimax-01"
+    " minimax-m2 minimax-m3 nemotron_h_moe phimoe qwen35moe qwen3next qwen4exp"
+)
+# They take the gating function from the file as it is; zero, or none given, ends them.
+_GATED = _names(
+    "bailingmoe2 bailingmoe3 deepseek32 dots1 dots3note exaone-moe hy_v4 kimi-k3 kimi-linear"
+    " lfm2moe minimax-m2 minimax-m3 smallthinker"
 )
 # Multi-head latent attention caches one row per token: the compressed one and its rotated part.
 _LATENT = frozenset(("deepseek2", "deepseek32", "glm-dsa", "mistral4"))
 # No rotary embedding at all: every other architecture hangs or aborts without one.
-_NO_ROPE = frozenset("glm5-next jamba kimi-k3 kimi-linear nemotron_h_moe".split())
+_NO_ROPE = _names("glm5-next jamba kimi-k3 kimi-linear nemotron_h_moe")
 # Tensors llama.cpp calls optional and then uses: by architecture, what goes with what.
 _TOGETHER: dict[str, tuple[tuple[str, str], ...]] = {
     "nemotron_h_moe": (("ssm_conv1d.weight", "ssm_conv1d.bias"),),
@@ -120,10 +130,10 @@ def _per_layer(layout: ModelLayout, key: str, low: int, high: int) -> tuple[int,
 
 def _layers(layout: ModelLayout) -> None:
     n_layers = _int(layout, ".block_count", 1, MAX_LAYERS)
-    _int(layout, ".nextn_predict_layers", 0, n_layers - 1, 0)
+    n_drafts = _int(layout, ".nextn_predict_layers", 0, n_layers - 1, 0)
     matches = (re.match(r"blk\.(\d+)\.", t.name) for t in layout.tensors)
     present = {int(m[1]) for m in matches if m}
-    if missing := sorted(set(range(n_layers)) - present):
+    if missing := sorted(set(range(n_layers - n_drafts)) - present):  # drafts may be left out
         raise _bad(layout, f"layer {missing[0]} of {n_layers} has no tensors")
     if max(present) >= n_layers:
         raise _bad(layout, f"it has tensors of layer {max(present)} but claims {n_layers} layers")
@@ -185,10 +195,6 @@ def _attention(layout: ModelLayout) -> None:
     for n, size in ((rotated, head), (rotated_swa, min(head, key_swa))):
         if n % 2 or not 0 < n <= size:
             raise _bad(layout, f"{n} of {size} items of a head are rotated: not an even part")
-    for tensor in layout.tensors:
-        if re.search(r"\brope_(freqs|factors_long|factors_short)\.weight$", tensor.name):
-            if 2 * tensor.ne[0] < max(rotated, rotated_swa):
-                raise _bad(layout, f"tensor {tensor.name} has too few items to rotate {rotated}")
 
 
 def _latent_head(layout: ModelLayout, key: int, value: int, rotated: int) -> int:
@@ -211,9 +217,9 @@ def _recurrence(layout: ModelLayout) -> None:
     if not _exists(layout, ".ssm.inner_size"):
         return
     inner = _int(layout, ".ssm.inner_size", 1, 1 << 24)
-    if layout.architecture in ("jamba", "granitehybrid"):
-        if inner != 2 * layout.get_int(".embedding_length"):
-            raise _bad(layout, f"{layout.architecture}.ssm.inner_size is not twice the embedding")
+    doubled = inner == 2 * layout.get_int(".embedding_length")
+    if layout.architecture in ("jamba", "granitehybrid") and not doubled:
+        raise _bad(layout, f"{layout.architecture}.ssm.inner_size is not twice the embedding")
     if layout.architecture == "jamba":  # there the rank is no number of heads
         return
     heads = _int(layout, ".ssm.time_step_rank", 1, 1 << 16)
@@ -226,6 +232,8 @@ def _numbers(layout: ModelLayout) -> None:
     for key, low, high in _BOUNDS.get(layout.architecture, ()):
         _int(layout, key, low, high)
     _int(layout, ".context_length", 1, MAX_CONTEXT)
+    if layout.architecture in _GATED:
+        _int(layout, ".expert_gating_func", 1, _MAX_GATING_FUNC)
     _int(layout, ".expert_gating_func", 0, _MAX_GATING_FUNC, 0)
     _int(layout, ".attention.sliding_window", 0, _MAX_WINDOW, 0)
     if layout.architecture == "gemma4":
@@ -240,10 +248,11 @@ def _numbers(layout: ModelLayout) -> None:
         if not key.startswith(layout.architecture + "."):
             continue
         values = pair.value if isinstance(pair.value, tuple) else (pair.value,)
-        if any(isinstance(v, float) and not math.isfinite(v) for v in values):
-            raise _bad(layout, f"{key} is not a finite number")
-        if key.endswith("epsilon") and any(isinstance(v, float) and v < 0 for v in values):
-            raise _bad(layout, f"{key} is negative")
+        floats = [v for v in values if isinstance(v, float)]
+        if any(math.isnan(v) for v in floats):
+            raise _bad(layout, f"{key} is not a number")
+        if key.endswith("epsilon") and not all(0 <= v < 1 for v in floats):
+            raise _bad(layout, f"{key} is {floats[0]}")
 
 
 def _vocabulary(layout: ModelLayout) -> None:

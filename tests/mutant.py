@@ -7,6 +7,7 @@ the child ended. Run as a script, this file is that helper.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -87,7 +88,6 @@ class Mutant:
     weights: dict[str, Weight]
     alignment: int = 32
     version: int = 3
-    extra_names: list[str] = field(default_factory=list)  # repeated tensor infos
 
     @classmethod
     def read(cls, path: Path) -> Mutant:
@@ -98,7 +98,8 @@ class Mutant:
                 fields[key] = Field(pair.item, list(header.array(key)))
             else:
                 value = header.get(key)
-                assert value is not None and not isinstance(value, tuple)
+                assert value is not None
+                assert not isinstance(value, tuple)
                 fields[key] = Field(pair.kind, value)
         raw = path.read_bytes()[header.data_start :]
         weights = {
@@ -135,25 +136,62 @@ class Mutant:
 
 Choose = Callable[[int], int]  # a number in [0, n)
 
-_INTS = (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 255, 256, 257, 300)
+_INTS: tuple[int, ...] = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    15,
+    16,
+    17,
+    31,
+    33,
+    63,
+    64,
+    65,
+    100,
+    127,
+    128,
+    255,
+    256,
+    257,
+    300,
+)
 _INTS += (304, 305, 306, 511, 512, 513, 1000, 1023, 1024, 1025, 4096, 65535, 65536, 1 << 20)
 _INTS += (1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 32) - 2, 1 << 40, (1 << 63) - 1)
-_FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-6, 1e-45, 1e30, -1e30, 0.5, 2.0, 10000.0)
+_FLOATS: tuple[float, ...] = (0.0, -0.0, 1.0, -1.0, 1e-6, 1e-45, 1e30, -1e30, 0.5, 2.0, 10000.0)
 _FLOATS += (float("inf"), -float("inf"), float("nan"))
-_WORDS = ("", "llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "no_vocab", "none", "default")
+_WORDS: tuple[str, ...] = (
+    "",
+    "llama",
+    "gpt2",
+    "bert",
+    "t5",
+    "rwkv",
+    "plamo2",
+    "no_vocab",
+    "none",
+    "default",
+)
 _WORDS += ("llama-bpe", "qwen2", "tekken", "gpt-4o", "yarn", "longrope", "linear", "x" * 300)
 _WORDS += ("a b", " ", "\0", "\x80\xff", "é", "Ġ", "<|eos|>", "gelu", "silu", "[", "hybriddna")
-ARCHITECTURES = (
-    "afmoe arctic bailingmoe bailingmoe2 cohere2moe dbrx deepseek deepseek2 deepseek32 deepseek4"
-    " dots1 ernie4_5-moe exaone-moe gemma4 glm4moe glm-dsa glm5-next gpt-oss granitehybrid"
-    " granitemoe grok grovemoe hunyuan-moe hy_v3 jamba kimi-k3 kimi-linear laguna lfm2moe"
-    " llada-moe llama llama4 mellum mimo2 minimax-01 minimax-m2 minimax-m3 mistral3 mistral4"
-    " nemotron_h_moe olmoe phimoe qwen2moe qwen35moe qwen3moe qwen3next qwen3vlmoe qwen4exp rnd1"
-    " smallthinker step35 bert t5 clip mamba rwkv7 wavtokenizer-dec gemma-embedding no-such-thing"
-).split()
+_ARCHITECTURES = (
+    "afmoe arctic bailingmoe bailingmoe2 cohere2moe dbrx deepseek deepseek2 deepseek32"
+    " deepseek4 dots1 ernie4_5-moe exaone-moe gemma4 glm4moe glm-dsa glm5-next gpt-oss"
+    " granitehybrid granitemoe grok grovemoe hunyuan-moe hy_v3 jamba kimi-k3 kimi-linear"
+    " laguna lfm2moe llada-moe llama llama4 mellum mimo2 minimax-01 minimax-m2 minimax-m3"
+    " mistral3 mistral4 nemotron_h_moe olmoe phimoe qwen2moe qwen35moe qwen3moe qwen3next"
+    " qwen3vlmoe qwen4exp rnd1 smallthinker step35 bert t5 clip mamba rwkv7 wavtokenizer-dec"
+    " gemma-embedding no-such-thing"
+)
+ARCHITECTURES = tuple(_ARCHITECTURES.split())
 _KINDS = tuple(k for k in ValueType if k is not T.ARRAY)
 
 
+@functools.cache
 def llama_keys() -> list[str]:
     """Every key the installed llama.cpp knows, found in its library; ".x" is an architecture's."""
     import llama_cpp
@@ -278,9 +316,11 @@ class Autopsy:
     """Opens files in stock llama.cpp: vocabulary, weights, context, one batch of four tokens."""
 
     def __init__(self) -> None:
-        self.log = tempfile.NamedTemporaryFile(suffix=".log")
+        handle, log = tempfile.mkstemp(suffix=".log")
+        os.close(handle)
+        self.log = Path(log)
         self.process = subprocess.Popen(
-            [sys.executable, __file__, self.log.name],
+            [sys.executable, __file__, log],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -297,16 +337,17 @@ class Autopsy:
         trace: TracebackType | None,
     ) -> None:
         self.process.communicate()
-        self.log.close()
+        self.log.unlink()
 
     def open(self, path: Path) -> Death:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(str(path)) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, "the helper process itself died"
         number = int(line)
-        said = Path(self.log.name).read_text(errors="replace")
+        said = self.log.read_text(errors="replace")
         lines = [text for text in said.splitlines() if text.strip()]
         fatal = [text for text in lines if "GGML_ASSERT" in text or "GGML_ABORT" in text]
         return Death(number, (fatal or lines or [""])[-1])

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import gguf
 import pytest
-from mutant import Field, Mutant
-from tiny import write_tiny
-
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES, ValueType, read_header
+from mutant import Field, Mutant
+from tiny import write_tiny
 
 
 @pytest.fixture

@@ -223,6 +223,13 @@ class _Draft:
         self.expert(layer, "up", N_EMBD, ff, n_experts)
         self.expert(layer, "down", ff, N_EMBD, n_experts)
 
+    def scales(self) -> None:
+        """A scale for every expert of every stacked tensor that has none yet."""
+        for name, (data, _) in list(self.tensors.items()):
+            scale = name.replace("_exps.weight", "_exps.scale")
+            if scale not in self.tensors:
+                self.vector(scale, len(data), std=0.4)
+
     def write(self, path: Path, split: bool, align: int) -> Path:
         per_file = -(-len(self.tensors) // SPLIT_FILES) if split else 0
         writer = _Writer(path, self.arch, split_max_tensors=per_file)
@@ -449,14 +456,18 @@ def write_tiny(
     mixed: bool = False,
     split: bool = False,
     align: int = 32,
+    scales: bool = False,
 ) -> Path:
     """Write a tiny model and return the path to open.
 
     mixed: quantisation differs between MoE layers and between gate, up and down of one layer.
     split: a set of three files, experts in at least two; the path returned is the first's.
     align: the file's general.alignment, a power of two.
+    scales: a scale per expert for gate and up (and down) as well; qwen3moe and mixtral apply it.
     """
     arch, types, build = _LAYOUTS[layout]
     draft = _Draft(arch, types, mixed, np.random.default_rng(seed))
     build(draft)
+    if scales:
+        draft.scales()
     return draft.write(path, split, align)

@@ -83,14 +83,14 @@ bool executor::parse(ggml_tensor * const * nodes, int n) {
     c.nodes.clear();
     c.before.clear();
     c.inputs.clear();
-    // Views of the output that happen to follow it in the split compute nothing.
-    int n_views = 0;
-    while (n_views < n - 1 && is_view(nodes[n - 1 - n_views]->op)) {
-        n_views++;
+    // Views that end the split compute nothing: of the output, or of a weight the next split needs
+    // (the down projection's scale). A view of any other result here would keep that result alive.
+    const int n_all = n;
+    while (n > 1 && is_view(nodes[n - 1]->op)) {
+        n--;
     }
-    n -= n_views;
-    for (int i = n; i < n + n_views; i++) {
-        if (nodes[i]->view_src != nodes[n - 1]) {
+    for (int i = n; i < n_all; i++) {
+        if (std::find(nodes, nodes + n - 1, nodes[i]->view_src) != nodes + n - 1) {
             return false;
         }
     }
@@ -175,16 +175,14 @@ bool executor::parse(ggml_tensor * const * nodes, int n) {
         return false;
     }
     // Rounds write only the last node's memory: every other result must die inside the split.
-    for (size_t i = 0; i + 1 < c.nodes.size(); i++) {
-        bool used = false;
-        for (size_t k = i + 1; k < c.nodes.size() && !used; k++) {
-            used = std::find(c.nodes[k]->src, c.nodes[k]->src + GGML_MAX_SRC, c.nodes[i]) != c.nodes[k]->src + GGML_MAX_SRC;
-        }
-        if (!used || (c.nodes[i]->flags & GGML_TENSOR_FLAG_OUTPUT)) {
-            return false;
-        }
-    }
-    return true;
+    const auto dies = [&c](const ggml_tensor * t) {
+        const auto reads = [t](const ggml_tensor * user) {
+            return std::find(user->src, user->src + GGML_MAX_SRC, t) != user->src + GGML_MAX_SRC;
+        };
+        return !(t->flags & GGML_TENSOR_FLAG_OUTPUT) &&
+               (std::any_of(c.nodes.begin(), c.nodes.end(), reads) || std::any_of(c.before.begin(), c.before.end(), reads));
+    };
+    return std::all_of(c.nodes.begin(), c.nodes.end() - 1, dies) && std::all_of(c.before.begin(), c.before.end(), dies);
 }
 
 // ---- building inner graphs
@@ -359,7 +357,7 @@ bool executor::ask() {
     const int32_t rc = model.route();
     model.stats.route_ns += now_ns() - t0;
     model.stats.events++;
-    return rc == 0 && read_plan();
+    return rc == 1 && read_plan();
 }
 
 // Turns the callback's answer into entries_. A wrong plan would compute with wrong weights, so
@@ -394,6 +392,12 @@ bool executor::read_plan() {
             occupant_[slot] = i;
         }
     }
+    for (int i = 0; i < call.n_guesses && !wrong; i++) {
+        const int key = call.guess_keys[i], slot = call.guess_slots[i];
+        if (key < 0 || !model.has_layer(key / model.n_experts) || slot < 0 || slot >= model.n_slots || occupant_[slot] >= 0) {
+            wrong = "guesses an expert that does not exist or into a slot that is in use";
+        }
+    }
     for (const entry & e : entries_) {
         occupant_[e.slot] = -1;
     }
@@ -409,6 +413,7 @@ ggml_status executor::run_chain() {
         return GGML_STATUS_SUCCESS;
     }
     std::lock_guard<std::mutex> lock(model.step);
+    entries_.clear();
     group_pairs();
     const bool  planned = ask();
     ggml_status status  = planned ? run_entries() : GGML_STATUS_FAILED;

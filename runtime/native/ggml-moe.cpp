@@ -296,6 +296,9 @@ static void put(const std::string & text, char * out, size_t n) {
 
 moe_model * moe_model_new(const moe_config * config, char * error, size_t n_error) {
     try {
+        if (config->abi != MOE_ABI) {  // before anything else of it is believed
+            throw std::runtime_error("the plugin and the Python package are of different versions; reinstall moe-gguf");
+        }
         auto * model       = new moe_model(*config);
         model->expert_buft = {moe_buffer_type_iface, &moe_device, model};
         model->trunk_buft  = {trunk_buffer_type_iface, ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), model};

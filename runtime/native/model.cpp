@@ -15,9 +15,6 @@ moe_model::moe_model(const moe_config & config)
       tensors_(config.tensors, config.tensors + config.n_tensors),
       header_(config.header, config.header + config.header_bytes),
       stream_bytes_(config.stream_bytes) {
-    if (config.abi != MOE_ABI) {
-        throw std::runtime_error("the plugin and the Python package are of different versions; reinstall moe-gguf");
-    }
     for (int i = 0; i < config.n_files; i++) {
         paths_.emplace_back(config.paths[i]);
     }

@@ -27,6 +27,7 @@ struct moe_model {
     const moe_tensor * find(const ggml_tensor * weight) const;
     // The destination and source of every part of one expert in one slot.
     const std::vector<moe::part> & parts_of(int layer, int expert, int slot);
+    bool has_layer(int layer) const { return layer >= 0 && layer < (int)by_layer_.size() && !by_layer_[layer].empty(); }
     // Fills a trunk tensor from its file; false when the tensor is not of this model.
     bool read_trunk(const ggml_tensor * tensor);
     void fail(moe::error_kind kind, const std::string & sentence);

@@ -89,7 +89,8 @@ struct moe_call {
     int32_t   reserved;
 };
 
-// Returns 0 when the plan is filled; anything else fails the step.
+// Returns 1 when the plan is filled; anything else fails the step. Not 0 for success: that is what
+// ctypes returns when the callback raised.
 typedef int32_t (*moe_route_fn)(void);
 
 struct moe_stats {

@@ -1,0 +1,46 @@
+"""Tiny model files, written once per session, and prerequisites that may not be missed silently."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from moe_gguf.runtime.plugin import probe_direct
+
+TinyFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> TinyFile:
+    """``tiny_file(layout, **flags)``: the path of a tiny model, the same file for the same call."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(layout: str, **flags: Any) -> Path:
+        key = (layout, *sorted(flags.items()))
+        if key not in made:
+            name = "-".join([layout, *(f"{k}={v}" for k, v in sorted(flags.items()))])
+            made[key] = tiny.write_tiny(layout, folder / f"{name}.gguf", **flags)
+        return made[key]
+
+    return get
+
+
+def missing(what: str) -> None:
+    """Skip a gate whose prerequisite this machine lacks; under CI that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"a gate cannot run here: {what}")
+    pytest.skip(f"GATE NOT RUN: {what}")
+
+
+@pytest.fixture(scope="session")
+def direct_io(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A temporary folder on a file system that can be read directly (not tmpfs)."""
+    file = tmp_path_factory.mktemp("direct") / "file"
+    file.write_bytes(bytes(1 << 16))
+    if not probe_direct(file).direct:
+        missing(f"direct reads do not work in {file.parent}")

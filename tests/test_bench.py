@@ -1,0 +1,292 @@
+"""The benchmark's machinery: rows run, agree, are written down; whatever ends badly is said.
+
+Numbers are not judged here. What needs a memory cgroup is skipped, loudly, where none may be made.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_tiny
+
+from moe_gguf.runtime import bench as benches
+from moe_gguf.runtime import cgroup
+from moe_gguf.runtime.bench import Run, bench, run_process
+from moe_gguf.runtime.bench_report import table
+from moe_gguf.runtime.errors import UserError
+
+CAP = 400_000_000
+OPTIONS: dict[str, Any] = {
+    "memory": "400MB",
+    "rows": "stock-mmap,lru",
+    "repeat": 1,
+    "n_predict": 8,
+    "prompt_tokens": 24,
+    "n_ctx": 256,
+    "threads": 1,
+    "reads": "auto",
+    "lanes": None,
+    "json_file": None,
+    "plot_file": None,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny("qwen3moe", tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+def ignore(_: str) -> None: ...
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+# --- the whole command --------------------------------------------------------------------------
+
+
+def test_command(model: Path, tmp_path: Path) -> None:
+    command = "bench --memory 400MB --rows stock-mmap,lru --repeat 1 -n 8 --prompt-tokens 24"
+    files = ["--json", "result.json", "--plot", "result.png"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_gguf", *command.split(), "--ctx", "256", *files, str(model)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "round 1 of 1, row 2 of 2: lru: " in done.stderr
+    document = json.loads((tmp_path / "result.json").read_text())
+    for key in ("date", "machine", "model", "memory_bytes", "commit", "llama_cpp_python"):
+        assert key in document  # house rule: every result carries these
+    assert document["schema"] == benches.SCHEMA
+    assert document["model"]["expert_types"] == ["Q4_0"]
+    assert (document["cgroup"] is None) == (document["cgroup_refusal"] is not None)
+    assert "dropped" in document["page_cache"]
+    assert len(document["reference_tokens"]) == 9  # one from the prompt, eight decoded
+    stock, lru = document["rows"]
+    assert [stock["failure"], lru["failure"]] == [None, None]
+    assert stock["identical"] is True
+    assert lru["identical"] is True
+    assert lru["within_cap"] is True
+    (run,) = lru["runs"]
+    assert (run["warm_up_tokens"], run["decode_tokens"]) == (2, 6)
+    demands = 6 * document["model"]["moe_layers"] * document["model"]["experts_used"]
+    assert run["hits"] + run["misses"] == demands  # of the counted tokens only
+    assert run["budget_bytes"] == CAP
+    assert lru["x_stock_mmap"] == lru["median"]["decode_tps"] / stock["median"]["decode_tps"]
+    assert lru["of_stock_resident"] is None  # was not a row
+    assert table(document) == done.stdout.rstrip("\n")
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_interrupt_keeps_finished_runs(model: Path) -> None:
+    def interrupt_after_first(line: str) -> None:
+        raise KeyboardInterrupt
+
+    outcome = bench(model, note=interrupt_after_first, **{**OPTIONS, "rows": "lru,stock-mmap"})
+    assert outcome.interrupted
+    lru, stock = outcome.document["rows"]
+    assert len(lru["runs"]) == 1
+    assert stock["runs"] == []
+    assert "interrupted" in table(outcome.document)
+
+
+# --- refused before the first run ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"memory": "30MB"}, "30.0 MB of memory is too little .* smallest budget that works is"),
+        ({"memory": "auto"}, "fixed cap: give --memory a size"),
+        ({"rows": "lru,lur"}, "there is no row 'lur': choose from stock-mmap"),
+        ({"rows": ", "}, "no rows are named"),
+        ({"repeat": 0}, "--repeat"),
+        ({"n_predict": 300}, "do not fit a context of 256: raise --ctx"),
+        ({"json_file": "/nonexistent/r.json"}, "its folder does not exist"),
+    ],
+)
+def test_refused(model: Path, change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        bench(model, note=pytest.fail, **{**OPTIONS, **change})
+
+
+def test_plot_without_matplotlib(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install 'moe-gguf\[plot\]'"):
+        bench(model, note=pytest.fail, **{**OPTIONS, "plot_file": "plot.png"})
+
+
+# --- runs that end badly ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "killed (probably out of memory)"),
+        ("import os; os.kill(os.getpid(), 11)", "killed (SIGSEGV)"),
+        ("raise RuntimeError('no such luck')", "failed: RuntimeError: no such luck"),
+        ("print('not JSON')", "failed: exit code 0"),
+        ('print(\'{"error": "too small"}\'); exit(2)', "failed: too small"),
+        ("import time; time.sleep(60)", "stopped after 1 s"),
+    ],
+)
+def test_bad_end_is_a_failure_in_words(code: str, failure: str) -> None:
+    assert run_process(python(code), None, limit_s=1.0).failure == failure
+
+
+def test_last_line_is_the_result() -> None:
+    run = run_process(python("print('chatter'); print('{\"a\": 1}')"), None)
+    assert run == Run({"a": 1}, None)
+
+
+@pytest.fixture
+def small_cgroup() -> Any:
+    if reason := cgroup.refusal():
+        pytest.skip(f"needs a memory cgroup: {reason}")
+    with cgroup.memory_cgroup(64 * 2**20) as group:
+        yield group
+    assert not group.folder.exists()
+
+
+def test_out_of_memory_in_a_cgroup(small_cgroup: cgroup.MemoryCgroup) -> None:
+    run = run_process(python("x = b'x' * (256 << 20)"), small_cgroup)
+    assert run.failure == "killed (out of memory)"
+    assert small_cgroup.oom_kills() == 1
+    peak = small_cgroup.peak_bytes()
+    assert peak is None or peak <= 64 * 2**20
+
+
+def test_other_kills_in_a_cgroup_are_not_blamed_on_memory(
+    small_cgroup: cgroup.MemoryCgroup,
+) -> None:
+    run = run_process(python("import os; os.kill(os.getpid(), 9)"), small_cgroup)
+    assert run.failure == "killed (SIGKILL)"
+
+
+def test_killed_row_is_shown_and_not_run_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., Run] = benches._run_row
+    asked = []
+
+    def scripted(name: str, *rest: Any) -> Run:
+        asked.append(name)
+        return Run({}, "killed (out of memory)") if name == "stock-mmap" else real(name, *rest)
+
+    monkeypatch.setattr(benches, "_run_row", scripted)
+    outcome = bench(model, note=ignore, **{**OPTIONS, "repeat": 2})
+    assert asked == ["stock-mmap", "lru", "lru"]
+    assert not outcome.errors
+    lines = table(outcome.document).splitlines()
+    assert "stock-mmap  killed (out of memory)" in lines
+
+
+# --- what is concluded --------------------------------------------------------------------------
+
+
+def result(tokens: list[int], tps: float = 1.0, rss: int = 1) -> Run:
+    numbers = {"decode_tps": tps, "rss_peak_bytes": rss, "threads": 1}
+    return Run({"tokens": tokens, **numbers}, None)
+
+
+def test_other_tokens_are_an_error() -> None:
+    runs = {
+        "stock-mmap": [result([1, 2])],  # cut short: the common prefix counts
+        "stock-resident": [result([1, 2, 3])],
+        "lru": [result([1, 2, 3]), result([1, 2, 4])],
+    }
+    document = benches._results(runs, CAP)
+    assert document["reference"] == "stock-resident"
+    assert [row["identical"] for row in document["rows"]] == [True, True, False]
+    assert benches._errors(document) == ["lru generated other tokens than stock-resident"]
+
+
+def test_a_peak_over_the_cap_is_an_error_of_ours_only() -> None:
+    runs = {
+        "stock-mmap": [result([1], rss=CAP + 1)],  # where no cgroup holds it
+        "lru": [result([1], rss=CAP), result([1], rss=CAP + 1)],
+        "resident": [result([1], rss=2 * CAP)],
+    }
+    errors = benches._errors(benches._results(runs, CAP))
+    assert errors == ["lru peaked at 400.0 MB, over the cap"]
+
+
+def test_a_row_of_ours_that_ends_badly_is_an_error() -> None:
+    runs = {
+        "stock-mmap": [Run({}, "killed (out of memory)")],  # this is what the cap does to it
+        "lru": [result([1]), Run({}, "killed (out of memory)")],
+        "resident": [Run({}, f"{benches.LEFT_OUT}: needs 3.92 GB, 2.00 GB is free")],
+    }
+    errors = benches._errors(benches._results(runs, CAP))
+    assert errors == ["lru: killed (out of memory)"]
+
+
+def test_medians_and_ratios() -> None:
+    runs = {
+        "stock-mmap": [result([1], tps) for tps in (1.0, 3.0, 2.0)],
+        "stock-resident": [result([1], 8.0)],
+        "lru": [result([1], tps) for tps in (4.0, 6.0, 100.0)],
+        "lfu": [Run({}, "killed (out of memory)")],
+    }
+    rows = {row["row"]: row for row in benches._results(runs, CAP)["rows"]}
+    assert rows["lru"]["median"]["decode_tps"] == 6.0
+    assert rows["lru"]["x_stock_mmap"] == 3.0
+    assert rows["lru"]["of_stock_resident"] == 0.75
+    assert rows["lfu"]["x_stock_mmap"] is None
+    assert rows["lfu"]["identical"] is None
+
+
+# --- where cgroups are --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "folders", "expected"),
+    [
+        # v1, the process in a nested cgroup
+        (["4:memory:/a/b", "0::/"], ["memory/a/b"], (1, ["memory/a/b", "memory/a", "memory"])),
+        # v1 inside a container: the path is the host's, only the mount is visible
+        (["4:memory:/docker/x"], ["memory"], (1, ["memory"])),
+        (["4:cpu,memory:/a"], ["memory/a"], (1, ["memory/a", "memory"])),
+        # v2
+        (["0::/user/x"], ["user/x"], (2, ["user/x", "user", "."])),
+    ],
+)
+def test_places(
+    tmp_path: Path, lines: list[str], folders: list[str], expected: tuple[int, list[str]]
+) -> None:
+    base = tmp_path / "sys/fs/cgroup"
+    for folder in folders:
+        (base / folder).mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("\n".join(lines) + "\n")
+    version, places = expected
+    assert cgroup.places(tmp_path) == (version, [base / place for place in places])
+
+
+def test_no_cgroups(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n")
+    with pytest.raises(OSError, match="no memory cgroups"):
+        cgroup.places(tmp_path)
+
+
+def test_a_cgroup_that_offers_no_limit_is_not_used(tmp_path: Path) -> None:
+    """Version 2 folders without the memory controller accept children, and limit nothing."""
+    (tmp_path / "sys/fs/cgroup/user").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/user\n")
+    with (
+        pytest.raises(FileNotFoundError),
+        cgroup.memory_cgroup(2**20, tmp_path),
+    ):
+        pass
+    assert list((tmp_path / "sys/fs/cgroup/user").iterdir()) == []

@@ -1,0 +1,475 @@
+"""Identity gates: logits through the plugin equal stock llama.cpp's, to the last bit.
+
+Stock is the same build with ``use_extra_bufts=False`` on the same file. Every gate also proves,
+from counters, that what it is about really happened. A pass proves:
+
+ 1  resident      all experts in slots: later steps read nothing and run the graph's own nodes
+ 2  tight         40 % of the slots: hits, misses, evictions; misses are read while hits compute
+ 3  recycling     two slots, fewer than one layer's union: slots are used again within a layer
+ 4  long prefill  320 tokens at once: 8 and more rows per expert take ggml's tiled kernels
+ 5  sequences     three sequences in one batch, prefill and decode
+ 6  contexts      two contexts on one model, in turn and in two threads at once
+ 7  split         experts spread over several files
+ 8  mixed         types that differ between layers and between gate, up and down
+ 9  reads         buffered; direct through bounce buffers; direct in place; one lane and eight
+10  guesses       random and useless guesses, with and without room: read, used, evicted, cancelled
+11  policies      every named policy, and experts loaded in random order
+12  pieces        graphs handed over node by node, and cut in the middle of an expert chain
+13  ubatches      a batch in several pieces, of which all but the last have no outputs
+14  threads       two compute threads
+15  power         one wrong byte in one expert is seen: these gates can fail
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+import tiny
+from conftest import TinyFile
+from harness import (
+    Context,
+    Events,
+    Leaky,
+    Logits,
+    Model,
+    RandomGuesses,
+    Row,
+    Shuffled,
+    WorstGuesses,
+    ours,
+    random_tokens,
+    rows,
+    stock,
+)
+from moe_gguf.policies import POLICIES
+from moe_gguf.policies.base import CachePolicy, Predictor
+from moe_gguf.policies.cache import LRU
+
+# scaled: qwen3moe with a scale per expert for gate, up and down (as NVFP4 conversions have).
+LAYOUTS = (*tiny.LAYOUTS, "scaled")
+N_STEPS = 8
+LONG = 320
+
+Script = Callable[[Model], Logits]
+Reference = Callable[[Path, Script], Logits]
+
+
+def model_file(tiny_file: TinyFile, layout: str, **flags: Any) -> Path:
+    if layout == "scaled":
+        return tiny_file("qwen3moe", scales=True, **flags)
+    return tiny_file(layout, **flags)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    """What stock answers to a script; each is run once."""
+    known: dict[tuple[Path, Script], Logits] = {}
+
+    def get(path: Path, script: Script) -> Logits:
+        if (path, script) not in known:
+            with stock(path) as model:
+                known[path, script] = script(model)
+        return known[path, script]
+
+    return get
+
+
+def same(got: Logits, expected: Logits) -> None:
+    assert got.shape == expected.shape
+    assert np.isfinite(expected).all()
+    difference = float(np.abs(got - expected).max())
+    assert np.array_equal(got, expected), f"logits differ by up to {difference}"
+
+
+# --- scripts: the same work for stock and for ours ------------------------------------------------
+
+
+def prefill_and_decode(context: Context, seed: int = 1) -> Logits:
+    logits = [context.decode(rows(random_tokens(40, seed)))]
+    for i in range(N_STEPS):
+        logits.append(context.decode(rows([int(logits[-1][-1].argmax())], 40 + i)))
+    return np.concatenate(logits)
+
+
+def generation(model: Model) -> Logits:
+    return prefill_and_decode(model.context())
+
+
+def long_prefill(model: Model) -> Logits:
+    context = model.context()
+    first = context.decode(rows(random_tokens(LONG)))
+    return np.concatenate([first, context.decode(rows([7], LONG))])
+
+
+def three_sequences(model: Model) -> Logits:
+    context = model.context(n_seq_max=3)
+    starts = [5, 9, 13]
+    batch = [row for s, n in enumerate(starts) for row in rows(random_tokens(n, s), seq=s)]
+    logits = [context.decode(batch)]
+    last = [starts[0] - 1, sum(starts[:2]) - 1, sum(starts) - 1]
+    for i in range(4):
+        batch = [
+            Row(int(logits[-1][last[s]].argmax()), n + i, seq=s) for s, n in enumerate(starts)
+        ]
+        logits.append(context.decode(batch))
+        last = [0, 1, 2]
+    return np.concatenate(logits)
+
+
+def two_contexts(model: Model) -> Logits:
+    contexts = [model.context(), model.context()]
+    logits = [c.decode(rows(random_tokens(20, s))) for s, c in enumerate(contexts)]
+    for i in range(4):
+        logits += [c.decode(rows([i + 3 * s], 20 + i)) for s, c in enumerate(contexts)]
+    return np.concatenate(logits)
+
+
+def last_of_many(model: Model) -> Logits:
+    context = model.context(n_ubatch=32)
+    batch = [row._replace(output=i == 99) for i, row in enumerate(rows(random_tokens(100)))]
+    return np.concatenate([context.decode(batch), context.decode(rows([5, 6], 100))])
+
+
+def two_threads(model: Model) -> Logits:
+    return prefill_and_decode(model.context(n_threads=2, n_threads_batch=2))
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_01_everything_resident(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
+    path = model_file(tiny_file, layout)
+    expected = reference(path, generation)
+    with ours(path) as model:
+        same(generation(model), expected)
+        while model.controller.residency.free:  # what random tokens missed
+            model.context().decode(rows(random_tokens(LONG, len(model.controller.residency.free))))
+        model.reset_stats()
+        same(generation(model), expected)
+        stats = model.stats()
+        assert model.controller.misses == stats.reads == stats.rounds == stats.generic == 0
+        assert stats.whole == stats.events > 0
+        assert model.controller.hits > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_02_tight_budget(
+    layout: str, tiny_file: TinyFile, reference: Reference, direct_io: None
+) -> None:
+    path = model_file(tiny_file, layout)
+    expected = reference(path, generation)
+    n_slots = {"mixtral": 10, "llama4": 12}.get(layout, 19)
+    # Direct and alone: a tiny expert in the page cache is read before anyone looks.
+    with ours(path, n_slots, reads="direct", lanes=1) as model:
+        same(generation(model), expected)
+        stats = model.stats()
+        assert model.controller.misses > n_slots, "nothing was ever evicted"
+        assert model.controller.hits > 0
+        assert stats.rounds > 0
+        assert stats.generic == 0, "the executor did not recognise this layout"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_slots", [1, 2])
+def test_03_arena_smaller_than_a_layers_union(
+    layout: str, n_slots: int, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout)
+    events = Events()
+    with ours(path, n_slots, recorder=events) as model:
+        same(generation(model), reference(path, generation))
+        assert events.widest > n_slots
+        assert model.stats().recycled >= events.widest - n_slots
+
+
+@pytest.mark.parametrize("n_slots", [None, 5])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_04_prefill_of_many_tokens(
+    layout: str, n_slots: int | None, tiny_file: TinyFile, reference: Reference, direct_io: None
+) -> None:
+    path = model_file(tiny_file, layout)
+    events = Events()
+    with ours(path, n_slots, reads="direct", recorder=events) as model:
+        same(long_prefill(model), reference(path, long_prefill))
+        assert max(events.n_tokens) == LONG
+        assert events.most_rows >= 8
+        assert model.stats().rounds > 0
+        if n_slots is not None:
+            assert model.stats().recycled > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_05_several_sequences_in_one_batch(
+    layout: str, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout)
+    events = Events()
+    with ours(path, 9, recorder=events) as model:
+        same(three_sequences(model), reference(path, three_sequences))
+        assert {27, 3} <= set(events.n_tokens)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_06_two_contexts_in_turn(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
+    path = model_file(tiny_file, layout)
+    with ours(path, 7) as model:
+        same(two_contexts(model), reference(path, two_contexts))
+        n_layers = len(model.opened.layout.layers)
+        assert model.stats().events == 2 * (1 + 4) * n_layers
+        assert model.controller.hits > 0
+
+
+def test_06_two_contexts_in_two_threads(tiny_file: TinyFile) -> None:
+    path = tiny_file("qwen3moe")
+    n_rounds = 4
+    with stock(path) as model:
+        expected = [prefill_and_decode(model.context(), seed) for seed in (1, 2)]
+    with ours(path, 15) as model:
+        contexts = [[model.context() for _ in range(n_rounds)] for _ in range(2)]
+        got: list[list[Logits]] = [[], []]
+        together = threading.Barrier(2)
+
+        def work(i: int) -> None:
+            for context in contexts[i]:
+                together.wait(timeout=30)
+                got[i].append(prefill_and_decode(context, seed=i + 1))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i in range(2):
+            assert len(got[i]) == n_rounds
+            for logits in got[i]:
+                same(logits, expected[i])
+        assert model.controller.misses > model.n_slots
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_07_split_files(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
+    path = model_file(tiny_file, layout, split=True)
+    with ours(path, 11) as model:
+        same(generation(model), reference(path, generation))
+        layers = model.opened.layout.layers
+        assert len(model.opened.layout.files) == tiny.SPLIT_FILES
+        assert len({tensor.file for layer in layers for tensor in layer.tensors}) > 1
+        assert model.controller.misses > model.n_slots
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("script", [generation, long_prefill])
+def test_08_mixed_types(
+    layout: str, script: Script, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout, mixed=True, split=True, align=64)
+    with ours(path, 11) as model:
+        same(script(model), reference(path, script))
+        layers = model.opened.layout.layers
+        types = {tuple(tensor.ggml_type for tensor in layer.tensors) for layer in layers}
+        assert len(types) == min(3, len(layers))
+        assert len(max(types, key=len)) > 1
+        assert model.controller.misses > model.n_slots
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("reads", ["buffered", "direct"])
+def test_09_reads(
+    layout: str,
+    lanes: int,
+    reads: str,
+    tiny_file: TinyFile,
+    reference: Reference,
+    direct_io: None,
+) -> None:
+    path = model_file(tiny_file, layout)
+    with ours(path, 11, reads=reads, lanes=lanes) as model:
+        same(generation(model), reference(path, generation))
+        stats = model.stats()
+        assert model.opened.mode.name == reads
+        assert model.opened.mode.lanes == lanes
+        assert stats.reads > 0
+        blobs = {layer.blob_bytes for layer in model.opened.layout.layers}
+        assert len(blobs) > 1 or stats.read_bytes == model.controller.misses * blobs.pop()
+        if reads == "buffered":
+            assert stats.bounced == 0
+        elif layout in ("gpt-oss", "deepseek2"):  # experts that are no multiple of any block
+            assert stats.bounced > 0
+
+
+def test_09_direct_reads_in_place(
+    tiny_file: TinyFile, reference: Reference, direct_io: None
+) -> None:
+    path = tiny_file("mixtral", align=4096)
+    with ours(path, 11, reads="direct") as model:
+        same(generation(model), reference(path, generation))
+        stats = model.stats()
+        assert stats.reads > stats.bounced, "no read went straight into a slot"
+
+
+GUESSES: dict[str, tuple[int | None, Callable[[], CachePolicy]]] = {
+    "room for all": (None, LRU),
+    "a full arena": (19, LRU),  # a guess takes free slots only: until the arena is full
+    "slots falling free": (19, Leaky),
+    "hardly any slot": (3, Leaky),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("room", GUESSES)
+@pytest.mark.parametrize("kind", ["random", "worst"])
+def test_10_guesses(
+    layout: str, room: str, kind: str, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout)
+    n_slots, cache = GUESSES[room]
+    n_experts = 8 if layout == "mixtral" else 16
+    predictor: Predictor = WorstGuesses(n_experts)
+    if kind == "random":
+        layers = {"deepseek2": [1, 2, 3], "llama4": [1, 3], "updown": [1, 3, 4]}
+        predictor = RandomGuesses(layers.get(layout, [0, 1, 2]), n_experts, n=12)
+    with ours(path, n_slots, lanes=1, cache=cache(), predictor=predictor) as model:
+        # Wide events leave no slot to guess into where there are hardly any.
+        narrow = prefill_and_decode_narrow if room == "hardly any slot" else generation
+        same(narrow(model), reference(path, narrow))
+        assert model.stats().guess_loads > 0
+        if room == "slots falling free" and kind == "random":
+            assert model.controller.guesses_used > 0
+            assert model.controller.misses > model.n_slots
+
+
+def prefill_and_decode_narrow(model: Model) -> Logits:
+    context = model.context()
+    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(random_tokens(24))])
+
+
+def test_10_guesses_are_overtaken(
+    tiny_file: TinyFile, reference: Reference, direct_io: None
+) -> None:
+    """One slow lane and many guesses of big experts: demands find guesses still being read,
+    promote them or take their slots."""
+    path = tiny_file("mixtral")
+    expected = reference(path, prefill_and_decode_narrow)
+    promoted = cancelled = 0
+    for seed in range(20):
+        predictor = RandomGuesses([0, 1, 2], 8, n=12, seed=seed)
+        options = {"lanes": 1, "reads": "direct", "cache": Leaky(), "predictor": predictor}
+        with ours(path, 14, **options) as model:
+            same(prefill_and_decode_narrow(model), expected)
+            stats = model.stats()
+            assert stats.guess_cancelled <= stats.guess_loads
+            promoted += stats.guess_promoted
+            cancelled += stats.guess_cancelled
+        if promoted and cancelled:
+            break
+    assert promoted > 0
+    assert cancelled > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_11_policies(
+    policy: str, layout: str, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout)
+    with ours(path, 12, policy=policy) as model:
+        same(generation(model), reference(path, generation))
+        assert model.controller.misses > model.n_slots
+        assert (model.controller.hits == 0) == (policy == "load-on-demand")
+
+
+@pytest.mark.parametrize("n_slots", [3, 19])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_11_any_load_order(
+    layout: str, n_slots: int, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout)
+    with ours(path, n_slots, order=Shuffled()) as model:
+        same(generation(model), reference(path, generation))
+        assert model.controller.misses > n_slots
+
+
+class Cuts:
+    """A scheduler callback that wants to see every ``stride``-th node, which ends a graph there."""
+
+    def __init__(self, stride: int) -> None:
+        self.n = 0
+        self.seen = 0
+
+        def ask(tensor: int, asking: bool, _: object) -> bool:
+            if asking:
+                self.n += 1
+                return self.n % stride == 0
+            self.seen += 1
+            return True
+
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(ask)
+
+
+@pytest.mark.parametrize("n_slots", [2, 19])
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_12_graphs_in_pieces(
+    layout: str, stride: int, n_slots: int, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout)
+    expected = reference(path, generation)
+    cuts, events = Cuts(stride), Events()
+    with ours(path, n_slots, recorder=events) as model:
+        same(prefill_and_decode(model.context(cb_eval=cuts.callback)), expected)
+        stats = model.stats()
+        n_events = (1 + N_STEPS) * len(model.opened.layout.layers)
+        assert cuts.seen > 0
+        assert stats.events == n_events + events.continuations
+        if stride == 1:
+            n_tensors = sum(len(layer.tensors) for layer in model.opened.layout.layers)
+            assert stats.events == (1 + N_STEPS) * n_tensors
+        elif layout != "updown":
+            assert stats.generic > 0, "no graph was cut inside a chain"
+        # A layer's experts are demanded once, however many pieces it comes in.
+        whole_experts = 40 * 0 + model.controller.hits + model.controller.misses
+        assert whole_experts <= n_events * model.opened.layout.n_experts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_13_batch_in_ubatches(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
+    path = model_file(tiny_file, layout)
+    events = Events()
+    with ours(path, 11, recorder=events) as model:
+        same(last_of_many(model), reference(path, last_of_many))
+        assert max(events.n_tokens) == 32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_14_two_compute_threads(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
+    path = model_file(tiny_file, layout)
+    with ours(path, 11) as model:
+        same(two_threads(model), reference(path, two_threads))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_15_a_wrong_byte_is_seen(
+    layout: str, tiny_file: TinyFile, reference: Reference, tmp_path: Path
+) -> None:
+    path = model_file(tiny_file, layout)
+    expected = reference(path, long_prefill)
+    wrong = Path(shutil.copy(path, tmp_path))
+    with ours(wrong, 11) as model:
+        tensor = model.opened.layout.layers[-1].tensors[-1]
+        with wrong.open("r+b") as file:
+            # In the middle of an expert in the middle of the tensor; every layout's prompt uses it.
+            file.seek(tensor.offset + tensor.ne[2] // 2 * tensor.expert_bytes + 1 + 64)
+            byte = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 0x55]))
+        assert not np.array_equal(long_prefill(model), expected)
