@@ -161,7 +161,9 @@ class Residency:
 
         ``held[slot]`` is the key a slot holds, -1 for none.
         """
-        slot_of = {key: s for key, s in self.slot_of.items() if held[s] == key and key in self.cache}
+        slot_of = {
+            key: s for key, s in self.slot_of.items() if held[s] == key and key in self.cache
+        }
         for key in [key for key in self.cache if key not in slot_of]:
             self.cache.remove(key)
         self.slot_of = slot_of

@@ -51,7 +51,9 @@ def parse_size(text: str) -> int:
         raise UserError(f"{text!r} is not a size: write it like 2.4GB, 4GiB or auto")
     size = int(float(match[1]) * unit)
     if size < MB:
-        raise UserError(f"a memory budget of {text} is too small for any model: give it in MB or GB")
+        raise UserError(
+            f"a memory budget of {text} is too small for any model: give it in MB or GB"
+        )
     return size
 
 
@@ -59,7 +61,9 @@ def format_size(n_bytes: float) -> str:
     """Decimal units, as people name disks and memory: ``2.40 GB``, ``57.1 MB``."""
     for unit, scale in (("GB", GB), ("MB", MB), ("KB", KB)):
         if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}" if unit == "GB" else f"{n_bytes / scale:.1f} {unit}"
+            return (
+                f"{n_bytes / scale:.2f} {unit}" if unit == "GB" else f"{n_bytes / scale:.1f} {unit}"
+            )
     return f"{int(n_bytes)} B"
 
 
@@ -134,18 +138,26 @@ def min_slots(n_all: int) -> int:
     return min(MIN_SLOTS, n_all)
 
 
+def smallest(needs: Needs, slot_bytes: int, n_all: int) -> int:
+    """The budget to name as the smallest that works.
+
+    In whole MB, and one more than computed: a process measures 300 KB more or less from run to run,
+    and a refusal must not be followed by another.
+    """
+    return (-(-needs.with_slots(min_slots(n_all), slot_bytes) // MB) + 1) * MB
+
+
 def fit(total: int, needs: Needs, slot_bytes: int, n_all: int, working_set: int) -> Budget:
     """Divide ``total`` bytes; raises UserError naming the smallest budget that works."""
     n_slots = min(n_all, (total - needs.total) // slot_bytes)
     floor = min_slots(n_all)
     if n_slots < floor:
-        smallest = needs.with_slots(floor, slot_bytes)
         raise UserError(
-            f"{format_size(total)} of memory is too little for this model: the smallest budget that "
-            f"works is {-(-smallest // MB)}MB (trunk {format_size(needs.trunk)}, KV cache "
-            f"{format_size(needs.kv)}, compute {format_size(needs.compute)}, process "
-            f"{format_size(needs.process)}, {floor} slots of {format_size(slot_bytes)}); "
-            "a smaller --ctx also helps"
+            f"{format_size(total)} of memory is too little for this model: the smallest budget "
+            f"that works is {smallest(needs, slot_bytes, n_all) // MB}MB "
+            f"(trunk {format_size(needs.trunk)}, KV cache {format_size(needs.kv)}, "
+            f"compute {format_size(needs.compute)}, process {format_size(needs.process)}, "
+            f"{floor} slots of {format_size(slot_bytes)}); a smaller --ctx also helps"
         )
     return Budget(total, needs, slot_bytes, n_slots, n_all, working_set)
 
@@ -209,7 +221,7 @@ def _read_stat(path: Path, key: str) -> int:
 
 
 def auto_size(root: Path = Path("/")) -> int:
-    """The budget ``auto`` means: what is free now, or the cgroup's limit if lower, less headroom."""
+    """What ``auto`` means: the memory free now, or the cgroup's limit if lower, less headroom."""
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     limit = cgroup_limit(root)
     return int((min(free, limit) if limit is not None else free) * (1 - AUTO_HEADROOM))

@@ -6,6 +6,7 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,14 +19,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 import platformdirs
 
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import ExpertReadError, UserError
 
 if TYPE_CHECKING:
     from moe_gguf.runtime.generate import Sampling
     from moe_gguf.runtime.llama import Llama
 
 # llama_cpp and numpy are imported inside the commands: help and mistakes should answer at once.
-
 
 
 def note(text: str) -> None:
@@ -67,16 +67,25 @@ def quieten() -> None:
         logs.silence()
 
 
-class _Lanes(click.ParamType):
-    name = "N|auto"
+def lanes_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--lanes N|auto``; None stands for auto."""
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
-        if value is None or value == "auto":
+    def parse(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+        if value == "auto":
             return None
         try:
             return int(value)
         except ValueError:
             raise UserError(f"{value!r} is not a number of lanes: give 1 to 64, or auto") from None
+
+    return click.option(
+        "--lanes",
+        default="auto",
+        metavar="N|auto",
+        callback=parse,
+        help="reader threads",
+        show_default=True,
+    )(command)
 
 
 class _Number(click.FloatRange):
@@ -120,9 +129,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--reads", default="auto", metavar="MODE", help="auto, direct or buffered"
             ),
-            click.option(
-                "--lanes", type=_Lanes(), default="auto", help="reader threads", show_default=True
-            ),
+            lanes_option,
             click.option(
                 "--experts-used",
                 type=int,
@@ -163,7 +170,7 @@ def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="moe-gguf")
-@click.option("--debug", is_flag=True, help="show tracebacks")
+@click.option("--debug", is_flag=True, help="show tracebacks and llama.cpp's log; works anywhere")
 def cli(debug: bool) -> None:
     """Run Mixture-of-Experts GGUF models larger than memory."""
 
@@ -277,6 +284,10 @@ def _complete(
                 click.echo(piece.text, nl=False)
     except KeyboardInterrupt:
         interrupted = True
+    except Exception:
+        if pieces and not as_json:
+            click.echo()  # the error gets a line of its own
+        raise
     stats = llama.stats()
     if as_json:
         document = {
@@ -297,6 +308,8 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
     """A conversation on the terminal; Ctrl-C stops an answer, Ctrl-D ends it."""
     from moe_gguf.runtime.generate import Chat, generate
 
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() line editing and history
     chat = Chat(llama, system)
     note("Type a message; Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     while True:
@@ -314,8 +327,10 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
                 click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
             note(" [stopped]")
+        except ExpertReadError as error:  # the model stays usable
+            note(f"\nmoe-gguf: error: {error}")
         except UserError as error:  # the conversation outgrew the context
-            note(f"moe-gguf: {error}")
+            note(f"moe-gguf: error: {error}")
             break
         click.echo()
         chat.answer("".join(said))
@@ -330,8 +345,8 @@ def stats_line(stats: dict[str, Any]) -> str:
         f"moe-gguf: prefill {stats['prefill_tps']:.1f} tok/s ({stats['prefill_tokens']} tokens), "
         f"decode {stats['decode_tps']:.2f} tok/s ({stats['decode_tokens']} tokens); "
         f"hits {stats['hits']} of {demanded} ({stats['hit_rate']:.1%}); "
-        f"read {format_size(stats['bytes_read'])} ({format_size(stats['bytes_per_token'])} per token), "
-        f"stalled {stats['stall_s']:.2f} s; peak {format_size(stats['rss_peak_bytes'])} of "
+        f"read {format_size(stats['bytes_read'])} ({format_size(stats['bytes_per_token'])} per "
+        f"token), stalled {stats['stall_s']:.2f} s; peak {format_size(stats['rss_peak_bytes'])} of "
         f"{format_size(stats['budget_bytes'])}"
     )
 
@@ -430,7 +445,10 @@ def _check_writable(path: Path) -> None:
     "--policy", "policies", default=None, metavar="A,B,…", help="default: every policy and belady"
 )
 @click.option(
-    "--slots", default=None, metavar="N,…", help="arena sizes; default: the recorded one and a range"
+    "--slots",
+    default=None,
+    metavar="N,…",
+    help="arena sizes; default: the recorded one and a range",
 )
 @click.option("--json", "as_json", is_flag=True)
 def replay(trace_file: str, policies: str | None, slots: str | None, as_json: bool) -> None:
@@ -479,7 +497,7 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 @click.option("--ctx", "n_ctx", default=1024, show_default=True)
 @click.option("--threads", type=int, metavar="N")
 @click.option("--reads", default="auto", metavar="MODE")
-@click.option("--lanes", type=_Lanes(), default="auto")
+@lanes_option
 @click.option("--json", "json_file", type=click.Path(), help="write the results here")
 @click.option("--plot", "plot_file", type=click.Path(), help="write a PNG here")
 def bench(model: str, **options: Any) -> None:

@@ -76,7 +76,11 @@ class Controller:
         if self.recorder is not None:
             n_used = call.n_used
             self.recorder.record(
-                event.layer, n_tokens, n_used, call.ids[: n_tokens * n_used], bool(call.continuation)
+                event.layer,
+                n_tokens,
+                n_used,
+                call.ids[: n_tokens * n_used],
+                bool(call.continuation),
             )
         plan = self.residency.plan(event)
         self._plan_experts[:n] = plan.experts
@@ -92,6 +96,11 @@ class Controller:
             self.hits += plan.n_hits
             self.misses += n - plan.n_hits
 
+    def cancel_guesses(self) -> None:
+        """Drop every guess that no lane has started; only between steps."""
+        self.plugin.cancel_guesses()
+        self.residency.reconcile(self.plugin.slot_keys())
+
     def recover(self) -> BaseException:
         """After a failed step: make the table true again and return the reason of the failure."""
         self.residency.reconcile(self.plugin.slot_keys())
@@ -102,4 +111,3 @@ class Controller:
 
     def reset_stats(self) -> None:
         self.hits = self.misses = self.residency.guesses_used = 0
-

@@ -65,7 +65,7 @@ def _groups(layout: ModelLayout) -> list[dict[str, Any]]:
 
 
 def _kv_bytes(layout: ModelLayout) -> int | None:
-    """Bytes of a token in an F16 KV cache; None for architectures with a cache of their own kind."""
+    """Bytes of a token in an F16 KV cache; None where the architecture's is of its own kind."""
     if any(layout.value(key) for key in _UNUSUAL_KV):
         return None
     n_head, n_embd = layout.get_int(".attention.head_count"), layout.get_int(".embedding_length")
@@ -94,7 +94,10 @@ def describe_text(document: dict[str, Any]) -> str:
         ("architecture", d["architecture"]),
         ("size", format_size(total) + (f" in {len(files)} files" if len(files) > 1 else "")),
         ("context", f"{d['n_ctx_train']} tokens"),
-        ("vocabulary", f"{d['n_vocab']} tokens, {'a' if d['chat_template'] else 'no'} chat template"),
+        (
+            "vocabulary",
+            f"{d['n_vocab']} tokens, {'a' if d['chat_template'] else 'no'} chat template",
+        ),
         ("layers", f"{d['n_layers']}, {len(d['moe_layers'])} of them with experts"),
         ("experts", f"{d['n_experts']} per layer, {d['n_experts_used']} used per token{shared}"),
         *(
@@ -108,7 +111,10 @@ def describe_text(document: dict[str, Any]) -> str:
         ("one expert", blob),
         ("all experts", format_size(d["expert_bytes"])),
         ("trunk", f"{format_size(d['trunk_bytes'])} (everything else)"),
-        ("working set", f"{d['working_set']} experts per token, {format_size(d['working_set_bytes'])}"),
+        (
+            "working set",
+            f"{d['working_set']} experts per token, {format_size(d['working_set_bytes'])}",
+        ),
         ("KV cache", f"{format_size(kv)} per token" if kv is not None else "see plan"),
     ]
     return "\n".join(f"{name:<13}{text}" for name, text in rows)

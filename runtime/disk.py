@@ -51,7 +51,7 @@ def probe_all(files: tuple[Path, ...]) -> DirectProbe:
 def choose(
     layout: ModelLayout, probe: DirectProbe, reads: str, lanes: int | None, spare_bytes: int
 ) -> ReadMode:
-    """Decide for a model; ``spare_bytes`` is free memory outside the budget (for the page cache)."""
+    """Decide for a model; ``spare_bytes`` is free memory outside the budget, for the page cache."""
     if reads not in READ_MODES:
         raise UserError(f"{reads!r} is not a way to read: use {', '.join(READ_MODES)}")
     if lanes is not None and not 1 <= lanes <= 64:
@@ -62,7 +62,7 @@ def choose(
     elif not probe.direct:
         if reads == "direct":
             raise UserError(
-                f"direct reads do not work on the file system of {layout.path}: use --reads buffered"
+                f"direct reads do not work where {layout.path} lies: use --reads buffered"
             )
         direct, reason = False, "this file system refuses direct reads"
     elif reads == "direct":
@@ -105,10 +105,9 @@ class _Sampler:
         self.n_reads = 8
 
     def speed(self, lanes: int, direct: bool) -> float:
-        """Bytes per second; adapts the number of reads to the disk so that slow ones do not stall."""
-        offsets = [
-            self.offsets[(self.next + i) % len(self.offsets)] for i in range(self.n_reads)
-        ]
+        """Bytes per second; adapts the number of reads to the disk, so that a slow one takes no
+        longer."""
+        offsets = [self.offsets[(self.next + i) % len(self.offsets)] for i in range(self.n_reads)]
         self.next += self.n_reads
         speed = probe_speed(self.path, offsets, self.n_bytes, lanes, direct)
         self.n_reads = max(8, min(128, int(speed * _PROBE_SECONDS / self.n_bytes)))

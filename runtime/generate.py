@@ -9,6 +9,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jinja2
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
@@ -62,7 +63,13 @@ class Chat:
     def ask(self, text: str) -> list[int]:
         """Tokens of the conversation with one more user turn."""
         self.messages.append({"role": "user", "content": text})
-        prompt = self._formatter(messages=self.messages).prompt  # type: ignore[arg-type]
+        try:
+            prompt = self._formatter(messages=self.messages).prompt
+        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            raise UserError(
+                f"the model's chat template refuses this conversation ({error}): "
+                "run it without --chat or without --system"
+            ) from None
         tokens = self._llama.tokenize(prompt.encode(), add_bos=False, special=True)
         return check_length(self._llama, tokens)
 

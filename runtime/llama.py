@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import llama_cpp
 import llama_cpp._logger
 import llama_cpp.llama_cpp as bindings
@@ -24,6 +25,7 @@ import psutil
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import rss_peak
 from moe_gguf.runtime.controller import Recorder
+from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import pad_up
 from moe_gguf.runtime.model import OpenModel, Options
 
@@ -89,9 +91,13 @@ class Llama(llama_cpp.Llama):
                     str(model_path), n_threads=n_threads, use_mmap=False, verbose=verbose, **kwargs
                 )
             self._controller = self.opened.start(recorder)
-        except BaseException:
+        except BaseException as error:
             self.close()
             self.opened.close()
+            if isinstance(error, jinja2.TemplateError):
+                raise UserError(
+                    f"{model_path}: the chat template is damaged ({error}); convert the model again"
+                ) from None
             raise
         self._timer = _Timer(self)
         self._finalizer = weakref.finalize(self, self._stack.close)  # lanes are joined at exit
@@ -152,6 +158,18 @@ class Llama(llama_cpp.Llama):
             params.n_seq_max = min(self.n_batch, llama_cpp.llama_max_parallel_sequences())
             params.kv_unified = True
         return params
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's, which would end the process over a grammar that does not parse."""
+        grammar = kwargs.get("grammar")
+        if grammar is not None:
+            texts = grammar._grammar.encode(), grammar._root.encode()
+            with logs.capture() as log:
+                sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, *texts)
+            if not sampler:
+                raise ValueError(f"the grammar cannot be used: {log.reason()}")
+            llama_cpp.llama_sampler_free(sampler)
+        return super()._init_sampler(*args, **kwargs)
 
     def stats(self) -> dict[str, Any]:
         """Counters since opening or ``reset_stats``; the names are the same everywhere."""

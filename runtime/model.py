@@ -120,8 +120,8 @@ class OpenModel:
 
             params.progress_callback = report
             self._keep.append(report)
-        with logs.capture() as log:
-            model = llama_cpp.llama_model_load_from_file_ptr(self.plugin.stream(), params)
+        with logs.capture() as log, self.plugin.stream() as stream:
+            model = llama_cpp.llama_model_load_from_file_ptr(stream, params)
         if not model:
             raise UserError(f"llama.cpp cannot load {self.layout.path}: {log.reason()}")
         if error := self.plugin.take_error():
@@ -138,8 +138,8 @@ class OpenModel:
         """Simulate loading (no weight is read) to learn what everything but experts takes."""
         dry = llama_cpp.llama_model_params.from_buffer_copy(model_params)
         dry.no_alloc = True
-        with logs.capture() as log:
-            model = llama_cpp.llama_model_load_from_file_ptr(self.plugin.stream(), dry)
+        with logs.capture() as log, self.plugin.stream() as stream:
+            model = llama_cpp.llama_model_load_from_file_ptr(stream, dry)
             if not model:
                 raise UserError(f"llama.cpp cannot load {self.layout.path}: {log.reason()}")
             context = llama_cpp.llama_init_from_model(model, context_params)
@@ -261,7 +261,14 @@ def _config(layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode) -> Conf
     tensors = [t for layer in layout.layers for t in layer.tensors]
     mirrored = (Tensor * len(tensors))(
         *(
-            Tensor(t.name.encode(), t.offset, t.expert_bytes, slots.offsets[t.layer, t.name], t.layer, t.file)
+            Tensor(
+                t.name.encode(),
+                t.offset,
+                t.expert_bytes,
+                slots.offsets[t.layer, t.name],
+                t.layer,
+                t.file,
+            )
             for t in tensors
         )
     )
@@ -271,7 +278,6 @@ def _config(layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode) -> Conf
         *(TrunkTensor(t.name.encode(), t.offset, t.n_bytes, t.file) for t in trunk)
     )
     paths = (ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files))
-
 
     config = Config(
         abi=ABI,

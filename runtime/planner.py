@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_gguf.runtime import disk
-from moe_gguf.runtime.budget import MB, format_size, min_slots
+from moe_gguf.runtime.budget import MB, format_size, smallest
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.llama import Llama
 from moe_gguf.runtime.model import OpenModel
@@ -29,7 +29,7 @@ def plan_document(path: Path, **options: Any) -> dict[str, Any]:
         "reason": None,
         "warning": None,
         "budget_bytes": opened.total,
-        "smallest_bytes": needs.with_slots(min_slots(opened.n_all), slot_bytes),
+        "smallest_bytes": smallest(needs, slot_bytes, opened.n_all),
         "working_set_fits_bytes": needs.with_slots(opened.working_set, slot_bytes),
         "everything_fits_bytes": needs.with_slots(opened.n_all, slot_bytes),
         **{f"{name}_bytes": n_bytes for name, n_bytes in needs._asdict().items()},
@@ -79,7 +79,7 @@ def predict(opened: OpenModel, resident_share: float) -> dict[str, Any]:
 
 def plan_text(document: dict[str, Any]) -> str:
     d = document
-    smallest = f"the smallest budget that works is {-(-d['smallest_bytes'] // MB)}MB"
+    named = f"the smallest budget that works is {d['smallest_bytes'] // MB}MB"
     share = f"{d['slots']} of {d['slots_all']} slots, {d['resident_share']:.0%} of the experts"
     rows = [
         ("trunk", d["trunk_bytes"], "every weight that is not a routed expert"),
@@ -96,7 +96,7 @@ def plan_text(document: dict[str, Any]) -> str:
     lines = [
         f"{d['path']} ({d['architecture']})",
         f"fits {format_size(d['budget_bytes'])}: "
-        + ("yes" if d["fits"] else f"no, {smallest}; a smaller --ctx also helps"),
+        + ("yes" if d["fits"] else f"no, {named}; a smaller --ctx also helps"),
         *(f"  {name:<9}{format_size(n_bytes):>10}  {remark}" for name, n_bytes, remark in rows),
         "budgets:",
         *(f"  {-(-n_bytes // MB):>16} MB  {remark}" for n_bytes, remark in sizes),

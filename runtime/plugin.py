@@ -6,10 +6,11 @@ mirror with the compiled plugin.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +174,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_expert_buffer_type", handle, [handle]),
         ("moe_model_trunk_buffer_type", handle, [handle]),
         ("moe_model_stream", handle, [handle]),
+        ("fclose", ctypes.c_int, [handle]),  # the C library's, for that stream
         ("moe_model_arena", i32, [handle, i32]),
         ("moe_model_bind", None, [handle, ROUTE_FN]),
         ("moe_model_call", ctypes.POINTER(Call), [handle]),
@@ -223,37 +225,47 @@ class PluginModel:
         self.n_slots = 0
         self.call: Call = self._lib.moe_model_call(self._handle).contents
 
+    @property
+    def _open(self) -> int:
+        if not self._handle:
+            raise RuntimeError("the model is closed")
+        return int(self._handle)
+
     def expert_buffer_type(self) -> int:
-        return int(self._lib.moe_model_expert_buffer_type(self._handle))
+        return int(self._lib.moe_model_expert_buffer_type(self._open))
 
     def trunk_buffer_type(self) -> int:
-        return int(self._lib.moe_model_trunk_buffer_type(self._handle))
+        return int(self._lib.moe_model_trunk_buffer_type(self._open))
 
-    def stream(self) -> int:
-        """A new ``FILE *`` that llama.cpp takes for the model; whoever takes it closes it with fclose."""
-        stream = self._lib.moe_model_stream(self._handle)
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[int]:
+        """A ``FILE *`` that llama.cpp takes for the model, open while it loads."""
+        stream = self._lib.moe_model_stream(self._open)
         if not stream:
             raise UserError("the system has no file descriptor left for the model's stream")
-        return int(stream)
+        try:
+            yield int(stream)
+        finally:
+            self._lib.fclose(stream)
 
     def allocate(self, n_slots: int) -> None:
-        if self._lib.moe_model_arena(self._handle, n_slots) != 0:
+        if self._lib.moe_model_arena(self._open, n_slots) != 0:
             raise UserError(f"the system refused the memory for {n_slots} slots: lower --memory")
         self.n_slots = n_slots
 
     def bind(self, route: Callable[[], int]) -> None:
         self._route = ROUTE_FN(route)
-        self._lib.moe_model_bind(self._handle, self._route)
+        self._lib.moe_model_bind(self._open, self._route)
 
     def stats(self, reset: bool = False) -> Stats:
         stats = Stats()
-        self._lib.moe_model_stats(self._handle, ctypes.byref(stats), int(reset))
+        self._lib.moe_model_stats(self._open, ctypes.byref(stats), int(reset))
         return stats
 
     def take_error(self) -> Exception | None:
         """The reason of the last failed step, once."""
         text = ctypes.create_string_buffer(1024)
-        kind = self._lib.moe_model_error(self._handle, text, len(text))
+        kind = self._lib.moe_model_error(self._open, text, len(text))
         sentence = text.value.decode(errors="replace")
         if kind == ERROR_READ:
             return ExpertReadError(sentence)
@@ -262,15 +274,15 @@ class PluginModel:
     def slot_keys(self) -> list[int]:
         """Per slot the key it holds or is reading, -1 for none."""
         keys = (i32 * self.n_slots)()
-        self._lib.moe_model_slots(self._handle, keys)
+        self._lib.moe_model_slots(self._open, keys)
         return list(keys)
 
     def cancel_guesses(self) -> None:
-        self._lib.moe_model_cancel_guesses(self._handle)
+        self._lib.moe_model_cancel_guesses(self._open)
 
     def inject(self, skip: int, err: int) -> None:
         """Tests only: the read after ``skip`` further ones fails (errno ``err``; 0: reads short)."""
-        self._lib.moe_model_inject(self._handle, skip, err)
+        self._lib.moe_model_inject(self._open, skip, err)
 
     def close(self) -> None:
         if self._handle:

@@ -10,8 +10,11 @@ Importing this raises UserError where the packages are missing, before a model i
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,7 +65,7 @@ def serve(llama: Llama, listener: socket.socket, api_key: str | None) -> None:
     """Serve until SIGINT or SIGTERM."""
     stop = _Stop(llama)
 
-    class Server(uvicorn.Server):  # type: ignore[misc]
+    class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             _note(f"moe-gguf: serving {_alias(llama)} at {_url(listener)} (Ctrl-C stops)")
@@ -73,13 +76,18 @@ def serve(llama: Llama, listener: socket.socket, api_key: str | None) -> None:
 
     config = uvicorn.Config(
         make_app(llama, api_key),
-        log_level="error",
+        log_level="critical",  # failures are told by _told
         lifespan="off",
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
     # uvicorn raises the signal again when it has stopped. llama_cpp.server prints remarks.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(sys.stderr):
         Server(config).run(sockets=[listener])
+    # Requests cut off above are still in their threads; the model must outlive them.
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
 
 
 def make_app(llama: Llama, api_key: str | None) -> FastAPI:
@@ -118,7 +126,7 @@ def make_app(llama: Llama, api_key: str | None) -> FastAPI:
                 dependencies=route.dependencies,
                 response_model=None,
             )
-    for kind in (HTTPException, RequestValidationError, *_EXPECTED):
+    for kind in (HTTPException, RequestValidationError, *_EXPECTED, Exception):
         app.add_exception_handler(kind, _answer)
     return app
 
@@ -126,29 +134,53 @@ def make_app(llama: Llama, api_key: str | None) -> FastAPI:
 # --- failures -----------------------------------------------------------------------------------
 
 # What computing may raise: bad arguments, a failed step, an expert that cannot be read.
-_EXPECTED = (ValueError, AssertionError, RuntimeError, OSError)
+_EXPECTED = (ValueError, RuntimeError, OSError)
+
+
+class _Stopping(RuntimeError):
+    """The server stops while a request is computed."""
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
+    status = _status(error)
     if isinstance(error, HTTPException):
-        status, message = error.status_code, str(error.detail)
-    elif isinstance(error, RequestValidationError):
-        status, message = 400, "; ".join(map(_complaint, error.errors()))
-    elif isinstance(error, ValueError | AssertionError):
-        status, message = 400, str(error) or "this server takes one prompt per request"
-    else:
-        status, message = 500, str(error)
-    return JSONResponse(_error(status, message), status)
+        return JSONResponse(_body(status, str(error.detail)), status)
+    if isinstance(error, RequestValidationError):
+        return JSONResponse(_body(status, "; ".join(map(_complaint, error.errors()))), status)
+    return JSONResponse(_told(error), status)
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, HTTPException):
+        return int(error.status_code)
+    if isinstance(error, RequestValidationError | ValueError) or _is_refusal(error):
+        return 400
+    return 503 if isinstance(error, _Stopping) else 500
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an endpoint itself asserted: the way llama_cpp.server refuses several prompts."""
+    trace = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AssertionError) and trace[-1].filename == api.__file__
 
 
 def _complaint(error: dict[str, Any]) -> str:
-    return f"{'.'.join(map(str, error['loc'][1:]))}: {error['msg']}"
+    where = ".".join(map(str, error["loc"][1:] if error["type"] != "json_invalid" else ()))
+    return f"{where or 'the request'}: {error['msg']}"
 
 
-def _error(status: int, message: str) -> dict[str, Any]:
-    """The body OpenAI's clients understand."""
-    if status >= 500:
-        _note(f"moe-gguf: error: {message}")
+def _told(error: Exception) -> dict[str, Any]:
+    """The body that tells of a failure; those that are not the client's are logged as well."""
+    status = _status(error)
+    if _is_refusal(error):
+        return _body(status, "this server takes one prompt per request")
+    if status == 500:
+        _note(f"moe-gguf: error: {error or type(error).__name__}")
+    return _body(status, str(error))
+
+
+def _body(status: int, message: str) -> dict[str, Any]:
+    """An error as OpenAI's clients understand it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     code = "context_length_exceeded" if "exceed context window" in message else None
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
@@ -166,7 +198,7 @@ def _reported(answer: Any) -> Any:
         try:
             yield from answer
         except _EXPECTED as error:
-            yield _error(400 if isinstance(error, ValueError) else 500, str(error))
+            yield _told(error)
 
     return chunks()
 
@@ -213,19 +245,19 @@ class _Served:
 
 
 class _Stop:
-    """Once ``requested``, every further step of the model fails: a thread cannot be cancelled."""
+    """Once ``requested``, computing fails at the next layer: a thread cannot be cancelled."""
 
     def __init__(self, llama: Llama) -> None:
         self.requested = False
-        context = llama._ctx
-        decode = context.decode
+        controller = llama._controller
+        on_route = controller.on_route
 
-        def unless_stopped(batch: Any) -> None:
+        def unless_stopped() -> None:
             if self.requested:
-                raise RuntimeError("the server is stopping")
-            decode(batch)
+                raise _Stopping("the server is stopping")
+            on_route()
 
-        context.decode = unless_stopped
+        controller.on_route = unless_stopped  # type: ignore[method-assign]
 
 
 def _alias(llama: Llama) -> str:

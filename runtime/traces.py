@@ -49,7 +49,8 @@ def replay_document(path: Path, policies: str | None, slots: str | None) -> dict
     try:
         trace = load_trace(path)
     except OSError as error:
-        raise UserError(f"cannot open {path} ({error.strerror or error})") from None
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot open {path} ({reason}): record one with moe-gguf trace") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     names = [*POLICIES, BELADY] if policies is None else policies.split(",")
@@ -81,14 +82,21 @@ def _row(result: ReplayResult) -> dict[str, Any]:
 
 def _recorded(trace: Trace) -> dict[str, Any] | None:
     """The recorded run's own counts and whether replaying it gives them again; None if unknown."""
-    run = {key: trace.metadata.get(key) for key in ("policy", "n_slots", "hits", "misses")}
-    policy, n_slots = run["policy"], run["n_slots"]
-    if None in run.values() or policy not in POLICIES or not trace.metadata.get("complete", True):
+    meta = trace.metadata
+    policy, n_slots = str(meta.get("policy")), meta.get("n_slots")
+    counts = meta.get("hits"), meta.get("misses")
+    if policy not in POLICIES or type(n_slots) is not int or n_slots < 1:
         return None
-    if type(n_slots) is not int or n_slots < 1:
+    if None in counts or not meta.get("complete", True):
         return None
     (again,) = replay_table(trace, [policy], [n_slots])
-    return {**run, "reproduced": (again.hits, again.misses) == (run["hits"], run["misses"])}
+    return {
+        "policy": policy,
+        "n_slots": n_slots,
+        "hits": counts[0],
+        "misses": counts[1],
+        "reproduced": (again.hits, again.misses) == counts,
+    }
 
 
 def _default_sizes(trace: Trace) -> list[int]:
@@ -112,15 +120,15 @@ def replay_text(document: dict[str, Any]) -> str:
     d, meta = document, document["metadata"]
     n_all = len(meta["layers"]) * meta["n_experts"]
     lines = [
-        f"{meta.get('model', d['path'])}: {d['events']} events, {len(meta['layers'])} MoE layers x "
-        f"{meta['n_experts']} experts"
+        f"{meta.get('model', d['path'])}: {d['events']} events, "
+        f"{len(meta['layers'])} MoE layers x {meta['n_experts']} experts"
     ]
     if (recorded := d["recorded"]) is None:
         lines.append("the recorded run cannot be checked: it was interrupted or says too little")
     else:
         run = (
-            f"{recorded['policy']} with {recorded['n_slots']} slots had {recorded['hits']} hits and "
-            f"{recorded['misses']} misses"
+            f"{recorded['policy']} with {recorded['n_slots']} slots had {recorded['hits']} hits "
+            f"and {recorded['misses']} misses"
         )
         verdict = "the same" if recorded["reproduced"] else "OTHER COUNTS, which is a bug"
         lines.append(f"recorded: {run}; replaying it gives {verdict}")

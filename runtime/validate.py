@@ -48,6 +48,9 @@ _GATED = _names(
     "bailingmoe2 bailingmoe3 deepseek32 dots1 dots3note exaone-moe hy_v4 kimi-k3 kimi-linear"
     " lfm2moe minimax-m2 minimax-m3 smallthinker"
 )
+# Their layers have sliding windows always, or if the file gives the window's size.
+_WINDOWED = _names("cohere2moe exaone-moe gemma4 gpt-oss granite_swa maple mimo2 step35")
+_WINDOWED_IF_SAID = _names("afmoe laguna llama4 mellum smallthinker")
 # Multi-head latent attention caches one row per token: the compressed one and its rotated part.
 _LATENT = frozenset(("deepseek2", "deepseek32", "glm-dsa", "mistral4"))
 # No rotary embedding at all: every other architecture hangs or aborts without one.
@@ -228,6 +231,19 @@ def _recurrence(layout: ModelLayout) -> None:
         raise _bad(layout, f"{inner} state items, {heads} heads and {groups} groups do not divide")
 
 
+def _window(layout: ModelLayout) -> None:
+    """An architecture with sliding windows must have one in some layer."""
+    arch = layout.architecture
+    default = 1 if arch == "llama4" else 0
+    window = layout.get_int(".attention.sliding_window", default)
+    if arch not in _WINDOWED and not (arch in _WINDOWED_IF_SAID and window):
+        return
+    pattern = layout.value(".attention.sliding_window_pattern")
+    flags = pattern[: layout.n_layers] if isinstance(pattern, tuple) else (pattern != 1,)
+    if not any(flags):
+        raise _bad(layout, f"no layer has a sliding window, which {arch} needs")
+
+
 def _numbers(layout: ModelLayout) -> None:
     for key, low, high in _BOUNDS.get(layout.architecture, ()):
         _int(layout, key, low, high)
@@ -238,9 +254,7 @@ def _numbers(layout: ModelLayout) -> None:
     _int(layout, ".attention.sliding_window", 0, _MAX_WINDOW, 0)
     if layout.architecture == "gemma4":
         _int(layout, ".attention.shared_kv_layers", 0, layout.n_layers - 2, 0)
-        pattern = layout.value(".attention.sliding_window_pattern")
-        if isinstance(pattern, tuple) and not any(pattern):
-            raise _bad(layout, "no layer has a sliding window, which gemma4 needs")
+    _window(layout)
     scaling = layout.value(".rope.scaling.type")
     if scaling is not None and scaling not in _ROPE_SCALING:
         raise _bad(layout, f"{layout.architecture}.rope.scaling.type is {scaling!r:.60}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+
 from moe_gguf.runtime.plugin import probe_direct
 
 TinyFile = Callable[..., Path]

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutant import Autopsy, Field, Mutant, Weight, llama_keys, mutate
+from tiny import LAYOUTS, write_tiny
+
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES, Scalar, ValueType
 from moe_gguf.runtime.layout import read_layout
-from mutant import Autopsy, Field, Mutant, Weight, llama_keys, mutate
-from tiny import LAYOUTS, write_tiny
 
 Edit = Callable[[Mutant], None]
 TYPE = {t.name: number for number, t in GGML_TYPES.items()}
@@ -299,6 +300,16 @@ DEADLY: dict[str, tuple[str, Edit, str]] = {
     "no sliding layer": (
         "gemma4",
         put(".attention.sliding_window_pattern", [False] * 3, ValueType.BOOL),
+        "no layer has a sliding window",
+    ),
+    "sliding layers one in one": (
+        "gpt-oss",
+        put(".attention.sliding_window_pattern", 1),
+        "no layer has a sliding window",
+    ),
+    "chunked layers one in one": (
+        "llama4",
+        put(".attention.sliding_window_pattern", 1),
         "no layer has a sliding window",
     ),
     "all layers share keys and values": (

@@ -40,7 +40,8 @@ def test_sizes_are_read_as_people_write_them(text: str, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "four GB", "-1GB", "1,5GB", "1.2.3GB", "4XB", "nan", "inf", "1e9", "4GB!", "٣"]
+    "text",
+    ["", "GB", "four GB", "-1GB", "1,5GB", "1.2.3GB", "4XB", "nan", "inf", "1e9", "4GB!", "٣"],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size: write it like"):
@@ -87,16 +88,19 @@ def test_no_more_slots_than_experts() -> None:
     assert fit(10 * GB, NEEDS, 3 * MB, n_all=400, working_set=100).n_slots == 400
 
 
-def test_the_smallest_budget_that_is_named_works_and_one_byte_less_does_not() -> None:
-    with pytest.raises(UserError, match=r"smallest budget that works is 312MB .* 4 slots of 3.0 MB"):
+def test_the_smallest_budget_that_is_named_works() -> None:
+    with pytest.raises(
+        UserError, match=r"smallest budget that works is 313MB .* 4 slots of 3.0 MB"
+    ):
         fit(100 * MB, NEEDS, 3 * MB, n_all=400, working_set=100)
+    # One MB more than needed: a process does not measure the same twice.
     assert fit(312 * MB, NEEDS, 3 * MB, n_all=400, working_set=100).n_slots == budget.MIN_SLOTS
-    with pytest.raises(UserError, match="312MB"):
+    with pytest.raises(UserError, match="313MB"):
         fit(312 * MB - 1, NEEDS, 3 * MB, n_all=400, working_set=100)
 
 
 def test_the_smallest_budget_is_rounded_up() -> None:
-    with pytest.raises(UserError, match="works is 301MB"):
+    with pytest.raises(UserError, match="works is 302MB"):
         fit(0, NEEDS, 1, n_all=400, working_set=100)
 
 
@@ -219,8 +223,8 @@ def context_log(path: Path, no_alloc: bool, n_ubatch: int = 64) -> logs.Log:
     model_params.no_alloc = no_alloc
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = N_CTX, N_CTX, n_ubatch, 1
-    with logs.capture() as log:
-        model = llama_cpp.llama_model_load_from_file_ptr(opened.plugin.stream(), model_params)
+    with logs.capture() as log, opened.plugin.stream() as stream:
+        model = llama_cpp.llama_model_load_from_file_ptr(stream, model_params)
         assert model
         context = llama_cpp.llama_init_from_model(model, params)
         assert context
@@ -262,7 +266,7 @@ def test_a_buffer_two_backends_compute_in_counts_once() -> None:
     for line in (
         "llama_context:        CPU  output buffer size =     0.50 MiB\n",
         "llama_kv_cache:        CPU KV buffer size =     0.00 MiB\n",
-        "llama_kv_cache: size =   11.25 MiB (   512 cells,  30 layers,  1/1 seqs), K (f16): 5.62 MiB\n",
+        "llama_kv_cache: size =   11.25 MiB (   512 cells,  30 layers), K (f16): 5.62 MiB\n",
         "sched_reserve:        CPU compute buffer size =   101.00 MiB\n",
         "sched_reserve:        CPU compute buffer size =   101.00 MiB\n",
         "sched_reserve:      CUDA0 compute buffer size =    10.00 MiB\n",

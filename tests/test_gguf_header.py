@@ -10,10 +10,11 @@ from pathlib import Path
 
 import gguf
 import pytest
-from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import GGML_TYPES, ValueType, read_header
 from mutant import Field, Mutant
 from tiny import write_tiny
+
+from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.gguf_header import GGML_TYPES, ValueType, read_header
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from counters, that what it is about really happened. A pass proves:
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import threading
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from harness import (
     rows,
     stock,
 )
+
 from moe_gguf.policies import POLICIES
 from moe_gguf.policies.base import CachePolicy, Predictor
 from moe_gguf.policies.cache import LRU
@@ -116,9 +118,7 @@ def three_sequences(model: Model) -> Logits:
     logits = [context.decode(batch)]
     last = [starts[0] - 1, sum(starts[:2]) - 1, sum(starts) - 1]
     for i in range(4):
-        batch = [
-            Row(int(logits[-1][last[s]].argmax()), n + i, seq=s) for s, n in enumerate(starts)
-        ]
+        batch = [Row(int(logits[-1][last[s]].argmax()), n + i, seq=s) for s, n in enumerate(starts)]
         logits.append(context.decode(batch))
         last = [0, 1, 2]
     return np.concatenate(logits)
@@ -130,6 +130,11 @@ def two_contexts(model: Model) -> Logits:
     for i in range(4):
         logits += [c.decode(rows([i + 3 * s], 20 + i)) for s, c in enumerate(contexts)]
     return np.concatenate(logits)
+
+
+def token_by_token(model: Model) -> Logits:
+    context = model.context()
+    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(random_tokens(24))])
 
 
 def last_of_many(model: Model) -> Logits:
@@ -215,13 +220,14 @@ def test_05_several_sequences_in_one_batch(
     events = Events()
     with ours(path, 9, recorder=events) as model:
         same(three_sequences(model), reference(path, three_sequences))
-        assert {27, 3} <= set(events.n_tokens)
+        # 15: llama.cpp cuts the prompts into pieces that are equally long in every sequence.
+        assert {15, 3} <= set(events.n_tokens)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_06_two_contexts_in_turn(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
     path = model_file(tiny_file, layout)
-    with ours(path, 7) as model:
+    with ours(path, 15) as model:
         same(two_contexts(model), reference(path, two_contexts))
         n_layers = len(model.opened.layout.layers)
         assert model.stats().events == 2 * (1 + 4) * n_layers
@@ -321,7 +327,7 @@ GUESSES: dict[str, tuple[int | None, Callable[[], CachePolicy]]] = {
     "room for all": (None, LRU),
     "a full arena": (19, LRU),  # a guess takes free slots only: until the arena is full
     "slots falling free": (19, Leaky),
-    "hardly any slot": (3, Leaky),
+    "hardly any slot": (6, Leaky),
 }
 
 
@@ -339,18 +345,12 @@ def test_10_guesses(
         layers = {"deepseek2": [1, 2, 3], "llama4": [1, 3], "updown": [1, 3, 4]}
         predictor = RandomGuesses(layers.get(layout, [0, 1, 2]), n_experts, n=12)
     with ours(path, n_slots, lanes=1, cache=cache(), predictor=predictor) as model:
-        # Wide events leave no slot to guess into where there are hardly any.
-        narrow = prefill_and_decode_narrow if room == "hardly any slot" else generation
-        same(narrow(model), reference(path, narrow))
+        same(token_by_token(model), reference(path, token_by_token))
         assert model.stats().guess_loads > 0
+        same(generation(model), reference(path, generation))
         if room == "slots falling free" and kind == "random":
-            assert model.controller.guesses_used > 0
+            assert model.controller.residency.guesses_used > 0
             assert model.controller.misses > model.n_slots
-
-
-def prefill_and_decode_narrow(model: Model) -> Logits:
-    context = model.context()
-    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(random_tokens(24))])
 
 
 def test_10_guesses_are_overtaken(
@@ -359,13 +359,13 @@ def test_10_guesses_are_overtaken(
     """One slow lane and many guesses of big experts: demands find guesses still being read,
     promote them or take their slots."""
     path = tiny_file("mixtral")
-    expected = reference(path, prefill_and_decode_narrow)
+    expected = reference(path, token_by_token)
     promoted = cancelled = 0
     for seed in range(20):
         predictor = RandomGuesses([0, 1, 2], 8, n=12, seed=seed)
         options = {"lanes": 1, "reads": "direct", "cache": Leaky(), "predictor": predictor}
         with ours(path, 14, **options) as model:
-            same(prefill_and_decode_narrow(model), expected)
+            same(token_by_token(model), expected)
             stats = model.stats()
             assert stats.guess_cancelled <= stats.guess_loads
             promoted += stats.guess_promoted
@@ -378,9 +378,7 @@ def test_10_guesses_are_overtaken(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_11_policies(
-    policy: str, layout: str, tiny_file: TinyFile, reference: Reference
-) -> None:
+def test_11_policies(policy: str, layout: str, tiny_file: TinyFile, reference: Reference) -> None:
     path = model_file(tiny_file, layout)
     with ours(path, 12, policy=policy) as model:
         same(generation(model), reference(path, generation))
@@ -400,45 +398,65 @@ def test_11_any_load_order(
 
 
 class Cuts:
-    """A scheduler callback that wants to see every ``stride``-th node, which ends a graph there."""
+    """A scheduler callback that wants to see some nodes; each ends the graph handed over."""
 
-    def __init__(self, stride: int) -> None:
-        self.n = 0
+    def __init__(self, wanted: Callable[[int], bool]) -> None:
         self.seen = 0
 
         def ask(tensor: int, asking: bool, _: object) -> bool:
             if asking:
-                self.n += 1
-                return self.n % stride == 0
+                return wanted(tensor)
             self.seen += 1
             return True
 
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(ask)
 
 
+def every(stride: int) -> Callable[[int], bool]:
+    count = itertools.count(1)
+    return lambda tensor: next(count) % stride == 0
+
+
+def after_matmul(nth: int, per_layer: int) -> Callable[[int], bool]:
+    """After the nth (from 0) of each layer's expert matmuls."""
+    op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc
+    op_desc.argtypes, op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
+    count = itertools.count()
+    return lambda tensor: op_desc(tensor) == b"MUL_MAT_ID" and next(count) % per_layer == nth
+
+
 @pytest.mark.parametrize("n_slots", [2, 19])
-@pytest.mark.parametrize("stride", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("cut", ["every node", "every 3", "every 5", "first", "before down"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_12_graphs_in_pieces(
-    layout: str, stride: int, n_slots: int, tiny_file: TinyFile, reference: Reference
+    layout: str, cut: str, n_slots: int, tiny_file: TinyFile, reference: Reference
 ) -> None:
     path = model_file(tiny_file, layout)
     expected = reference(path, generation)
-    cuts, events = Cuts(stride), Events()
+    events = Events()
     with ours(path, n_slots, recorder=events) as model:
+        layers = model.opened.layout.layers
+        per_layer = len(layers[0].tensors)
+        cuts = Cuts(
+            {
+                "every node": every(1),
+                "every 3": every(3),
+                "every 5": every(5),
+                "first": after_matmul(0, per_layer),
+                "before down": after_matmul(per_layer - 2, per_layer),
+            }[cut]
+        )
         same(prefill_and_decode(model.context(cb_eval=cuts.callback)), expected)
         stats = model.stats()
-        n_events = (1 + N_STEPS) * len(model.opened.layout.layers)
+        n_events = (1 + N_STEPS) * len(layers)
         assert cuts.seen > 0
         assert stats.events == n_events + events.continuations
-        if stride == 1:
-            n_tensors = sum(len(layer.tensors) for layer in model.opened.layout.layers)
-            assert stats.events == (1 + N_STEPS) * n_tensors
-        elif layout != "updown":
+        if cut == "every node":
+            assert stats.events == n_events * per_layer
+        if cut == "before down":
             assert stats.generic > 0, "no graph was cut inside a chain"
         # A layer's experts are demanded once, however many pieces it comes in.
-        whole_experts = 40 * 0 + model.controller.hits + model.controller.misses
-        assert whole_experts <= n_events * model.opened.layout.n_experts
+        assert model.controller.hits + model.controller.misses == events.demanded
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -450,7 +468,7 @@ def test_13_batch_in_ubatches(layout: str, tiny_file: TinyFile, reference: Refer
         assert max(events.n_tokens) == 32
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["qwen3moe", "mixtral"])  # slow where cores are busy
 def test_14_two_compute_threads(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
     path = model_file(tiny_file, layout)
     with ours(path, 11) as model:

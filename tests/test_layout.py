@@ -6,6 +6,9 @@ from pathlib import Path
 
 import gguf
 import pytest
+from mutant import Field, Mutant
+from tiny import LAYOUTS, write_tiny
+
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import ValueType, read_header
 from moe_gguf.runtime.layout import (
@@ -16,8 +19,6 @@ from moe_gguf.runtime.layout import (
     read_layout,
     slot_layout,
 )
-from mutant import Field, Mutant
-from tiny import LAYOUTS, write_tiny
 
 EXPERTS = {layout: 8 if layout == "mixtral" else 16 for layout in LAYOUTS}
 USED = {"mixtral": 2, "llama4": 1}

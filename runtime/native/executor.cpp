@@ -280,7 +280,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
 }
 
 // Copies the ids (graph memory is reused) and sorts the pairs by expert.
-void executor::group_pairs() {
+bool executor::group_pairs() {
     chain &    c     = c_;
     moe_call & call  = c.model->call;
     const int  total = c.n_used * c.n_tokens;
@@ -296,7 +296,11 @@ void executor::group_pairs() {
     int n = 0;
     for (int p = 0; p < total; p++) {
         const int e = ids_[p];
-        GGML_ASSERT(e >= 0 && e < c.model->n_experts);
+        if (e < 0 || e >= c.model->n_experts) {  // NaN in the weights can make the router's sort do this
+            c.model->fail(ERROR_OTHER, "the router of layer " + std::to_string(c.layer) + " chose expert " + std::to_string(e) + " of " +
+                                           std::to_string(c.model->n_experts) + ": the weights are damaged");
+            return false;
+        }
         if (index_of_[e] < 0) {
             index_of_[e]    = n;
             call.experts[n] = e;
@@ -316,6 +320,7 @@ void executor::group_pairs() {
     for (int i = 0; i < n; i++) {
         first_of_[i] -= call.counts[i];
     }
+    return true;
 }
 
 bool executor::ask() {
@@ -414,8 +419,7 @@ ggml_status executor::run_chain() {
     }
     std::lock_guard<std::mutex> lock(model.step);
     entries_.clear();
-    group_pairs();
-    const bool  planned = ask();
+    const bool  planned = group_pairs() && ask();
     ggml_status status  = planned ? run_entries() : GGML_STATUS_FAILED;
     std::fill(index_of_.begin(), index_of_.end(), -1);
     if (status != GGML_STATUS_SUCCESS) {

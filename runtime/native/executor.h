@@ -82,7 +82,7 @@ class executor {
     ggml_status   run_plain(ggml_tensor * const * nodes, int n);
     bool          parse(ggml_tensor * const * nodes, int n);
     ggml_status   run_chain();
-    void          group_pairs();
+    bool          group_pairs();
     bool          ask();
     bool          read_plan();
     void          submit_ready_loads();

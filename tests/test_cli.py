@@ -1,0 +1,601 @@
+"""The command line as a person meets it: what goes where, exit codes, and one sentence per error.
+
+Most commands run in this process, because starting one takes longer than a tiny model does. What
+only a process of its own shows (signals, pipes, start-up time, its memory) is tested with one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tiny
+from conftest import TinyFile
+
+from moe_gguf.policies.presets import POLICIES
+from moe_gguf.runtime import budget as budgets
+from moe_gguf.runtime import cli, logs
+from moe_gguf.runtime.budget import MB, Budget, Needs
+from moe_gguf.runtime.describe import describe
+from moe_gguf.runtime.gguf_header import read_header
+from moe_gguf.runtime.llama import Llama
+from moe_gguf.runtime.traces import replay_document
+
+# The names every command and document uses.
+STATS = {
+    *("prefill_tps", "decode_tps", "hits", "misses", "hit_rate", "bytes_read", "bytes_per_token"),
+    *("stall_s", "compute_s", "guesses", "guesses_used", "budget_bytes", "rss_peak_bytes"),
+    *("slots", "policy", "reads", "device"),
+}
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def error(self, code: int) -> str:
+        """The one line that says what is wrong."""
+        (line,) = self.err.splitlines()
+        assert self.code == code
+        assert self.out == ""
+        assert line.startswith("moe-gguf: error: ")
+        return line.removeprefix("moe-gguf: error: ")
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def moe_gguf(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """``moe_gguf(*args, stdin=b"")``: run the command in this process, away from a terminal."""
+    monkeypatch.setattr(logs, "_listeners", list(logs._listeners))
+    capfd.readouterr()
+
+    def run(*args: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["moe-gguf", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Result(int(exit.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_file: TinyFile) -> Path:
+    return tiny_file("qwen3moe")
+
+
+def process(*args: object, **kwargs: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "moe_gguf", *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
+
+
+# --- run ----------------------------------------------------------------------------------------
+
+ONE = ("--threads", 1)
+
+
+def test_text_goes_to_stdout_and_two_lines_to_stderr(moe_gguf: Command, model: Path) -> None:
+    result = moe_gguf("run", model, *ONE, "-p", "Hello", "-n", 6, "--temp", 0)
+    assert result.code == 0
+    assert result.out.strip()
+    mode, stats = result.err.splitlines()
+    for what in (model.name, "trunk", "KV", "compute", "experts", "process", "reads", "policy lru"):
+        assert what in mode
+    assert "6 tokens" not in stats  # the first comes from the prefill
+    assert "(5 tokens)" in stats
+
+
+def test_json_is_one_document(moe_gguf: Command, model: Path) -> None:
+    args = ("run", model, *ONE, "-p", "Hello", "-n", 6, "--temp", 0)
+    document = json.loads(moe_gguf(*args, "--json").out)
+    assert list(document) == ["text", "tokens", "prompt_tokens", "stats"]
+    assert len(document["tokens"]) == 6
+    assert document["text"] + "\n" == moe_gguf(*args).out
+    assert set(document["stats"]) >= STATS
+    assert document["stats"]["rss_peak_bytes"] > 0
+
+
+def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(
+    moe_gguf: Command, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompt"
+    file.write_text("Hello world\n")
+    args = ("run", model, *ONE, "-n", 4, "--temp", 0)
+    option = moe_gguf(*args, "-p", "Hello world").out
+    assert moe_gguf(*args, "-f", file).out == option
+    assert moe_gguf(*args, stdin=b"Hello world\n").out == option
+
+
+def test_a_seed_makes_sampling_repeatable(moe_gguf: Command, model: Path) -> None:
+    args = ("run", model, *ONE, "-p", "Hello", "-n", 12, "--temp", 1.5)
+    assert moe_gguf(*args, "--seed", 7).out == moe_gguf(*args, "--seed", 7).out
+    assert moe_gguf(*args, "--seed", 7).out != moe_gguf(*args, "--seed", 8).out
+
+
+def test_chat_uses_the_template(moe_gguf: Command, model: Path) -> None:
+    args = ("run", model, *ONE, "-p", "Hello", "-n", 2, "--json")
+    plain, chat = (json.loads(moe_gguf(*args, *more).out) for more in ((), ("--chat",)))
+    assert chat["prompt_tokens"] > plain["prompt_tokens"]
+    system = json.loads(moe_gguf(*args, "--chat", "--system", "Be brief").out)
+    assert system["prompt_tokens"] > chat["prompt_tokens"]
+
+
+def with_template(model: Path, path: Path, old: bytes, new: bytes) -> Path:
+    """The model with other text in its chat template, padded to the same length."""
+    data = model.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new.ljust(len(old))))
+    return path
+
+
+def test_a_chat_template_that_refuses(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
+    old, new = b"{% for m in messages %}", b"{% for m in 5 %}"
+    path = with_template(model, tmp_path / "m.gguf", old, new)
+    result = moe_gguf("run", path, *ONE, "-p", "x", "--chat")
+    assert result.code == 2
+    assert "refuses this conversation" in result.err.splitlines()[-1]
+    assert moe_gguf("run", path, *ONE, "-p", "x", "-n", 1).code == 0
+
+
+def test_a_chat_template_that_is_none(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
+    path = with_template(model, tmp_path / "m.gguf", b"{% endfor %}", b"{% end")
+    assert "chat template is damaged" in moe_gguf("run", path, *ONE, "-p", "x").error(2)
+
+
+def test_an_empty_prompt_begins_a_text(moe_gguf: Command, model: Path) -> None:
+    assert moe_gguf("run", model, *ONE, "-p", "", "-n", 3, "--temp", 0).code == 0
+
+
+def test_no_tokens_are_no_error(moe_gguf: Command, model: Path) -> None:
+    assert moe_gguf("run", model, *ONE, "-p", "Hello", "-n", 0).out == "\n"
+
+
+def test_a_context_smaller_than_llama_cpp_makes_them(moe_gguf: Command, model: Path) -> None:
+    """llama.cpp rounds up to 256: a prompt that fits those once failed in the base class."""
+    prompt = "Hello " * 20
+    assert moe_gguf("run", model, *ONE, "--ctx", 8, "-p", prompt, "-n", 2).code == 0
+
+
+def test_a_context_beyond_the_training_s_is_remarked(moe_gguf: Command, model: Path) -> None:
+    result = moe_gguf("run", model, *ONE, "--ctx", 1024, "-p", "x", "-n", 1)
+    assert result.code == 0
+    assert "trained for a context of 512 tokens" in result.err
+
+
+def test_fewer_experts_than_the_model_s_are_called_lossy(moe_gguf: Command, model: Path) -> None:
+    result = moe_gguf("run", model, *ONE, "--experts-used", 2, "-p", "x", "-n", 1)
+    assert "LOSSY: 2 experts used instead of 4" in result.err
+
+
+def test_debug_works_anywhere_and_shows_what_llama_cpp_says(moe_gguf: Command, model: Path) -> None:
+    args = ("run", model, *ONE, "-p", "x", "-n", 1)
+    assert "llama_model_loader" not in moe_gguf(*args).err
+    assert "llama_model_loader" in moe_gguf("--debug", *args).err
+    assert "llama_model_loader" in moe_gguf(*args, "--debug").err
+    failed = moe_gguf("run", "absent.gguf", "-p", "x", "--debug")
+    assert "Traceback" in failed.err
+    assert failed.code == 2
+
+
+@pytest.mark.parametrize("layout", ["gemma4", "updown"])
+def test_llama_cpp_s_remarks_stay_off_the_terminal(
+    moe_gguf: Command, tiny_file: TinyFile, layout: str
+) -> None:
+    """These two make it warn while it makes the context."""
+    result = moe_gguf("run", tiny_file(layout), *ONE, "-p", "x", "-n", 1)
+    assert all(line.startswith("moe-gguf: ") for line in result.err.splitlines())
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-p", "x", "--memory", "lots"], "'lots' is not a size"),
+        (["-p", "x", "--memory", "-1GB"], "'-1GB' is not a size"),
+        (["-p", "x", "--memory", "40MB"], "smallest budget that works is"),
+        (["-p", "x", "--policy", "fifo"], "choose one of load-on-demand, lru, lfu"),
+        (["-p", "x", "--reads", "mmap"], "use auto, direct, buffered"),
+        (["-p", "x", "--lanes", "0"], "give 1 to 64, or auto"),
+        (["-p", "x", "--lanes", "few"], "give 1 to 64, or auto"),
+        (["-p", "x", "--device", "cuda0"], "use --device cpu"),
+        (["-p", "x", "--experts-used", "17"], "this model has 16 experts"),
+        (["-p", "x", "--experts-used", "0"], "this model has 16 experts"),
+        (["-p", "x", "--threads", "0"], "'--threads'"),
+        (["-p", "x", "--ctx", "-1"], "'--ctx'"),
+        (["-p", "x", "-n", "-2"], "'-n'"),
+        (["-p", "x", "--temp", "-1"], "'--temp'"),
+        (["-p", "x", "--temp", "nan"], "'--temp'"),
+        (["-p", "x", "--temp", "warm"], "'--temp'"),
+        (["-p", "x", "--top-k", "-1"], "'--top-k'"),
+        (["-p", "x", "--top-p", "1.1"], "'--top-p'"),
+        (["-p", "x", "--seed", "-1"], "'--seed'"),
+        (["-p", "x", "--system", "y"], "--chat"),
+        (["-p", "x", "-f", "y"], "give the prompt once"),
+        (["-p", "x", "--no-such-option"], "--no-such-option"),
+        (["-f", "no/such/file"], "cannot read the prompt from no/such/file (no such file"),
+        ([], "give a prompt with -p, -f or a pipe"),
+        (["--chat"], "give a prompt with -p, -f or a pipe"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_sentence_and_2(
+    moe_gguf: Command, model: Path, args: list[str], message: str
+) -> None:
+    assert message in moe_gguf("run", model, *args).error(2)
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "plan"])
+def test_models_that_are_none(moe_gguf: Command, tmp_path: Path, command: str) -> None:
+    text = tmp_path / "text.gguf"
+    text.write_text("no model")
+    prompt = ("-p", "x") if command == "run" else ()
+    assert "no such file" in moe_gguf(command, tmp_path / "absent.gguf", *prompt).error(2)
+    assert "is a folder" in moe_gguf(command, tmp_path, *prompt).error(2)
+    assert str(text) in moe_gguf(command, text, *prompt).error(2)
+    assert "download the GGUF" in moe_gguf(command, "hf:owner/name", *prompt).error(2)
+
+
+def test_a_prompt_longer_than_the_context(moe_gguf: Command, model: Path) -> None:
+    result = moe_gguf("run", model, *ONE, "-p", "Hello world " * 200)
+    assert result.code == 2
+    assert "but the context holds 512: shorten it or raise --ctx" in result.err.splitlines()[-1]
+
+
+def test_a_prompt_that_is_not_text(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt"
+    file.write_bytes(b"\xff\xfe")
+    assert "is not text in UTF-8" in moe_gguf("run", model, "-f", file).error(2)
+    assert "is not text in UTF-8" in moe_gguf("run", model, stdin=b"\xff\xfe").error(2)
+
+
+def test_an_expert_that_cannot_be_read(
+    moe_gguf: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of llama.cpp's own remarks on the failed step, and the sentence on its own line."""
+    open_llama = cli.open_llama
+
+    def on_a_bad_disk(*args: Any, **options: Any) -> Llama:
+        llama = open_llama(*args, **options)
+        llama.opened.plugin.inject(60, errno.EIO)
+        return llama
+
+    monkeypatch.setattr(cli, "open_llama", on_a_bad_disk)
+    args = ("--policy", "load-on-demand", "-p", "Hello", "-n", 50, "--temp", 0)
+    result = moe_gguf("run", model, *ONE, *args)
+    assert result.code == 1
+    assert result.out.endswith("\n")
+    assert len(result.out) > 1
+    _mode, error = result.err.splitlines()
+    assert error.startswith("moe-gguf: error: ")
+    assert model.name in error
+
+
+def test_no_command_shows_help_and_a_wrong_one_is_named(moe_gguf: Command) -> None:
+    nothing = moe_gguf()
+    assert nothing.code == 2
+    assert nothing.err.startswith("Usage:")
+    assert "'fly'" in moe_gguf("fly").error(2)
+    assert moe_gguf("--help").code == 0
+
+
+def test_the_unforeseen_is_a_sentence_too(
+    moe_gguf: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise KeyError("no idea")
+
+    monkeypatch.setattr("moe_gguf.runtime.describe.describe", broken)
+    assert "--debug shows where" in moe_gguf("inspect", model).error(1)
+
+
+# --- inspect and plan ---------------------------------------------------------------------------
+
+
+def test_inspect_names_what_the_file_holds(moe_gguf: Command, tiny_file: TinyFile) -> None:
+    path = tiny_file("deepseek2", mixed=True, split=True)
+    document = json.loads(moe_gguf("inspect", path, "--json").out)
+    assert document == json.loads(json.dumps(describe(path)))
+    assert document["architecture"] == "deepseek2"
+    assert len(document["files"]) == tiny.SPLIT_FILES
+    assert document["moe_layers"] == [1, 2, 3]
+    assert (document["n_experts"], document["n_experts_used"]) == (16, 4)
+    assert document["n_experts_shared"] == 1
+    assert document["expert_bytes"] == 16 * sum(document["blob_bytes"])
+    assert {g["type"] for g in document["expert_tensors"]} >= {"Q6_K", "Q5_0", "F16"}
+
+    text = moe_gguf("inspect", path).out
+    for what in ("deepseek2", "in 3 files", "16 per layer, 4 used per token, 1 shared", "Q6_K"):
+        assert what in text
+
+
+def test_inspect_does_not_load_llama_cpp(model: Path) -> None:
+    code = (
+        "import sys; from moe_gguf.runtime.describe import describe, describe_text;"
+        "from pathlib import Path; describe_text(describe(Path(sys.argv[1])));"
+        "assert 'llama_cpp' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model)], check=True)
+
+
+@pytest.mark.parametrize("layout", ["qwen3moe", "gpt-oss", "mixtral", "llama4"])
+def test_the_kv_bytes_of_a_token_are_those_plan_measures(tiny_file: TinyFile, layout: str) -> None:
+    path = tiny_file(layout)
+    per_token = describe(path)["kv_bytes_per_token"]
+    needs = Llama.plan(path, n_ctx=512).needs
+    assert needs is not None
+    assert 512 * per_token == pytest.approx(needs.kv, abs=0.01 * 2**20)
+
+
+@pytest.mark.parametrize("layout", ["deepseek2", "updown", "gemma4"])
+def test_the_kv_bytes_of_unusual_caches_are_not_guessed(tiny_file: TinyFile, layout: str) -> None:
+    assert describe(tiny_file(layout))["kv_bytes_per_token"] is None
+
+
+def test_plan_says_what_run_does(moe_gguf: Command, model: Path) -> None:
+    planned = json.loads(moe_gguf("plan", model, "--memory", "300MB", "--json").out)
+    ran = json.loads(moe_gguf("run", model, "--memory", "300MB", "-p", "x", "-n1", "--json").out)
+    assert planned["fits"]
+    assert planned["slots"] == ran["stats"]["slots"] == 48
+    assert planned["budget_bytes"] == ran["stats"]["budget_bytes"]
+    assert planned["working_set"] == 12
+    low, high = planned["predicted"]["decode_tps"]
+    assert low > 0
+    assert high is None  # everything fits
+
+
+def test_plan_s_table_adds_up(moe_gguf: Command, model: Path) -> None:
+    smallest = json.loads(moe_gguf("plan", model, "--json").out)["smallest_bytes"]
+    d = json.loads(moe_gguf("plan", model, "--memory", smallest, "--json").out)
+    needs = [d[f"{name}_bytes"] for name in Needs._fields]
+    assert sum(needs) + d["experts_bytes"] <= d["budget_bytes"] == smallest
+    assert d["experts_bytes"] == d["slots"] * d["slot_bytes"]
+    assert d["smallest_bytes"] < d["everything_fits_bytes"]
+    text = moe_gguf("plan", model, "--memory", smallest).out
+    assert "fits" in text
+    assert "tok/s if every expert is read" in text
+
+
+def test_a_plan_that_does_not_fit_is_an_answer_and_1(moe_gguf: Command, model: Path) -> None:
+    result = moe_gguf("plan", model, "--memory", "40MB")
+    assert result.code == 1
+    assert "fits 40.0 MB: no, the smallest budget that works is" in result.out
+    assert result.err == ""
+    document = moe_gguf("plan", model, "--memory", "40MB", "--json")
+    assert document.code == 1
+    assert json.loads(document.out)["fits"] is False
+
+
+def test_plan_reads_the_header_only(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
+    """So one can ask before a download is complete: behind the header, this file is a hole."""
+    header = read_header(model).data_start
+    path = tmp_path / "m.gguf"
+    path.write_bytes(model.read_bytes()[:header])
+    os.truncate(path, model.stat().st_size)
+    whole, hole = (json.loads(moe_gguf("plan", m, "--json").out) for m in (model, path))
+    for key in ("fits", "trunk_bytes", "kv_bytes", "compute_bytes", "slots"):
+        assert hole[key] == whole[key]
+
+
+# --- trace and replay ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``slots(n)``: every budget leaves n slots; in real ones a tiny model always fits whole."""
+
+    def set_slots(n: int) -> None:
+        def fit(total: int, needs: Needs, slot_bytes: int, n_all: int, working_set: int) -> Budget:
+            return Budget(total, needs, slot_bytes, n, n_all, working_set)
+
+        monkeypatch.setattr(budgets, "fit", fit)
+
+    return set_slots
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("n_slots", [5, 14, 30, 48])
+def test_a_replay_counts_what_the_engine_counted(
+    moe_gguf: Command,
+    model: Path,
+    tmp_path: Path,
+    slots: Callable[[int], None],
+    policy: str,
+    n_slots: int,
+) -> None:
+    """5 and 14 slots hold fewer experts than a layer of the prompt asks for."""
+    slots(n_slots)
+    file = tmp_path / "trace"
+    prompt = "the token of the world is in a memory and to the expert"
+    args = ("-p", prompt, "-n", 20, "-o", file, "--policy", policy)
+    recorded = moe_gguf("trace", model, *ONE, *args)
+    assert recorded.code == 0
+    assert f"wrote {file}" in recorded.err
+    document = replay_document(file, None, None)
+    assert document["recorded"]["policy"] == policy
+    assert document["recorded"]["n_slots"] == n_slots
+    assert document["recorded"]["hits"] + document["recorded"]["misses"] > 0
+    assert document["recorded"]["reproduced"]
+    (row,) = (r for r in document["rows"] if (r["policy"], r["slots"]) == (policy, n_slots))
+    assert row["bytes_read"] == document["metadata"]["bytes_read"]
+    best = {r["slots"]: r["hits"] for r in document["rows"] if r["policy"] == "belady"}
+    assert all(r["hits"] <= best[r["slots"]] for r in document["rows"])
+
+
+def test_replay_prints_a_table(
+    moe_gguf: Command, model: Path, tmp_path: Path, slots: Callable[[int], None]
+) -> None:
+    slots(20)
+    file = tmp_path / "trace"
+    text = moe_gguf("trace", model, *ONE, "-p", "Hello", "-n", 8, "-o", file)
+    assert text.out.strip()
+    result = moe_gguf("replay", file, "--policy", "lru,belady", "--slots", "12,20")
+    assert result.code == 0
+    head, verdict, titles, lru, belady = result.out.splitlines()
+    assert "3 MoE layers x 16 experts" in head
+    assert verdict.startswith("recorded: lru with 20 slots had ")
+    assert verdict.endswith("replaying it gives the same")
+    assert titles.split("  ")[-1] == "20 slots (42%)"
+    assert lru.startswith("lru ")
+    assert belady.startswith("belady ")
+    document = json.loads(moe_gguf("replay", file, "--json").out)
+    assert 20 in document["sizes"]
+    assert len(document["rows"]) == len(document["sizes"]) * (len(POLICIES) + 1)
+
+
+def test_replay_s_mistakes(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "trace"
+    moe_gguf("trace", model, *ONE, "-p", "Hello", "-n", 1, "-o", file)
+    assert "no such file" in moe_gguf("replay", tmp_path / "absent").error(2)
+    assert "is not a routing trace" in moe_gguf("replay", model).error(2)
+    assert "choose from" in moe_gguf("replay", file, "--policy", "fifo").error(2)
+    for sizes in ("0", "a", "1,,2"):
+        assert "arena" in moe_gguf("replay", file, "--slots", sizes).error(2)
+
+
+@pytest.mark.parametrize("output", ["no/such/folder/trace", "."])
+def test_a_trace_that_cannot_be_written_is_told_before_the_work(
+    moe_gguf: Command, model: Path, output: str
+) -> None:
+    assert f"cannot write {output}" in moe_gguf("trace", model, "-p", "x", "-o", output).error(2)
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert process("run", "--help").wait() == 0
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 0.3
+
+
+def test_a_reader_that_leaves_ends_it_quietly(model: Path) -> None:
+    with process("run", model, *ONE, "-p", "x", "--ctx", 8192) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stdout.read(1)
+        run.stdout.close()
+        err = run.stderr.read().decode()
+    assert run.returncode == 1
+    assert "rror" not in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_ends_with_what_was_said_and_130(model: Path) -> None:
+    with process("run", model, *ONE, "-p", "x", "--ctx", 32768, "--json") as run:
+        assert run.stderr is not None
+        run.stderr.readline()  # the mode line: it is about to compute
+        time.sleep(0.2)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=10)
+    assert run.returncode == 130
+    assert json.loads(out)["stats"]["decode_tokens"] > 0
+    assert b"Traceback" not in err
+
+
+def test_a_full_disk_is_told(model: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "moe_gguf", "inspect", str(model)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert run.returncode == 1
+    assert "No space left" in run.stderr
+
+
+def test_a_conversation_on_a_terminal(model: Path) -> None:
+    """Ctrl-C stops an answer and the conversation goes on; Ctrl-D ends it."""
+    terminal = Terminal("run", model, *ONE, "--chat", "--ctx", 32768)
+    terminal.wait_for("Ctrl-D ends")
+    terminal.wait_for("> ")
+    terminal.send("Hello\r")
+    terminal.wait_for("\n")
+    time.sleep(0.3)
+    terminal.send("\x03")
+    terminal.wait_for("> ")
+    terminal.send("\r")  # nothing said, nothing answered
+    terminal.wait_for("> ")
+    terminal.send("\x04")
+    terminal.wait_for("decode")
+    assert terminal.exit_code() == 0
+
+
+class Terminal:
+    """A command on a pseudo-terminal."""
+
+    def __init__(self, *args: object) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            argv = [sys.executable, "-m", "moe_gguf", *map(str, args)]
+            os.execve(sys.executable, argv, {**os.environ, "TERM": "dumb"})
+        self.unread = ""
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 20) -> None:
+        """Read on until ``text``; what follows it is read next time."""
+        deadline = time.monotonic() + seconds
+        while text not in self.unread:
+            ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"no {text!r} in {self.unread!r}"
+            with contextlib.suppress(OSError):  # EIO: the command ended
+                data = os.read(self.fd, 4096)
+                self.unread += data.decode(errors="replace")
+        self.unread = self.unread.split(text, 1)[1]
+
+    def exit_code(self) -> int:
+        with contextlib.suppress(OSError):
+            while os.read(self.fd, 4096):
+                pass
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+# --- the demo model -----------------------------------------------------------------------------
+
+
+def test_carving_the_demo_model_does_not_count_as_running_it(tmp_path: Path) -> None:
+    """A child carves: the first run takes no more memory than the second, which finds the file."""
+    env = {**os.environ, "MOE_GGUF_CACHE": str(tmp_path)}
+    args = ("--memory", "600MB", "--ctx", 256, "-p", "Sleep is", "-n", 2, "--temp", 0, "--json")
+    stats = []
+    for _ in range(2):
+        with process("run", "demo", *args, env=env) as run:
+            out, err = run.communicate(timeout=120)
+        assert run.returncode == 0, err.decode()
+        stats.append(json.loads(out)["stats"])
+    first, second = (s["rss_peak_bytes"] for s in stats)
+    assert first <= second + 10 * MB
+    assert len(list(tmp_path.glob("*.gguf"))) == 1
