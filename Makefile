@@ -9,7 +9,7 @@ NATIVE := $(wildcard runtime/native/*.cpp runtime/native/*.h)
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
-	$(BIN)/moe-gguf run demo --memory 315MB --ctx 512 --temp 0 --repeat-penalty 1.1 -n 90 \
+	$(BIN)/moe-gguf run demo --memory 312MB --policy lfu --ctx 512 --temp 0 --repeat-penalty 1.1 -n 90 \
 		--chat -p "Why is sleep important?"
 
 # Format, lint, types, native warnings, tests: what CI runs.

@@ -128,8 +128,8 @@ class Budget(NamedTuple):
         enough = self.needs.with_slots(self.working_set, self.slot_bytes)
         return (
             f"{self.n_slots} slots are fewer than the {self.working_set} experts one token uses: "
-            f"least-recently-used caching will hit almost never; "
-            f"{format_size(enough)} would hold them"
+            "with --policy lru nearly all of them are read again for every token; "
+            f"--policy lfu keeps some, {format_size(enough)} would hold all"
         )
 
 

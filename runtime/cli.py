@@ -161,6 +161,7 @@ def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
     if not debugging():  # a verbose model has said it
         note(llama.mode_line)
     assert llama.opened.budget is not None
+    note(llama.opened.budget.table())
     if warning := llama.opened.budget.warning():
         note(f"moe-gguf: warning: {warning}")
     if llama.n_ctx() > (trained := llama.opened.layout.n_ctx_train):

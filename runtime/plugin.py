@@ -281,7 +281,7 @@ class PluginModel:
         self._lib.moe_model_cancel_guesses(self._open)
 
     def inject(self, skip: int, err: int) -> None:
-        """Tests only: the read after ``skip`` further ones fails (errno ``err``; 0: reads short)."""
+        """Tests only: see moe.h."""
         self._lib.moe_model_inject(self._open, skip, err)
 
     def close(self) -> None:

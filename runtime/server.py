@@ -126,7 +126,8 @@ def make_app(llama: Llama, api_key: str | None) -> FastAPI:
                 dependencies=route.dependencies,
                 response_model=None,
             )
-    for kind in (HTTPException, RequestValidationError, *_EXPECTED, Exception):
+    # Each by name: what only the handler of Exception answers also ends the connection.
+    for kind in (HTTPException, RequestValidationError, AssertionError, *_EXPECTED, Exception):
         app.add_exception_handler(kind, _answer)
     return app
 

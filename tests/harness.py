@@ -7,7 +7,8 @@ choice, because a tiny model fits into any budget that also holds Python.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,6 +246,7 @@ class Events:
 
     def __init__(self) -> None:
         self.n_tokens: list[int] = []
+        self.ids: list[list[int]] = []
         self.most_rows = 0  # of one expert in one event
         self.widest = 0  # experts in one event
         self.demanded = 0  # experts, each once per layer and step
@@ -254,6 +256,7 @@ class Events:
         self, layer: int, n_tokens: int, n_used: int, ids: list[int], continuation: bool
     ) -> None:
         self.n_tokens.append(n_tokens)
+        self.ids.append(ids)
         counts = np.bincount(ids)
         self.most_rows = max(self.most_rows, int(counts.max()))
         distinct = int((counts > 0).sum())
@@ -285,6 +288,38 @@ class WorstGuesses:
         base = event.layer * self.n_experts
         rest = [e for e in range(self.n_experts) if e not in event.experts]
         return [base + e for e in [*event.experts, *rest] * 2]
+
+
+class ScriptedGuesses:
+    """Guesses given keys after given events, counted from 0; ``pause_s`` may delay an event."""
+
+    def __init__(
+        self, answers: Mapping[int, Sequence[int]], pause_s: Mapping[int, float] | None = None
+    ) -> None:
+        self.answers = answers
+        self.pause_s = pause_s or {}
+        self.n = -1
+
+    def guess(self, event: RouteEvent) -> Sequence[int]:
+        self.n += 1
+        time.sleep(self.pause_s.get(self.n, 0.0))
+        return self.answers.get(self.n, [])
+
+
+class Victims(LRU):
+    """Evicts given keys first, in their order."""
+
+    def __init__(self, keys: Sequence[int]) -> None:
+        super().__init__()
+        self.keys = list(keys)
+
+    def evict(self, pinned: Container[int]) -> int | None:
+        while self.keys:
+            key = self.keys.pop(0)
+            if key in self and key not in pinned:
+                self.remove(key)
+                return key
+        return super().evict(pinned)
 
 
 class Leaky(LRU):

@@ -113,7 +113,7 @@ def test_below_one_token_s_working_set_there_is_a_warning_with_the_mend() -> Non
     warning = fit(599 * MB, NEEDS, 3 * MB, n_all=400, working_set=100).warning()
     assert warning is not None
     assert "99 slots are fewer than the 100 experts" in warning
-    assert "600.0 MB would hold them" in warning
+    assert "600.0 MB would hold all" in warning
 
 
 # --- what the system allows ---------------------------------------------------------------------

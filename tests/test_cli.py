@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pty
+import resource
 import select
 import signal
 import subprocess
@@ -487,11 +488,13 @@ def test_a_trace_that_cannot_be_written_is_told_before_the_work(
 
 
 def test_help_answers_at_once() -> None:
+    """Processor time, which a busy machine does not stretch."""
     seconds = []
     for _ in range(3):
-        start = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("run", "--help").wait() == 0
-        seconds.append(time.monotonic() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.3
 
 
@@ -542,6 +545,7 @@ def test_a_conversation_on_a_terminal(model: Path) -> None:
     terminal.wait_for("\n")
     time.sleep(0.3)
     terminal.send("\x03")
+    terminal.wait_for("[stopped]")
     terminal.wait_for("> ")
     terminal.send("\r")  # nothing said, nothing answered
     terminal.wait_for("> ")

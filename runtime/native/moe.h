@@ -139,7 +139,8 @@ MOE_API int32_t moe_model_error(struct moe_model * model, char * error, size_t n
 MOE_API void moe_model_slots(struct moe_model * model, int32_t * keys);
 // Queue guesses outside of a route event / drop every guess that has not started.
 MOE_API void moe_model_cancel_guesses(struct moe_model * model);
-// Tests only: the read after `skip` further ones fails with error number err (0: reads short).
+// Tests only: the read after `skip` further ones fails with error number err (0: reads short;
+// negative: takes -err milliseconds longer).
 MOE_API void moe_model_inject(struct moe_model * model, int32_t skip, int32_t err);
 
 // Tries O_DIRECT on a file and finds the smallest alignments that work.

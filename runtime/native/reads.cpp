@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -251,10 +252,13 @@ std::string reads::read_chunk(const chunk & c, char * bounce) {
     bool    cut  = false;
 
     if (inject_skip_.load(std::memory_order_relaxed) >= 0 && inject_skip_.fetch_sub(1) == 0) {
-        if (inject_err_ != 0) {
+        if (inject_err_ > 0) {
             return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + strerror(inject_err_);
         }
-        cut = true;
+        if (inject_err_ < 0) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(-inject_err_));
+        }
+        cut = inject_err_ == 0;
     }
     while (!cut && done < head + c.bytes) {
         const ssize_t n = pread(fds_[c.file], dest + done, want - done, begin + done);
