@@ -7,6 +7,7 @@ when a step fails, and ``stats()``.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 import threading
@@ -75,6 +76,9 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # so that close() works if opening fails
+        unknown = set(kwargs) - set(inspect.signature(llama_cpp.Llama.__init__).parameters)
+        if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
+            raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
         llama_cpp._logger.set_verbose(verbose)
         options = Options(memory, policy, reads, lanes, experts_used, device)
         self.opened = OpenModel(Path(model_path), options)

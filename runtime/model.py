@@ -98,7 +98,7 @@ class OpenModel:
         )
         self._keep.append(overrides)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
-        # Nothing is mapped: see open_stream in native/model.cpp. The trunk goes to anonymous memory.
+        # Nothing is mapped (see open_stream in native/model.cpp): the trunk is anonymous memory.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         # Slots hold experts in the plain layout; repacked kernels sum in another order.
         params.use_extra_bufts = False
@@ -214,9 +214,9 @@ class OpenModel:
         )
         needs = self.budget.needs
         return (
-            f"moe-gguf: {layout.path.name} ({layout.architecture}, {len(layout.layers)} MoE layers x "
-            f"{layout.n_experts} experts, top-{self.n_used}); {format_size(self.budget.total)} = trunk "
-            f"{format_size(needs.trunk)} + KV {format_size(needs.kv)} + compute "
+            f"moe-gguf: {layout.path.name} ({layout.architecture}, {len(layout.layers)} MoE layers "
+            f"x {layout.n_experts} experts, top-{self.n_used}); {format_size(self.budget.total)} = "
+            f"trunk {format_size(needs.trunk)} + KV {format_size(needs.kv)} + compute "
             f"{format_size(needs.compute)} + experts {format_size(self.budget.experts)} "
             f"({self.budget.n_slots} slots, {self.budget.resident_share:.0%}) + process "
             f"{format_size(needs.process)}; reads {self.mode}; policy {self.options.policy}; "

@@ -205,7 +205,7 @@ def probe_direct(path: Path) -> DirectProbe:
 def probe_speed(
     path: Path, offsets: Sequence[int], n_bytes: int, lanes: int, direct: bool
 ) -> float:
-    """Bytes per second of reading ``n_bytes`` at each offset (4096-aligned) with ``lanes`` threads."""
+    """Bytes per second of reads of ``n_bytes`` at 4096-aligned offsets with ``lanes`` threads."""
     array = (i64 * len(offsets))(*offsets)
     return float(
         load().moe_probe_speed(str(path).encode(), array, len(offsets), n_bytes, lanes, direct)

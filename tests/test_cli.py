@@ -97,11 +97,13 @@ def process(*args: object, **kwargs: Any) -> subprocess.Popen[bytes]:
 ONE = ("--threads", 1)
 
 
-def test_text_goes_to_stdout_and_two_lines_to_stderr(moe_gguf: Command, model: Path) -> None:
+def test_text_goes_to_stdout_and_mode_budget_and_stats_to_stderr(moe_gguf: Command, model: Path) -> None:
     result = moe_gguf("run", model, *ONE, "-p", "Hello", "-n", 6, "--temp", 0)
     assert result.code == 0
     assert result.out.strip()
-    mode, stats = result.err.splitlines()
+    mode, *table, stats = result.err.splitlines()
+    rows = [line.split()[0] for line in table]
+    assert rows == ["trunk", "KV", "compute", "process", "experts", "total"]
     for what in (model.name, "trunk", "KV", "compute", "experts", "process", "reads", "policy lru"):
         assert what in mode
     assert "6 tokens" not in stats  # the first comes from the prefill
@@ -206,7 +208,7 @@ def test_llama_cpp_s_remarks_stay_off_the_terminal(
 ) -> None:
     """These two make it warn while it makes the context."""
     result = moe_gguf("run", tiny_file(layout), *ONE, "-p", "x", "-n", 1)
-    assert all(line.startswith("moe-gguf: ") for line in result.err.splitlines())
+    assert all(line.startswith(("moe-gguf: ", "  ")) for line in result.err.splitlines())
 
 
 # --- mistakes -----------------------------------------------------------------------------------

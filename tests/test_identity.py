@@ -355,7 +355,7 @@ def test_10_guesses(
             assert model.controller.misses > model.n_slots
 
 
-# A slow first guess: the reads before it are of the four experts layer 0 asks for, three parts each.
+# A slow first guess: before it come the reads of layer 0's four experts, three parts each.
 SLOW_GUESS = {"skip": 4 * 3, "err": -60}  # milliseconds
 
 

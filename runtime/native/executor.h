@@ -11,41 +11,17 @@
 //   rounds  the resident experts' pairs first, then those of each expert as its read completes
 #pragma once
 
-#include <cstdlib>
 #include <vector>
 
-#include "ggml-iface.h"
+#include "buffer.h"
+#include "chain.h"
 #include "model.h"
 
 namespace moe {
 
-// True for a tensor whose data lives in one of our virtual buffers.
-bool is_expert_weight(const ggml_tensor * t);
-// 0: not in an expert chain; 1: between the first expert matmul and the down projection;
-// 2: the down projection or after it. A pure function of the node and its sources.
-int chain_stage(const ggml_tensor * t, int depth = 12);
-// Elementwise ops the executor can run on any subset of (token, rank) pairs.
-bool is_rowwise(enum ggml_op op);
-
 // Limit on each of the two buffers that grow with pairs: ggml-cpu's table of rows
 // (n_slots * pairs * 8 bytes) and the gathered activations. runtime/budget.py counts both.
 constexpr int64_t WORK_BYTES = 32 << 20;
-
-class buffer {
-  public:
-    ~buffer() { free(data_); }
-    // Contents are lost when it grows.
-    void          reserve(size_t bytes);
-    void          clear() { used_ = 0; }
-    char *        take(size_t bytes);
-    size_t        capacity() const { return capacity_; }
-    static size_t padded(size_t bytes) { return (bytes + 63) & ~size_t(63); }
-
-  private:
-    char * data_     = nullptr;
-    size_t capacity_ = 0;
-    size_t used_     = 0;
-};
 
 class executor {
   public:
@@ -54,19 +30,6 @@ class executor {
     ggml_status compute(ggml_cgraph * graph);
 
   private:
-    // What a split looks like once recognised.
-    struct chain {
-        moe_model *                      model  = nullptr;
-        int                              layer  = -1;
-        int                              n_used = 0, n_tokens = 0;
-        const ggml_tensor *              ids = nullptr;
-        const ggml_tensor *              x   = nullptr;
-        std::vector<ggml_tensor *>       all;            // every node that computes, in graph order
-        std::vector<ggml_tensor *>       nodes;          // the matmuls and what follows from them; the last is the output
-        std::vector<ggml_tensor *>       before;         // nodes independent of any matmul (per-expert scales)
-        std::vector<const ggml_tensor *> inputs;         // activations computed outside `nodes`
-        int64_t                          row_bytes = 0;  // scratch bytes per pair in a round
-    };
     // One expert of the running event, in execution order.
     struct entry {
         int  expert;
@@ -80,7 +43,6 @@ class executor {
     };
 
     ggml_status   run_plain(ggml_tensor * const * nodes, int n);
-    bool          parse(ggml_tensor * const * nodes, int n);
     ggml_status   run_chain();
     bool          group_pairs();
     bool          ask();
@@ -95,7 +57,6 @@ class executor {
     ggml_tensor * clone(const ggml_tensor * t, int64_t ne1, int64_t ne2, void * data);
     ggml_tensor * slot_view(const ggml_tensor * weight);
     ggml_tensor * rows_of(const ggml_tensor * input, const std::vector<int32_t> & pairs, int64_t ne1, int64_t ne2);
-    bool          in_chain(const ggml_tensor * t) const;
 
     ggml_backend_t                                           inner_;
     ggml_context *                                           meta_       = nullptr;  // tensor and graph structs of one inner graph
