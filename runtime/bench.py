@@ -124,6 +124,7 @@ def bench(
             threads=threads,
             reads=reads,
             lanes=lanes,
+            fill=not row.capped,
         )
 
     specs = {name: spec(name) for name in names}

@@ -52,6 +52,7 @@ class Spec:
     threads: int | None
     reads: str
     lanes: int | None
+    fill: bool  # touch every weight before anything is timed
     open_only: bool = False  # stop once the model is open: does it fit?
 
 
@@ -66,6 +67,8 @@ def measure(spec: Spec) -> dict[str, Any]:
     if spec.open_only:
         return {"startup_s": startup_s, "rss_peak_bytes": rss_peak()}
     prompt = prompt_tokens(llama, spec.prompt_tokens)
+    if spec.fill:
+        _fill(llama, spec.n_ctx)
 
     start = time.perf_counter()
     tokens = [_step(llama, prompt)]
@@ -159,6 +162,20 @@ def prompt_tokens(llama: llama_cpp.Llama, n: int) -> list[int]:
     if len(tokens) < n:
         raise UserError(f"this model's tokenizer makes only {len(tokens)} tokens of the prompt")
     return tokens[:n]
+
+
+def _fill(llama: llama_cpp.Llama, n_ctx: int) -> None:
+    """Run batches of assorted tokens until every expert was asked for (or four), forget them."""
+    from moe_gguf.runtime.llama import Llama
+
+    size = min(N_BATCH, n_ctx - 1)
+    for prime in (7919, 104729, 1299709, 15485863):
+        llama.reset()
+        llama.eval([(prime * i) % llama.n_vocab() for i in range(1, size)])
+        if not (isinstance(llama, Llama) and llama.opened.free_slots()):
+            break
+    llama.reset()
+    llama._ctx.kv_cache_clear()
 
 
 def _step(llama: llama_cpp.Llama, tokens: list[int]) -> int:

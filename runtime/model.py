@@ -203,6 +203,11 @@ class OpenModel:
         self.controller = Controller(self.plugin, residency, recorder)
         return self.controller
 
+    def free_slots(self) -> int:
+        """Slots no expert has been read into yet."""
+        assert self.controller is not None
+        return len(self.controller.residency.free)
+
     def mode_line(self) -> str:
         """The one line that says what is in force."""
         assert self.budget is not None
