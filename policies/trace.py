@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
 from moe_gguf.policies.base import RouteEvent
 
 FORMAT = "moe-gguf trace"

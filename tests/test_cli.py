@@ -97,7 +97,9 @@ def process(*args: object, **kwargs: Any) -> subprocess.Popen[bytes]:
 ONE = ("--threads", 1)
 
 
-def test_text_goes_to_stdout_and_mode_budget_and_stats_to_stderr(moe_gguf: Command, model: Path) -> None:
+def test_text_goes_to_stdout_and_mode_budget_and_stats_to_stderr(
+    moe_gguf: Command, model: Path
+) -> None:
     result = moe_gguf("run", model, *ONE, "-p", "Hello", "-n", 6, "--temp", 0)
     assert result.code == 0
     assert result.out.strip()

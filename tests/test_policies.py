@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Container
 
 import pytest
+
 from moe_gguf.policies import POLICIES, policy
 from moe_gguf.policies import cache as cache_module
 from moe_gguf.policies.base import CachePolicy

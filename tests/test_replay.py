@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from moe_gguf.policies import POLICIES, Residency, policy
 from moe_gguf.policies.replay import replay, replay_table
 from moe_gguf.policies.trace import Trace, TraceEvent, TraceRecorder, load_trace, route_event

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+
 from moe_gguf.policies import POLICIES, Plan, Residency, policy
 from moe_gguf.policies.base import RouteEvent
 from moe_gguf.policies.cache import LRU, LoadOnDemand
