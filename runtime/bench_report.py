@@ -75,8 +75,8 @@ def conditions(document: dict[str, Any]) -> list[str]:
         f"{machine['system']}; {document['threads']} threads, context {settings['n_ctx']}",
         f"moe-gguf {document['moe_gguf']}, commit {commit}; llama-cpp-python "
         f"{document['llama_cpp_python']}, weight repacking off",
-        f"{runs}, rows in turn; prefill of {settings['prompt_tokens']} tokens, cold in capped rows, "
-        f"every weight touched before in the others; decode warm (the last three quarters of "
+        f"{runs}, rows in turn; prefill of {settings['prompt_tokens']} tokens, cold in capped "
+        f"rows, every weight touched before in the others; decode warm (the last three quarters of "
         f"{settings['n_predict']} tokens)",
     ]
 

@@ -71,8 +71,8 @@ def choose(
         direct, reason = False, "free memory outside the budget can cache every expert"
     else:
         fast, slow = sampler.speed(4, True), sampler.speed(4, False)
-        # Buffered reads also cost a copy and the reclaim of pages the budget's neighbours need: in a
-        # full cgroup they decode at half the speed of direct ones that probe alike (LOG.md).
+        # Buffered reads also cost a copy and the reclaim of pages: in a full cgroup they decode
+        # at half the speed of direct ones that probe alike (LOG.md).
         direct = fast >= 0.5 * slow
         reason = f"measured: direct {fast / 1e6:.0f} MB/s, buffered cold {slow / 1e6:.0f} MB/s"
     if lanes is None:
