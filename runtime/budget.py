@@ -37,7 +37,8 @@ _UNITS = {
 # in turns of one or two experts.
 MIN_SLOTS = 4
 # What a process grows by between its start and its peak beyond the items counted: allocator
-# slack, thread stacks, Python objects of a request. Measured: 6-20 MB (LOG.md).
+# slack, thread stacks, Python objects of a request. A choice, not a measurement;
+# the tests in a cgroup of exactly the budget hold with it.
 MARGIN_BYTES = 32 * MB
 # `auto` leaves this share of the memory it finds to others.
 AUTO_HEADROOM = 0.10

@@ -137,7 +137,7 @@ MOE_API void              moe_model_stats(struct moe_model * model, struct moe_s
 MOE_API int32_t moe_model_error(struct moe_model * model, char * error, size_t n_error);
 // keys[n_slots]: the key each slot completely holds, -1 for none. For reconciling after a failure.
 MOE_API void moe_model_slots(struct moe_model * model, int32_t * keys);
-// Queue guesses outside of a route event / drop every guess that has not started.
+// Drops every guess that no lane has started.
 MOE_API void moe_model_cancel_guesses(struct moe_model * model);
 // Tests only: the read after `skip` further ones fails with error number err (0: reads short;
 // negative: takes -err milliseconds longer).
