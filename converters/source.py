@@ -1,0 +1,70 @@
+"""What `convert` reads from: one checkpoint, whatever its format, as metadata and tensors.
+
+A source hands out bytes in ggml's own order and types, a slice at a time, so that nobody ever
+holds more than a few experts. It knows nothing of bundles or of what becomes of the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from gguf import GGUFValueType
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The value of one metadata key, as gguf's writer takes it."""
+
+    value: Any
+    kind: GGUFValueType
+    item: GGUFValueType | None = None  # of an array
+
+
+@dataclass(frozen=True)
+class TrunkTensor:
+    """One tensor that is not a routed expert.
+
+    ``ne`` is in ggml's order, row length first; a row is ``ne[0]`` items. ``read(first, n)`` gives
+    the bytes of rows [first, first + n) over all higher dimensions taken together.
+    """
+
+    name: str
+    ne: tuple[int, ...]
+    ggml_type: int
+    read: Callable[[int, int], Bytes]
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """The experts of one role in one layer; ``read(expert)`` gives one matrix ``ne0 x ne1``.
+
+    ``name`` is the stacked tensor's name in a stock GGUF (``blk.3.ffn_gate_exps.weight``), ``role``
+    what it is called inside a blob (gate, up, gate_up, down).
+    """
+
+    name: str
+    layer: int
+    role: str
+    ne: tuple[int, int]
+    ggml_type: int
+    read: Callable[[int], Bytes]
+
+
+class Source(Protocol):
+    """A checkpoint. Faults of it are UserError, at opening or from any ``read``."""
+
+    name: str
+    n_bytes: int  # of all files, for the bundle's identity
+    sha256: str  # of everything that describes the weights (headers, configuration), not of them
+    n_experts: int
+    metadata: Mapping[str, Pair]  # in order; without the keys of split sets and of alignment
+    trunk: Sequence[TrunkTensor]
+    experts: Sequence[ExpertStack]  # by layer, then gate, up, gate_up, down
+
+    def close(self) -> None: ...
