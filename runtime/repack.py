@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +64,7 @@ def interleaving(ggml_type: int, ne: tuple[int, int]) -> Interleaving | None:
 
 
 def repack(ggml_type: int, ne: tuple[int, int], plain: Bytes) -> Bytes:
-    """One matrix in this machine's layout; the same number of bytes. ``layout_name`` must be one."""
+    """One matrix in this machine's layout, which must exist; the number of bytes stays."""
     assert plain.nbytes == type_bytes(ggml_type, ne[0] * ne[1])
     plain = np.ascontiguousarray(plain)
     packed = np.empty(plain.nbytes, np.uint8)
@@ -77,7 +76,10 @@ def repack(ggml_type: int, ne: tuple[int, int], plain: Bytes) -> Bytes:
 def _learn(ggml_type: int, divisor: int) -> Interleaving | None:
     """What ggml does to matrices whose number of rows has this divisor; None: no such rule."""
     kind = GGML_TYPES[ggml_type]
-    n_blocks, n_rows = 3, 3 * divisor  # three groups either way, and divisible by no more than asked
+    n_blocks, n_rows = (
+        3,
+        3 * divisor,
+    )  # three groups either way, and divisible by no more than asked
     ne = (n_blocks * kind.block, n_rows)
     random = np.random.default_rng(0)
     plain = random.integers(0, 256, (n_rows, n_blocks, kind.block_bytes), np.uint8)
@@ -103,6 +105,7 @@ def _learn(ggml_type: int, divisor: int) -> Interleaving | None:
             flip = np.packbits(flipped[source], bitorder="little")
             rule = Interleaving(ggml_type, rows, source, flip)
             if np.array_equal(unpack(rule, ne, packed), plain.reshape(-1)):
+                _known[rule.name] = rule
                 return rule
         rows *= 2
     return None
@@ -159,13 +162,9 @@ class Transforms:
 LAYOUT_PLAIN, LAYOUT_REPACKED, LAYOUT_FOREIGN = 0, 1, 2  # enum moe_layout
 
 
-def describe(names: Mapping[str, tuple[int, tuple[int, int]]]) -> list[BundlePair]:
-    """The keys that let another machine undo these layouts: name to a type and shape it is of."""
-    pairs: list[BundlePair] = []
-    for ggml_type, ne in names.values():
-        rule = interleaving(ggml_type, ne)
-        assert rule is not None
-        pairs += rule.pairs()
-    return pairs
+def describe(name: str) -> list[BundlePair]:
+    """The keys that let another machine undo a layout that ``layout_name`` has named here."""
+    return _known[name].pairs()
 
 
+_known: dict[str, Interleaving] = {}

@@ -208,8 +208,11 @@ void reads::abandon(const std::vector<int> & wanted) {
 void reads::keys(int32_t * out) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < slots_.size(); i++) {
-        const slot_state state = slots_[i].state;
-        out[i]                 = state == slot_state::READY || state == slot_state::LOADING ? slots_[i].key : -1;
+        slot_info & s = slots_[i];
+        out[i]        = coming((int)i) ? s.key : -1;
+        if (out[i] < 0) {
+            s.guess = false;  // whoever asks has now been told: drop_guesses need not say it again
+        }
     }
 }
 
