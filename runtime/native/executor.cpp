@@ -1,15 +1,10 @@
 #include "executor.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <new>
 
 namespace moe {
-
-static int64_t now_ns() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 // ---- building inner graphs
 
@@ -189,6 +184,9 @@ bool executor::ask() {
     }
     drop_wrong_guesses();
     const int64_t t0 = now_ns();
+    call.now_ns      = t0;
+    call.disk_ns     = model.reads->disk_ns();
+    call.read_bytes  = model.reads->count.bytes;
     const int32_t rc = model.route();
     model.stats.route_ns += now_ns() - t0;
     model.stats.events++;

@@ -389,7 +389,7 @@ void moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
     *stats                            = model->stats;
     stats->read_bytes                 = count.bytes;
     stats->guess_bytes                = count.guess_bytes;
-    stats->disk_ns                    = count.disk_ns;
+    stats->disk_ns                    = model->reads->disk_ns() - model->disk_ns_at_reset;
     stats->reads                      = count.reads;
     stats->bounced                    = count.bounced;
     stats->guess_loads                = count.guess_loads;
@@ -397,8 +397,9 @@ void moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
     stats->guess_cancelled            = count.guess_cancelled;
     if (reset) {
         model->stats = {};
-        for (auto * c : {&count.bytes, &count.guess_bytes, &count.disk_ns, &count.reads, &count.bounced, &count.guess_loads,
-                         &count.guess_promoted, &count.guess_cancelled}) {
+        model->disk_ns_at_reset += stats->disk_ns;
+        for (auto * c : {&count.bytes, &count.guess_bytes, &count.reads, &count.bounced, &count.guess_loads, &count.guess_promoted,
+                         &count.guess_cancelled}) {
             c->store(0);
         }
     }

@@ -55,6 +55,7 @@ struct moe_model {
     moe_route_fn                guess = nullptr;
     moe_call                    call{};
     moe_stats                   stats{};
+    int64_t                     disk_ns_at_reset = 0;
     std::mutex                  step;  // one context at a time computes on the slots
     // Which tensors of which layer the running step has seen, to tell a continuation.
     int                             last_layer = -1;

@@ -107,12 +107,15 @@ struct moe_call {
     int32_t         n_experts;     // distinct experts in this event
     int32_t         continuation;  // 1: further tensors of the layer and step of the previous event
     int32_t         n_embd;
-    int64_t         x_stride;   // bytes from one token's row of x to the next
-    const float *   x;          // input of the expert FFN, [n_tokens][n_embd] (Fate's gate input)
-    const int32_t * ids;        // [n_tokens][n_used]
-    int32_t *       experts;    // [n_experts] distinct, in first-seen order
-    int32_t *       counts;     // [n_experts] (token, rank) pairs per expert
-    int32_t *       cancelled;  // [n_cancelled] keys of guesses that will not arrive any more
+    int64_t         x_stride;    // bytes from one token's row of x to the next
+    int64_t         now_ns;      // a steady clock
+    int64_t         disk_ns;     // of it so far, some lane was reading
+    int64_t         read_bytes;  // so far
+    const float *   x;           // input of the expert FFN, [n_tokens][n_embd] (Fate's gate input)
+    const int32_t * ids;         // [n_tokens][n_used]
+    int32_t *       experts;     // [n_experts] distinct, in first-seen order
+    int32_t *       counts;      // [n_experts] (token, rank) pairs per expert
+    int32_t *       cancelled;   // [n_cancelled] keys of guesses that will not arrive any more
     int32_t         n_cancelled;
     int32_t         wants_guesses;
 

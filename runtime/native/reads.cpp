@@ -17,6 +17,10 @@ namespace moe {
 static int64_t round_down(int64_t x, int64_t align) { return x & ~(align - 1); }
 static int64_t round_up(int64_t x, int64_t align) { return (x + align - 1) & ~(align - 1); }
 
+int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 reads::reads(const std::vector<std::string> & paths, const read_options & options) : paths_(paths), options_(options) {
     for (const auto & path : paths_) {
         const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | (options_.direct ? O_DIRECT : 0));
@@ -216,6 +220,11 @@ void reads::keys(int32_t * out) {
     }
 }
 
+int64_t reads::disk_ns() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return disk_ns_ + (active_ > 0 ? now_ns() - active_since_ns_ : 0);
+}
+
 std::string reads::last_error() {
     std::lock_guard<std::mutex> lock(mutex_);
     return error_;
@@ -254,10 +263,6 @@ void reads::finish_if_done(std::unique_lock<std::mutex> & lock, int slot) {
     s.state.store(s.failed ? slot_state::FAILED : slot_state::READY, std::memory_order_release);
 }
 
-static int64_t now_ns() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
 void reads::lane() {
     char * bounce = nullptr;
     if (options_.direct) {
@@ -287,7 +292,7 @@ void reads::lane() {
         lock.lock();
         s.in_flight--;
         if (--active_ == 0) {
-            count.disk_ns += now_ns() - active_since_ns_;
+            disk_ns_ += now_ns() - active_since_ns_;
         }
         if (guess) {
             count.guess_bytes += c.bytes;

@@ -21,6 +21,8 @@ namespace moe {
 // can wait behind a guess that a lane has already started.
 constexpr int64_t CHUNK_BYTES = 1 << 20;
 
+int64_t now_ns();  // a steady clock
+
 struct read_options {
     int  lanes        = 4;
     bool direct       = false;
@@ -59,6 +61,8 @@ class reads {
     // whose slots are empty now, also of earlier ones that a lane was still reading then.
     void drop_guesses(const std::function<bool(int)> & is_wrong, std::vector<int32_t> & keys, size_t limit);
 
+    // Time in which some lane was reading, up to now.
+    int64_t    disk_ns();
     int        key_of(int slot) const { return slots_[slot].key; }
     slot_state state(int slot) const { return slots_[slot].state.load(std::memory_order_acquire); }
     // Whether the slot holds its key or will without being asked again.
@@ -77,7 +81,7 @@ class reads {
     void        inject(int skip, int err);
 
     struct counters {
-        std::atomic<int64_t> bytes{0}, guess_bytes{0}, reads{0}, bounced{0}, disk_ns{0};
+        std::atomic<int64_t> bytes{0}, guess_bytes{0}, reads{0}, bounced{0};
         std::atomic<int64_t> guess_loads{0}, guess_promoted{0}, guess_cancelled{0};
     } count;
 
@@ -116,7 +120,7 @@ class reads {
     std::deque<slot_info>    slots_;                // deque: atomics do not move
     std::vector<int>         guessing_;             // slots that hold or await a guess nobody demanded
     int                      active_          = 0;  // lanes reading
-    int64_t                  active_since_ns_ = 0;
+    int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;
     std::string              error_;
     bool                     stop_ = false;
