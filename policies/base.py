@@ -47,8 +47,12 @@ class CachePolicy(Protocol):
     def remove(self, key: int) -> None:
         """A resident key lost its slot for a reason that was not the policy's (a failed read)."""
 
-    def evict(self, pinned: Container[int]) -> int | None:
-        """Choose, forget and return the victim; None when every resident key is pinned."""
+    def evict(self, pinned: Container[int], incoming: int = -1) -> int | None:
+        """Choose, forget and return the victim; None when every resident key is pinned.
+
+        ``incoming`` is the missing key the slot is for, -1 if there is none: ARC evicts from
+        another list for a key it remembers, and quotas belong to layers.
+        """
 
     def check_integrity(self) -> None:
         """Assert the policy's own invariants (tests call this; cost does not matter)."""

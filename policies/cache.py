@@ -33,7 +33,7 @@ class LoadOnDemand:
     def remove(self, key: int) -> None:
         raise AssertionError("nothing is resident")
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(self, pinned: Container[int], incoming: int = -1) -> int | None:
         return None
 
     def check_integrity(self) -> None:
@@ -66,7 +66,7 @@ class LRU:
     def remove(self, key: int) -> None:
         del self._keys[key]
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(self, pinned: Container[int], incoming: int = -1) -> int | None:
         # A layer's hits were just touched, so pinned keys are the youngest: the first key fits.
         for key in self._keys:
             if key not in pinned:
@@ -133,7 +133,7 @@ class LFU:
     def remove(self, key: int) -> None:
         self._resident.remove(key)
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(self, pinned: Container[int], incoming: int = -1) -> int | None:
         heap, scores = self._heap, self._scores
         if self._aside:
             aside, self._aside = self._aside, []
@@ -210,7 +210,7 @@ class Belady:
     def remove(self, key: int) -> None:
         del self._next[key]
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(self, pinned: Container[int], incoming: int = -1) -> int | None:
         aside = []
         victim = None
         while victim is None and (entry := self._farthest()) is not None:

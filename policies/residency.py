@@ -115,7 +115,7 @@ class Residency:
             if free:
                 slot = free.pop()
             else:
-                victim = cache.evict(pinned)
+                victim = cache.evict(pinned, key)
                 if victim is None:
                     old = base + experts[recycled]
                     slot = slot_of.pop(old)

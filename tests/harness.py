@@ -313,7 +313,7 @@ class Victims(LRU):
         super().__init__()
         self.keys = list(keys)
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(self, pinned: Container[int], incoming: int = -1) -> int | None:
         while self.keys:
             key = self.keys.pop(0)
             if key in self and key not in pinned:

@@ -257,7 +257,7 @@ class FusedCache(LFU):
         self.fuse.burn()
         return super().admit(key)
 
-    def evict(self, pinned: Any) -> int | None:
+    def evict(self, pinned: Any, incoming: int = -1) -> int | None:
         self.fuse.burn()
         return super().evict(pinned)
 

@@ -10,8 +10,10 @@ import pytest
 
 from moe_gguf.policies import POLICIES, policy
 from moe_gguf.policies import cache as cache_module
+from moe_gguf.policies.arc import ARC
 from moe_gguf.policies.base import CachePolicy
 from moe_gguf.policies.cache import LFU, LRU, Belady, LoadOnDemand
+from moe_gguf.policies.layered import Layered
 from moe_gguf.policies.order import FirstSeen, Popularity
 
 N_KEYS, CAPACITY = 24, 9
@@ -21,6 +23,10 @@ CACHES: dict[str, Callable[[], CachePolicy]] = {
     "lru": LRU,
     "lfu": LFU,
     "lfu-short": lambda: LFU(0.1),
+    "arc": lambda: ARC(CAPACITY),
+    "arc-small": lambda: ARC(3),  # resident beyond its capacity, as a layer in a shared arena
+    "layered-arc": lambda: Layered(8, {0: 4, 1: 3, 2: 2}, ARC),
+    "layered-lfu": lambda: Layered(8, {0: 8, 1: 0, 2: 1}, lambda quota: LFU()),
     "belady": lambda: Belady(random.Random(5).choices(range(N_KEYS), k=700)),
     "belady-surprised": lambda: Belady([]),  # every demand comes unforeseen
 }
@@ -91,7 +97,7 @@ def test_random_calls_keep_the_contract(cache: CachePolicy, seed: int) -> None:
                 resident.remove(key)
         elif what < 0.8:
             if len(resident) == CAPACITY:
-                victim = cache.evict(pinned)
+                victim = cache.evict(pinned, key)
                 assert (victim is None) == (resident <= pinned)
                 if victim is None:
                     continue
