@@ -13,6 +13,7 @@ from moe_gguf.policies import cache as cache_module
 from moe_gguf.policies.arc import ARC
 from moe_gguf.policies.base import CachePolicy
 from moe_gguf.policies.cache import LFU, LRU, Belady, LoadOnDemand
+from moe_gguf.policies.eap import ExpertPaths, PathCache
 from moe_gguf.policies.layered import Layered
 from moe_gguf.policies.order import FirstSeen, Popularity
 
@@ -27,6 +28,7 @@ CACHES: dict[str, Callable[[], CachePolicy]] = {
     "arc-small": lambda: ARC(3),  # resident beyond its capacity, as a layer in a shared arena
     "layered-arc": lambda: Layered(8, {0: 4, 1: 3, 2: 2}, ARC),
     "layered-lfu": lambda: Layered(8, {0: 8, 1: 0, 2: 1}, lambda quota: LFU()),
+    "eap": lambda: PathCache(ExpertPaths(range(3), 8)),
     "belady": lambda: Belady(random.Random(5).choices(range(N_KEYS), k=700)),
     "belady-surprised": lambda: Belady([]),  # every demand comes unforeseen
 }
