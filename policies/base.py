@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Inputs = NDArray[np.float32]
+Ids = NDArray[np.int16] | NDArray[np.int32]
 
 
 class RouteEvent(NamedTuple):
@@ -52,8 +53,15 @@ class CachePolicy(Protocol):
     def remove(self, key: int) -> None:
         """A resident key lost its slot for a reason that was not the policy's (a failed read)."""
 
-    def evict(self, pinned: Container[int]) -> int | None:
-        """Choose, forget and return the victim; None when every resident key is pinned."""
+    def evict(
+        self, pinned: Container[int], incoming: int = -1, demanded: bool = True
+    ) -> int | None:
+        """Choose, forget and return the victim; None when every resident key is pinned.
+
+        ``incoming`` is the missing key the slot is for, -1 if there is none: ARC evicts from
+        another list for a key it remembers, and quotas belong to layers. It is not ``demanded``
+        if it is only guessed: nothing is to be learned from that.
+        """
 
     def check_integrity(self) -> None:
         """Assert the policy's own invariants (tests call this; cost does not matter)."""
@@ -73,14 +81,14 @@ class Guess(NamedTuple):
 class Predictor(Protocol):
     """Which experts a later layer will ask for. Guesses change time, never output."""
 
-    def observe(self, event: RouteEvent) -> None:
-        """What a layer really asked for; called for every event, before ``guess``."""
+    def observe(self, event: RouteEvent, ids: Ids) -> None:
+        """What a layer really asked for, [n_tokens, n_used]; for every event, before ``guess``."""
 
-    def guess(self, event: RouteEvent, x: Inputs | None) -> Sequence[Guess]:
+    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         """Keys worth reading ahead after ``event``, best first; may be empty.
 
-        ``x`` is the layer's gate input, [n_tokens, n_embd], valid during the call; None in the
-        simulator.
+        ``x`` is the layer's gate input, [n_tokens, n_embd]; like ``ids`` it is valid during the
+        call only.
         """
 
 

@@ -33,7 +33,9 @@ class LoadOnDemand:
     def remove(self, key: int) -> None:
         raise AssertionError("nothing is resident")
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(
+        self, pinned: Container[int], incoming: int = -1, demanded: bool = True
+    ) -> int | None:
         return None
 
     def check_integrity(self) -> None:
@@ -66,7 +68,9 @@ class LRU:
     def remove(self, key: int) -> None:
         del self._keys[key]
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(
+        self, pinned: Container[int], incoming: int = -1, demanded: bool = True
+    ) -> int | None:
         # A layer's hits were just touched, so pinned keys are the youngest: the first key fits.
         for key in self._keys:
             if key not in pinned:
@@ -133,7 +137,9 @@ class LFU:
     def remove(self, key: int) -> None:
         self._resident.remove(key)
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(
+        self, pinned: Container[int], incoming: int = -1, demanded: bool = True
+    ) -> int | None:
         heap, scores = self._heap, self._scores
         if self._aside:
             aside, self._aside = self._aside, []
@@ -210,7 +216,9 @@ class Belady:
     def remove(self, key: int) -> None:
         del self._next[key]
 
-    def evict(self, pinned: Container[int]) -> int | None:
+    def evict(
+        self, pinned: Container[int], incoming: int = -1, demanded: bool = True
+    ) -> int | None:
         aside = []
         victim = None
         while victim is None and (entry := self._farthest()) is not None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from moe_gguf.policies.arc import ARC
 from moe_gguf.policies.base import CachePolicy, LoadOrder, Predictor
 from moe_gguf.policies.cache import LFU, LRU, LoadOnDemand
+from moe_gguf.policies.eap import ExpertPaths, PathCache, PathPredictor
+from moe_gguf.policies.layered import Layered, allocate
 from moe_gguf.policies.order import Popularity
-from moe_gguf.policies.pace import IdleDisk, Pace
+from moe_gguf.policies.pace import Everything, IdleDisk, Pace
+from moe_gguf.policies.predict import GateGuesses, GatePredictor, Router
 
 
 class Policy(NamedTuple):
@@ -19,19 +24,63 @@ class Policy(NamedTuple):
 
     cache: CachePolicy
     order: LoadOrder
-    predictor: Predictor | None
-    pace: Pace
+    predictor: Predictor | None = None
+    pace: Pace = Everything()
 
 
-POLICIES: Mapping[str, Callable[[], Policy]] = {
-    "load-on-demand": lambda: Policy(LoadOnDemand(), Popularity(), None, IdleDisk()),
-    "lru": lambda: Policy(LRU(), Popularity(), None, IdleDisk()),
-    "lfu": lambda: Policy(LFU(), Popularity(), None, IdleDisk()),
+@dataclass(frozen=True)
+class Facts:
+    """What a policy may know of the model and the arena it is for.
+
+    ``routers`` reads the layers' routers; it gives none in the simulator, where nothing is guessed.
+    ``recall`` is what guesses for each layer were worth in earlier runs, where known.
+    """
+
+    n_slots: int
+    n_experts: int
+    n_used: int
+    layers: Sequence[int]
+    routers: Callable[[], Mapping[int, Router]] = dict
+    recall: Mapping[int, float] = field(default_factory=dict)
+
+
+def _fate(facts: Facts, cache: CachePolicy) -> Policy:
+    routers = facts.routers()
+    if not routers:
+        return Policy(cache, Popularity())
+    gates = GatePredictor(routers, facts.n_used)
+    return Policy(cache, Popularity(), GateGuesses(gates, facts.n_experts), IdleDisk())
+
+
+def _layered(facts: Facts) -> Layered:
+    """The paper's cache: shallow-favoring quotas, one ARC per layer."""
+    quotas = allocate(facts.n_slots, facts.n_experts, facts.layers, facts.recall, facts.n_used)
+    return Layered(facts.n_experts, quotas, ARC)
+
+
+def _eap(facts: Facts) -> Policy:
+    paths = ExpertPaths(facts.layers, facts.n_experts)
+    return Policy(PathCache(paths), Popularity(), PathPredictor(paths), Everything())
+
+
+POLICIES: Mapping[str, Callable[[Facts], Policy]] = {
+    "load-on-demand": lambda facts: Policy(LoadOnDemand(), Popularity()),
+    "lru": lambda facts: Policy(LRU(), Popularity()),
+    "lfu": lambda facts: Policy(LFU(), Popularity()),
+    "arc": lambda facts: Policy(ARC(facts.n_slots), Popularity()),
+    "eap": _eap,
+    "fate": lambda facts: _fate(facts, LFU()),
+    "fate-lru": lambda facts: _fate(facts, LRU()),
+    "fate-layered": lambda facts: _fate(facts, _layered(facts)),
 }
 
 
-def policy(name: str) -> Policy:
+def policy(name: str, facts: Facts) -> Policy:
     """A fresh policy of that name; ValueError names the known ones."""
+    check_policy(name)
+    return POLICIES[name](facts)
+
+
+def check_policy(name: str) -> None:
     if name not in POLICIES:
         raise ValueError(f"There is no policy {name!r}: choose one of {', '.join(POLICIES)}.")
-    return POLICIES[name]()

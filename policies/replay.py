@@ -12,10 +12,11 @@ from typing import NamedTuple
 from moe_gguf.policies.base import RouteEvent
 from moe_gguf.policies.cache import Belady
 from moe_gguf.policies.order import FirstSeen
-from moe_gguf.policies.pace import Everything
-from moe_gguf.policies.presets import Policy, policy
+from moe_gguf.policies.presets import Facts, Policy, policy
 from moe_gguf.policies.residency import Residency
-from moe_gguf.policies.trace import Trace, route_event
+from moe_gguf.policies.trace import Ids, Trace, route_event
+
+Routed = tuple[RouteEvent, Ids, bool]  # an event, its ids, whether it continues the one before
 
 BELADY = "belady"  # a row like the others, but no policy to run: it needs the future
 
@@ -58,32 +59,36 @@ def replay(trace: Trace, policy: str, n_slots: int) -> ReplayResult:
 
 def replay_table(trace: Trace, policies: Iterable[str], sizes: Sequence[int]) -> list[ReplayResult]:
     """A row per policy and size, sizes innermost. ValueError on an unknown policy or no slots."""
-    events = [(route_event(e.layer, e.ids), e.continuation) for e in trace.events]
+    events = [(route_event(e.layer, e.ids), e.ids, e.continuation) for e in trace.events]
     return [_replay(trace, events, name, n_slots) for name in policies for n_slots in sizes]
 
 
-def _replay(
-    trace: Trace, events: Sequence[tuple[RouteEvent, bool]], name: str, n_slots: int
-) -> ReplayResult:
+def _replay(trace: Trace, events: Sequence[Routed], name: str, n_slots: int) -> ReplayResult:
     if n_slots < 1:
         raise ValueError(f"An arena of {n_slots} slots holds no expert: ask for at least 1.")
     n_experts = trace.metadata["n_experts"]
     blob_bytes = dict(zip(trace.metadata["layers"], trace.metadata["blob_bytes"], strict=True))
     belady = None
     if name == BELADY:
-        events = [(event, False) for event, continuation in events if not continuation]
-        belady = Belady([e.layer * n_experts + x for e, _ in events for x in e.experts])
-    chosen = policy(name) if belady is None else Policy(belady, FirstSeen(), None, Everything())
+        events = [routed for routed in events if not routed[2]]
+        belady = Belady([e.layer * n_experts + x for e, *_ in events for x in e.experts])
+    if belady is None:
+        n_used = max((event.ids.shape[1] for event in trace.events), default=1)
+        chosen = policy(name, Facts(n_slots, n_experts, n_used, trace.metadata["layers"]))
+    else:
+        chosen = Policy(belady, FirstSeen())
     residency = Residency(n_slots, n_experts, chosen.cache, chosen.order)
-    layer_hits = dict.fromkeys(sorted({event.layer for event, _ in events}), 0)
+    layer_hits = dict.fromkeys(sorted({event.layer for event, *_ in events}), 0)
     layer_misses = layer_hits.copy()
     bytes_read = 0
-    for event, continuation in events:
+    for event, ids, continuation in events:
         if belady is not None and len(event.experts) > n_slots:
             n_hits = _serve_ideally(residency, belady, event)
         else:
             plan = residency.plan(event)
             n_hits = plan.n_hits
+            if chosen.predictor is not None and not continuation:
+                chosen.predictor.observe(event, ids)
         n_misses = len(event.experts) - n_hits
         bytes_read += n_misses * blob_bytes[event.layer]
         if not continuation:

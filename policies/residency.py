@@ -119,7 +119,7 @@ class Residency:
         for i in missing:
             expert = event.experts[i]
             key = base + expert
-            slot = self._take(pinned)
+            slot = self._take(pinned, key)
             if slot is None:
                 slot = self._take_guess(pinned)
             if slot is None:
@@ -135,7 +135,7 @@ class Residency:
             experts.append(expert)
             slots.append(slot)
 
-    def _take(self, pinned: Container[int]) -> int | None:
+    def _take(self, pinned: Container[int], incoming: int, demanded: bool = True) -> int | None:
         """A slot: a free one, a wrong guess's, or the policy's victim's."""
         if self.free:
             return self.free.pop()
@@ -143,7 +143,7 @@ class Residency:
             if key not in pinned:
                 del self.stale[key]
                 return self.slot_of.pop(key)
-        victim = self.cache.evict(pinned)
+        victim = self.cache.evict(pinned, incoming, demanded)
         return None if victim is None else self.slot_of.pop(victim)
 
     def _take_guess(self, pinned: Container[int]) -> int | None:
@@ -174,7 +174,7 @@ class Residency:
         for key, _ in guesses:
             if key in self.slot_of:
                 continue
-            slot = self._take(pinned)
+            slot = self._take(pinned, key, demanded=False)
             if slot is None:
                 break
             self.slot_of[key] = slot

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from moe_gguf.policies.base import Inputs, Predictor, RouteEvent
+from moe_gguf.policies.base import Ids, Inputs, Predictor, RouteEvent
 from moe_gguf.policies.pace import Pace
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime.plugin import MAX_GUESSES, PluginModel, i32
@@ -117,7 +117,7 @@ class Controller:
         assert self.guessing is not None
         predictor, pace, blob_bytes = self.guessing
         call, event, residency = self._call, self._event, self.residency
-        predictor.observe(event)
+        predictor.observe(event, self._ids())
         pace.event(event.layer, call.now_ns, call.disk_ns, call.read_bytes)
         guesses = predictor.guess(event, self._inputs())
         missing = [guess for guess in guesses if guess.key not in residency.slot_of]
@@ -136,6 +136,13 @@ class Controller:
         n, n_embd, stride = call.n_tokens, call.n_embd, call.x_stride
         memory = (ctypes.c_char * ((n - 1) * stride + 4 * n_embd)).from_address(call.x)
         return np.ndarray((n, n_embd), np.float32, memory, 0, (stride, 4))
+
+    def _ids(self) -> Ids:
+        """What the router chose, [n_tokens, n_used], over the plugin's memory."""
+        call = self._call
+        n, n_used = call.n_tokens, call.n_used
+        memory = (i32 * (n * n_used)).from_address(ctypes.addressof(call.ids.contents))
+        return np.ndarray((n, n_used), np.int32, memory)
 
     def cancel_guesses(self) -> None:
         """Drop every guess that no lane has started; only between steps."""

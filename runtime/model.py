@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from moe_gguf.policies.presets import policy as policy_by_name
+from moe_gguf.policies.presets import Facts, Policy, check_policy, policy
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime import budget as budgets
 from moe_gguf.runtime import disk, logs
@@ -36,6 +36,7 @@ from moe_gguf.runtime.plugin import (
     TrunkTensor,
 )
 from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms, layout_name
+from moe_gguf.runtime.routers import read_routers
 
 _MIB = 2**20
 # ggml-cpu's own work buffers of the trunk's matmuls and the tiled kernels' per-thread scratch.
@@ -69,7 +70,7 @@ class OpenModel:
             raise UserError(f"device {options.device!r} is not supported yet: use --device cpu")
         self.options = options
         try:
-            self.policy = policy_by_name(options.policy)
+            check_policy(options.policy)
         except ValueError as error:
             raise UserError(str(error)) from None
         self.layout = read_layout(path)
@@ -209,7 +210,7 @@ class OpenModel:
             self.needs = self.needs._replace(process=self.needs.process + surplus)
         budget = self.divide()
         self.plugin.allocate(budget.n_slots)
-        cache, order, predictor, pace = self.policy
+        cache, order, predictor, pace = self.make_policy(budget.n_slots)
         residency = Residency(budget.n_slots, self.layout.n_experts, cache, order)
         guessing = None
         if predictor is not None:
@@ -217,6 +218,17 @@ class OpenModel:
             guessing = Guessing(predictor, pace, blob_bytes)
         self.controller = Controller(self.plugin, residency, recorder, guessing)
         return self.controller
+
+    def make_policy(self, n_slots: int) -> Policy:
+        """The policy asked for, once the model is loaded."""
+        facts = Facts(
+            n_slots,
+            self.layout.n_experts,
+            self.n_used,
+            [layer.layer for layer in self.layout.layers],
+            lambda: read_routers(self.layout, self.plugin),
+        )
+        return policy(self.options.policy, facts)
 
     def free_slots(self) -> int:
         """Slots no expert has been read into yet."""

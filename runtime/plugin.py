@@ -214,6 +214,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_repack_buffer_type", handle, [handle]),
         ("moe_model_stream", handle, [handle]),
         ("fclose", ctypes.c_int, [handle]),  # the C library's, for that stream
+        ("moe_model_trunk_data", handle, [handle, ctypes.c_char_p]),
         ("moe_model_arena", i32, [handle, i32]),
         ("moe_model_bind", None, [handle, ROUTE_FN, ROUTE_FN]),
         ("moe_model_call", ctypes.POINTER(Call), [handle]),
@@ -292,6 +293,11 @@ class PluginModel:
             yield int(stream)
         finally:
             self._lib.fclose(stream)
+
+    def trunk_data(self, name: str) -> int | None:
+        """The address of a trunk tensor in the loaded model; None if it is not kept plainly."""
+        address: int | None = self._lib.moe_model_trunk_data(self._open, name.encode())
+        return address
 
     def allocate(self, n_slots: int) -> None:
         if self._lib.moe_model_arena(self._open, n_slots) != 0:

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from moe_gguf.policies.base import CachePolicy, Guess, Inputs, LoadOrder, Predictor, RouteEvent
+from moe_gguf.policies.base import CachePolicy, Guess, Ids, Inputs, LoadOrder, Predictor, RouteEvent
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything
+from moe_gguf.policies.presets import Policy
 from moe_gguf.runtime import llama as runtime_llama
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import Budget, Needs
@@ -147,9 +148,13 @@ class FixedModel(OpenModel):
         super().__init__(path, options)
         self.n_slots = n_slots or self.n_all
         given = {"cache": cache, "order": order, "predictor": predictor}  # an empty cache is falsy
-        self.policy = self.policy._replace(
-            pace=Everything(), **{k: v for k, v in given.items() if v is not None}
-        )
+        self.given = {k: v for k, v in given.items() if v is not None}
+
+    def make_policy(self, n_slots: int) -> Policy:
+        policy = super().make_policy(n_slots)
+        if "predictor" in self.given:
+            policy = policy._replace(pace=Everything())
+        return policy._replace(**self.given)
 
     def divide(self) -> Budget:
         needs = self.needs or Needs(0, 0, 0, 0)
@@ -273,10 +278,10 @@ class Events:
 class Guesser:
     """A predictor that learns nothing and is sure of what ``keys`` says."""
 
-    def observe(self, event: RouteEvent) -> None:
+    def observe(self, event: RouteEvent, ids: Ids) -> None:
         pass
 
-    def guess(self, event: RouteEvent, x: Inputs | None) -> Sequence[Guess]:
+    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         return [Guess(key, 1.0) for key in self.keys(event)]
 
     def keys(self, event: RouteEvent) -> Sequence[int]:

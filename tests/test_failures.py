@@ -257,7 +257,7 @@ class FusedCache(LFU):
         self.fuse.burn()
         return super().admit(key)
 
-    def evict(self, pinned: Any) -> int | None:
+    def evict(self, pinned: Any, incoming: int = -1, demanded: bool = True) -> int | None:
         self.fuse.burn()
         return super().evict(pinned)
 
@@ -268,7 +268,7 @@ class FusedPart:
     def __init__(self, fuse: Fuse) -> None:
         self.fuse = fuse
 
-    def observe(self, event: RouteEvent) -> None:
+    def observe(self, event: RouteEvent, ids: Any) -> None:
         pass
 
     def guess(self, event: RouteEvent, x: Any) -> Sequence[Guess]:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Container
 
 import pytest
 
-from moe_gguf.policies import POLICIES, policy
+from moe_gguf.policies import POLICIES, Facts, policy
 from moe_gguf.policies import cache as cache_module
+from moe_gguf.policies.arc import ARC
 from moe_gguf.policies.base import CachePolicy
 from moe_gguf.policies.cache import LFU, LRU, Belady, LoadOnDemand
+from moe_gguf.policies.eap import ExpertPaths, PathCache
+from moe_gguf.policies.layered import Layered
 from moe_gguf.policies.order import FirstSeen, Popularity
 
 N_KEYS, CAPACITY = 24, 9
@@ -21,6 +24,11 @@ CACHES: dict[str, Callable[[], CachePolicy]] = {
     "lru": LRU,
     "lfu": LFU,
     "lfu-short": lambda: LFU(0.1),
+    "arc": lambda: ARC(CAPACITY),
+    "arc-small": lambda: ARC(3),  # resident beyond its capacity, as a layer in a shared arena
+    "layered-arc": lambda: Layered(8, {0: 4, 1: 3, 2: 2}, ARC),
+    "layered-lfu": lambda: Layered(8, {0: 8, 1: 0, 2: 1}, lambda quota: LFU()),
+    "eap": lambda: PathCache(ExpertPaths(range(3), 8)),
     "belady": lambda: Belady(random.Random(5).choices(range(N_KEYS), k=700)),
     "belady-surprised": lambda: Belady([]),  # every demand comes unforeseen
 }
@@ -91,7 +99,7 @@ def test_random_calls_keep_the_contract(cache: CachePolicy, seed: int) -> None:
                 resident.remove(key)
         elif what < 0.8:
             if len(resident) == CAPACITY:
-                victim = cache.evict(pinned)
+                victim = cache.evict(pinned, key)
                 assert (victim is None) == (resident <= pinned)
                 if victim is None:
                     continue
@@ -244,7 +252,9 @@ def test_popularity_is_descending_and_stable() -> None:
 
 
 def test_policies_by_name() -> None:
+    facts = Facts(9, 8, 2, range(3))
     for name in POLICIES:
-        assert policy(name).cache is not policy(name).cache, "a policy's state is shared"
+        caches = [policy(name, facts).cache for _ in range(2)]
+        assert caches[0] is not caches[1], "a policy's state is shared"
     with pytest.raises(ValueError, match=r"'mru'.*load-on-demand, lru, lfu"):
-        policy("mru")
+        policy("mru", facts)

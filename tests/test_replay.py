@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_gguf.policies import POLICIES, Residency, policy
+from moe_gguf.policies import POLICIES, Facts, Residency, policy
 from moe_gguf.policies.replay import replay, replay_table
 from moe_gguf.policies.trace import Trace, TraceEvent, TraceRecorder, load_trace, route_event
 
@@ -235,6 +235,11 @@ GOLDEN = {
     "load-on-demand": {3: 0, 20: 0, 32: 0, 48: 0, 96: 0},
     "lru": {3: 0, 20: 0, 32: 1440, 48: 1744, 96: 2384},
     "lfu": {3: 0, 20: 649, 32: 1062, 48: 1740, 96: 2384},
+    "arc": {3: 0, 20: 0, 32: 1404, 48: 1732, 96: 2384},
+    "eap": {3: 0, 20: 687, 32: 1103, 48: 1541, 96: 2384},
+    "fate": {3: 0, 20: 649, 32: 1062, 48: 1740, 96: 2384},
+    "fate-lru": {3: 0, 20: 0, 32: 1440, 48: 1744, 96: 2384},
+    "fate-layered": {3: 0, 20: 1215, 32: 1525, 48: 1766, 96: 2384},
     "belady": {3: 300, 20: 1550, 32: 1875, 48: 2102, 96: 2384},
 }
 
@@ -250,7 +255,8 @@ def test_golden_counts(name: str) -> None:
 def test_replay_counts_what_the_run_counted(name: str, n_slots: int, tmp_path: Path) -> None:
     """A run as the engine does it, with some layers in two parts, then its trace from disk."""
     rng = random.Random(n_slots)
-    residency = Residency(n_slots, 10, *policy(name)[:2])
+    cache, order, predictor, _ = policy(name, Facts(n_slots, 10, 3, range(3)))
+    residency = Residency(n_slots, 10, cache, order)
     recorder = TraceRecorder()
     hits = misses = loaded = 0
     for layer, n_tokens, _, ids in random_trace(7).events:
@@ -260,6 +266,8 @@ def test_replay_counts_what_the_run_counted(name: str, n_slots: int, tmp_path: P
             recorder.record(layer, n_tokens, 3, ids.ravel().tolist(), continuation)
             loaded += sum(plan.loads) * (100 + layer)
             if not continuation:
+                if predictor is not None:
+                    predictor.observe(event, ids)
                 hits += plan.n_hits
                 misses += sum(plan.loads)
     recorder.save(tmp_path / "run.npz", metadata(3, 10))

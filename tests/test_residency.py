@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from moe_gguf.policies import POLICIES, Plan, Residency, policy
+from moe_gguf.policies import POLICIES, Facts, Plan, Residency, policy
 from moe_gguf.policies.base import Guess, RouteEvent
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.order import Popularity
@@ -58,7 +58,7 @@ class Slots:
 
 
 def make(n_slots: int, name: str = "lru") -> Slots:
-    cache, order, *_ = policy(name)
+    cache, order, *_ = policy(name, Facts(n_slots, N_EXPERTS, 3, range(N_LAYERS)))
     return Slots(Residency(n_slots, N_EXPERTS, cache, order))
 
 

@@ -371,13 +371,14 @@ moe_model * moe_model_new(const moe_config * config, char * error, size_t n_erro
     }
 }
 
-void    moe_model_free(moe_model * model) { delete model; }
-void *  moe_model_expert_buffer_type(moe_model * model) { return &model->expert_buft; }
-void *  moe_model_trunk_buffer_type(moe_model * model) { return &model->trunk_buft; }
-void *  moe_model_repack_buffer_type(moe_model * model) { return moe::repack_type() ? &model->repack_buft : nullptr; }
-FILE *  moe_model_stream(moe_model * model) { return model->open_stream(); }
-int32_t moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate_arena(n_slots) ? 0 : -1; }
-void    moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
+void         moe_model_free(moe_model * model) { delete model; }
+void *       moe_model_expert_buffer_type(moe_model * model) { return &model->expert_buft; }
+void *       moe_model_trunk_buffer_type(moe_model * model) { return &model->trunk_buft; }
+void *       moe_model_repack_buffer_type(moe_model * model) { return moe::repack_type() ? &model->repack_buft : nullptr; }
+FILE *       moe_model_stream(moe_model * model) { return model->open_stream(); }
+const void * moe_model_trunk_data(moe_model * model, const char * name) { return model->trunk_data(name); }
+int32_t      moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate_arena(n_slots) ? 0 : -1; }
+void         moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
     model->route = route;
     model->guess = guess;
 }

@@ -29,6 +29,7 @@ moe_model::moe_model(const moe_config & config)
     for (size_t i = 0; i < trunk_.size(); i++) {
         trunk_by_name_[trunk_[i].name] = (int)i;
     }
+    trunk_data_.resize(trunk_.size());
     n_layers = 0;
     for (const auto & t : tensors_) {
         n_layers = std::max(n_layers, t.layer + 1);
@@ -179,6 +180,7 @@ bool moe_model::read_trunk(ggml_tensor * tensor) {
     if (it == trunk_by_name_.end()) {
         return false;
     }
+    trunk_data_[it->second]         = tensor->data;
     const moe_trunk_tensor & t      = trunk_[it->second];
     const std::string &      path   = paths_[t.file];
     const int64_t            n_rows = ggml_nrows(tensor), row_bytes = t.n_bytes / n_rows;
@@ -206,6 +208,11 @@ bool moe_model::read_trunk(ggml_tensor * tensor) {
         close(fd);
     }
     return true;
+}
+
+const void * moe_model::trunk_data(const char * name) const {
+    const auto it = trunk_by_name_.find(name);
+    return it == trunk_by_name_.end() || trunk_[it->second].repacked ? nullptr : trunk_data_[it->second];
 }
 
 // ---- the stream: a header, and behind it address space that only has the right size

@@ -40,7 +40,9 @@ struct moe_model {
     slot_tensor in_slots(const moe_tensor & tensor, int copy) const;
     // Fills a trunk tensor from its file; false when the tensor is not of this model.
     bool read_trunk(ggml_tensor * tensor);
-    void fail(moe::error_kind kind, const std::string & sentence);
+    // Where that tensor lies now; nullptr if it is unknown, not loaded or repacked.
+    const void * trunk_data(const char * name) const;
+    void         fail(moe::error_kind kind, const std::string & sentence);
 
     int                         n_experts;
     int                         n_layers;  // the highest MoE layer plus one
@@ -76,6 +78,7 @@ struct moe_model {
     std::vector<std::string>                     paths_;
     std::vector<moe_trunk_tensor>                trunk_;
     std::unordered_map<std::string, int>         trunk_by_name_;
+    std::vector<const void *>                    trunk_data_;
     std::vector<moe_tensor>                      tensors_;
     std::unordered_map<std::string, int>         by_name_;
     std::vector<std::vector<const moe_tensor *>> by_layer_;

@@ -172,6 +172,9 @@ MOE_API void * moe_model_repack_buffer_type(struct moe_model * model);
 // A FILE * that llama.cpp takes for the complete model: it reads the header from it and maps the
 // rest, of which nothing is ever touched. The caller closes it with fclose.
 MOE_API FILE * moe_model_stream(struct moe_model * model);
+// Where the loaded model keeps a trunk tensor, in the file's own type; NULL if it does not, or not
+// plainly. Valid as long as the llama model is.
+MOE_API const void * moe_model_trunk_data(struct moe_model * model, const char * name);
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
 MOE_API int32_t           moe_model_arena(struct moe_model * model, int32_t n_slots);
 MOE_API void              moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
