@@ -129,7 +129,11 @@ class BundleWriter:
         part.hash.update(data.data)
         rest = pad_up(end, extent.alignment) - end if end == extent.n_bytes else 0
         with _explained(self._folder):
-            _write(self._fds[extent.file], [bytes(gap), data, bytes(rest)], extent.offset + part.at)
+            _write(
+                self._fds[extent.file],
+                [bytes(gap), data.data, bytes(rest)],
+                extent.offset + part.at,
+            )
         part.at = end
 
     def end_step(self) -> None:
@@ -391,9 +395,9 @@ def _check_folder(folder: Path, plan: Plan) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {entry.name: entry for entry in os.scandir(folder)}
+        if TRUNK in names and JOURNAL not in names:
+            raise _taken(folder)
         for name in sorted(names):
-            if JOURNAL not in names and name == TRUNK:
-                raise _taken(folder)
             if not _is_ours(name) or JOURNAL not in names:
                 raise UserError(
                     f"{folder} holds something else ({name}); name a new or an empty folder"
@@ -429,7 +433,7 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(fd: int, buffers: Sequence[bytes | Bytes], offset: int) -> None:
+def _write(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
     left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
     while left:
         n = os.pwritev(fd, left, offset)

@@ -43,9 +43,9 @@ Note = Callable[[str], None]
 
 LAYOUTS = ("auto", "plain", "repacked")
 
-# Source bytes that are read, quantized or waiting to be written. More would not be faster: it is
-# some hundred milliseconds of any disk.
-WINDOW_BYTES = 64 << 20
+# Source bytes that are read, quantized or waiting to be written: a few pieces of any size, so that
+# nobody waits for another, in little memory, so that a copied byte is still in the cache.
+WINDOW_BYTES, WINDOW_PIECES, WINDOW_MOST_BYTES = 16 << 20, 3, 256 << 20
 SLICE_BYTES = 8 << 20  # of a trunk tensor
 READERS = 2
 
@@ -320,7 +320,8 @@ def _ahead(
     queue: deque[tuple[_Piece, Future[list[Job]]]] = deque()
     held = 0
     for piece in pieces:
-        while queue and held + piece.n_bytes > WINDOW_BYTES:
+        window = max(WINDOW_BYTES, min(WINDOW_PIECES * piece.n_bytes, WINDOW_MOST_BYTES))
+        while queue and held + piece.n_bytes > window:
             first, jobs = queue.popleft()
             yield first, jobs.result()
             held -= first.n_bytes

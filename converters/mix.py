@@ -131,12 +131,21 @@ class _Mix:
         if self.wanted in FLOATS:
             return self.wanted
         category = _category(tensor.name)
+        name: str | None
         if category == "output" or (self.tied and category == "token_embd"):
             name = self._output(tensor.ne[0])
         elif self.base in ("mxfp4", "nvfp4"):
             name = "q8_0"
         else:
-            name = getattr(self, f"_{category}")(tensor.name) if category else None
+            rules = {
+                "token_embd": self._token_embd,
+                "attn_v": self._attn_v,
+                "attn_k": self._attn_k,
+                "attn_q": self._attn_q,
+                "attn_output": self._attn_output,
+                "ffn_down": self._ffn_down,
+            }
+            name = rules[category](tensor.name) if category else None
         return NUMBERS[name or self.base]
 
     def _output(self, row: int) -> str:

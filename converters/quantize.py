@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 
-import llama_cpp.llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_gguf.converters.mix import FLOATS, NUMBERS
+from moe_gguf.converters.mix import NUMBERS
 from moe_gguf.converters.source import Bytes
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES, type_bytes
@@ -46,7 +45,9 @@ class _Traits(ctypes.Structure):
 @lru_cache(maxsize=1)
 def _ggml() -> ctypes.CDLL:
     """ggml's symbols out of libllama's handle: opening libggml by path would load it again."""
-    lib: ctypes.CDLL = llama_cpp.llama_cpp._lib
+    from llama_cpp import llama_cpp  # as long to import as a small model takes to regroup
+
+    lib: ctypes.CDLL = llama_cpp._lib
     lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
     lib.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     lib.ggml_quantize_init.argtypes = [ctypes.c_int]
@@ -106,6 +107,7 @@ class Quantizer:
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, "quantize")
+        self._used_ggml = False
 
     def __enter__(self) -> Quantizer:
         return self
@@ -117,7 +119,8 @@ class Quantizer:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        _ggml().ggml_quantize_free()
+        if self._used_ggml:
+            _ggml().ggml_quantize_free()
 
     def submit(
         self,
@@ -142,8 +145,8 @@ class Quantizer:
         n_rows = len(data) // source_row
         assert n_rows * source_row == len(data)
         out = np.empty(n_rows * target_row, np.uint8)
-        if target_type not in FLOATS:
-            _ggml().ggml_quantize_init(target_type)
+        _ggml().ggml_quantize_init(target_type)
+        self._used_ggml = True
         parts: list[Future[None]] = []
         at = 0
         while at < n_rows:  # a part stays inside one matrix, whose columns weigh alike

@@ -71,7 +71,7 @@ class GgufSource:
         done = 0
         try:
             while done < n_bytes:
-                n = os.preadv(self._files[file], [memoryview(out)[done:]], offset + done)
+                n = os.preadv(self._files[file], [out.data[done:]], offset + done)
                 if n == 0:
                     raise UserError(
                         f"{self._paths[file]} became shorter while it was read; start again"
