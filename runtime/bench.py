@@ -252,7 +252,7 @@ def _command(spec: Spec) -> list[str]:
 
 def _run_row(name: str, spec: Spec, group_bytes: int | None, layout: ModelLayout) -> Run:
     if not ROWS[name].capped:
-        needed = sum(header.file_bytes for header in layout.headers)
+        needed = layout.file_bytes
         free = auto_size()
         if needed > free:
             return Run({}, f"{LEFT_OUT}: needs {format_size(needed)}, {format_size(free)} is free")
@@ -437,7 +437,7 @@ def _model(layout: ModelLayout) -> dict[str, Any]:
         "name": layout.name,
         "file": layout.path.name,
         "architecture": layout.architecture,
-        "file_bytes": sum(header.file_bytes for header in layout.headers),
+        "file_bytes": layout.file_bytes,
         "expert_bytes": layout.expert_bytes,
         "expert_types": sorted(types),
         "moe_layers": len(layout.layers),

@@ -47,7 +47,7 @@ class Controller:
     def _bind(self) -> None:
         answers = self._answers()
         next(answers)
-        self.plugin.bind(answers.__next__)
+        self.plugin.bind(answers.__next__, answers.__next__)
 
     def _answers(self) -> Iterator[int]:
         """Answer one event per item: 1 when the plan is filled, 0 when that raised.
@@ -71,6 +71,8 @@ class Controller:
 
     def on_route(self) -> None:
         call = self._call
+        if call.n_cancelled:
+            self.residency.drop(call.cancelled[: call.n_cancelled])
         n, n_tokens = call.n_experts, call.n_tokens
         event = RouteEvent(call.layer, n_tokens, call.experts[:n], call.counts[:n])
         if self.recorder is not None:

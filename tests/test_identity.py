@@ -270,7 +270,7 @@ def test_07_split_files(layout: str, tiny_file: TinyFile, reference: Reference) 
         same(generation(model), reference(path, generation))
         layers = model.opened.layout.layers
         assert len(model.opened.layout.files) == tiny.SPLIT_FILES
-        assert len({tensor.file for layer in layers for tensor in layer.tensors}) > 1
+        assert len({int(p.file[0]) for layer in layers for p in layer.copies[0].pieces}) > 1
         assert model.controller.misses > model.n_slots
 
 
@@ -510,10 +510,10 @@ def test_15_a_wrong_byte_is_seen(
     expected = reference(path, long_prefill)
     wrong = Path(shutil.copy(path, tmp_path))
     with ours(wrong, 11) as model:
-        tensor = model.opened.layout.layers[-1].tensors[-1]
+        piece = model.opened.layout.layers[-1].copies[0].pieces[-1]
         with wrong.open("r+b") as file:
             # In the middle of an expert in the middle of the tensor; every layout's prompt uses it.
-            file.seek(tensor.offset + tensor.ne[2] // 2 * tensor.expert_bytes + 1 + 64)
+            file.seek(piece.offset[len(piece.offset) // 2] + 1 + 64)
             byte = file.read(1)[0]
             file.seek(-1, 1)
             file.write(bytes([byte ^ 0x55]))
