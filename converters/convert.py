@@ -30,11 +30,12 @@ from moe_gguf.converters.mix import (
     type_number,
 )
 from moe_gguf.converters.plan import Matrix, Plan, make_plan, row_bytes, trunk_rows
-from moe_gguf.converters.quantize import Job, Quantizer
+from moe_gguf.converters.quantize import Job, Quantizer, Then
 from moe_gguf.converters.source import ExpertStack, Pair, Source, TrunkTensor
 from moe_gguf.converters.source_gguf import GgufSource
+from moe_gguf.runtime import repack
 from moe_gguf.runtime.budget import format_size
-from moe_gguf.runtime.bundle import COPY, PLAIN, is_bundle
+from moe_gguf.runtime.bundle import COPY, PLAIN, BundlePair, is_bundle
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import type_bytes
 from moe_gguf.runtime.progress import Report as Progress
@@ -116,6 +117,7 @@ def convert(
         choices.sets,
         choices.trunk,
         choices.metadata,
+        _describe_layouts(choices.sets),
         options.shard_bytes,
     )
     identity = plan.identity(_hash(options.imatrix) if options.imatrix else "")
@@ -172,6 +174,9 @@ def _choose(source: Source, options: Options, note: Note) -> _Choices:
             sets.append([_matrix(stack, number, options, fallbacks) for stack in source.experts])
     for (kind, fitting, row), n in sorted(fallbacks.items()):
         note(f"rows of {row} do not fit {type_name(kind)}: {n} tensors become {type_name(fitting)}")
+    if options.layout == "repacked" and all(m.layout == PLAIN for s in sets for m in s):
+        kinds = ", ".join(sorted({type_name(m.ggml_type) for s in sets for m in s}))
+        raise UserError(f"this CPU's kernels take {kinds} as it is; give --layout plain")
     choices = _Choices(quant, sets, [(t, types[t.name]) for t in source.trunk], metadata, imatrix)
     _check_imatrix(source, choices)
     return choices
@@ -201,7 +206,16 @@ def _matrix(
     ggml_type = stack.ggml_type
     if wanted is not None and is_quantizable(stack.name, stack.ne):
         ggml_type = _fit(wanted, stack.ne[0], fallbacks)
-    return Matrix(stack, ggml_type, PLAIN)
+    layout = None
+    if options.layout != "plain" and stack.name.endswith(".weight"):
+        layout = repack.layout_name(ggml_type, stack.ne)
+    return Matrix(stack, ggml_type, layout or PLAIN)
+
+
+def _describe_layouts(sets: Sequence[Sequence[Matrix]]) -> list[BundlePair]:
+    """Keys from which another CPU learns to undo the layouts used."""
+    names = {m.layout: None for s in sets for m in s if m.layout != PLAIN}
+    return [pair for name in names for pair in repack.describe(name)]
 
 
 def _check_imatrix(source: Source, choices: _Choices) -> None:
@@ -286,9 +300,17 @@ def _start_matrix(
     data = stack.read(expert)
     what = f"expert {expert} of {stack.name}"
     return [
-        quantizer.submit(what, data, stack.ggml_type, m.ggml_type, stack.ne[0], weights)
+        quantizer.submit(
+            what, data, stack.ggml_type, m.ggml_type, stack.ne[0], weights, then=_packing(m)
+        )
         for m in matrices
     ]
+
+
+def _packing(matrix: Matrix) -> Then | None:
+    if matrix.layout == PLAIN:
+        return None
+    return partial(repack.repack, matrix.ggml_type, matrix.stack.ne)
 
 
 def _start_rows(

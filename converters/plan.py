@@ -24,6 +24,7 @@ from moe_gguf.runtime.bundle import (
     VERSION,
     VERSION_KEY,
     BlobSet,
+    BundlePair,
     BundleTable,
     BundleTensor,
     file_name,
@@ -69,6 +70,7 @@ class Plan:
     sets: tuple[BlobPlan, ...]  # the experts, then perhaps the low copy
     trunk: tuple[tuple[TrunkTensor, int], ...]  # with the type each is written in
     metadata: Mapping[str, Pair]
+    layouts: Sequence[BundlePair]  # what describes those that are not plain
     n_experts: int
 
     @property
@@ -97,7 +99,8 @@ class Plan:
             trunk_checksum=tuple(trunk),
         )
         pairs = [_encode(key, pair) for key, pair in self.metadata.items()]
-        pairs += [encode_pair(key, kind, value, item) for key, kind, item, value in table.pairs()]
+        for key, kind, item, value in (*table.pairs(), *self.layouts):
+            pairs.append(encode_pair(key, kind, value, item))
         return encode_header(pairs, self.trunk_infos, DEFAULT_ALIGNMENT)
 
     def blank_header(self) -> bytes:
@@ -129,6 +132,7 @@ def make_plan(
     sets: Sequence[Sequence[Matrix]],
     trunk: Sequence[tuple[TrunkTensor, int]],
     metadata: Mapping[str, Pair],
+    layouts: Sequence[BundlePair],
     shard_bytes: int | None,
 ) -> Plan:
     """``sets`` has every stack's matrices in source order, for the experts and the low copy."""
@@ -147,7 +151,7 @@ def make_plan(
         low=plans[1].blobs if len(plans) > 1 else None,
         trunk_checksum=(0,) * len(trunk),
     )
-    return Plan(table, plans, tuple(trunk), metadata, source.n_experts)
+    return Plan(table, plans, tuple(trunk), metadata, layouts, source.n_experts)
 
 
 def _plan_blobs(

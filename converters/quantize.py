@@ -88,18 +88,22 @@ def _to_float(ggml_type: int) -> Callable[[int, int, int], None]:
     return _to_float_type(address)
 
 
-class Job:
-    """Rows on their way to another type."""
+Then = Callable[[Bytes], Bytes]
 
-    def __init__(self, out: Bytes, parts: list[Future[None]]) -> None:
+
+class Job:
+    """Rows on their way to another type, and what is to be done to them there."""
+
+    def __init__(self, out: Bytes, parts: list[Future[None]], then: Then | None = None) -> None:
         self._out = out
         self._parts = parts
+        self._then = then
 
     def result(self) -> Bytes:
         """The rows, once they are done; UserError for weights that cannot be quantized."""
         for part in self._parts:
             part.result()
-        return self._out
+        return self._out if self._then is None else self._then(self._out)
 
 
 class Quantizer:
@@ -133,14 +137,16 @@ class Quantizer:
         *,
         first_row: int = 0,
         matrix_rows: int = 1 << 62,
+        then: Then | None = None,
     ) -> Job:
         """Start on whole rows of ``row`` items; ``what`` names them in errors.
 
         ``imatrix`` has ``row`` values for each matrix of ``matrix_rows`` rows; ``first_row`` is
-        where these rows begin among all of them.
+        where these rows begin among all of them. ``then`` is applied to what comes out: in this
+        thread and at once where nothing is to be quantized, else in the one that takes the result.
         """
         if source_type == target_type:
-            return Job(data, [])
+            return Job(data if then is None else then(data), [])
         source_row, target_row = type_bytes(source_type, row), type_bytes(target_type, row)
         n_rows = len(data) // source_row
         assert n_rows * source_row == len(data)
@@ -163,7 +169,7 @@ class Quantizer:
             )
             parts.append(self._pool.submit(part))
             at += n
-        return Job(out, parts)
+        return Job(out, parts, then)
 
 
 @dataclass(frozen=True)

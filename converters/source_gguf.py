@@ -18,7 +18,7 @@ from gguf import GGUFValueType
 from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GgufHeader, KeyValue, ValueType, type_bytes
-from moe_gguf.runtime.layout import ExpertTensor, ModelLayout, Tensor, read_layout
+from moe_gguf.runtime.layout import ExpertTensor, Tensor, read_layout
 
 _LEFT_OUT = ("split.", "general.alignment")  # what speaks of the files, not of the model
 
@@ -35,34 +35,30 @@ class GgufSource:
         self.metadata: Mapping[str, Pair] = _metadata(layout.metadata)
         self._files = [os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in layout.files]
         self._paths = layout.files
-        self.trunk: Sequence[TrunkTensor] = self._trunk(layout)
+        tensors = {tensor.name: tensor for tensor in layout.tensors}
         self.experts: Sequence[ExpertStack] = [
-            self._stack(tensor) for layer in layout.layers for tensor in layer.tensors
+            self._stack(expert, tensors.pop(expert.name))
+            for layer in layout.layers
+            for expert in layer.tensors
+        ]
+        self.trunk: Sequence[TrunkTensor] = [
+            TrunkTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
+            for t in tensors.values()
         ]
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.pop())
 
-    def _trunk(self, layout: ModelLayout) -> list[TrunkTensor]:
-        stacked = {tensor.name for layer in layout.layers for tensor in layer.tensors}
-        return [
-            TrunkTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
-            for t in layout.tensors
-            if t.name not in stacked
-        ]
-
-    def _stack(self, t: ExpertTensor) -> ExpertStack:
-        return ExpertStack(
-            t.name, t.layer, t.role, t.ne[:2], t.ggml_type, partial(self._read_expert, t)
-        )
+    def _stack(self, e: ExpertTensor, t: Tensor) -> ExpertStack:
+        read = partial(self._read_expert, t, e.expert_bytes)
+        return ExpertStack(e.name, e.layer, e.role, e.ne[:2], e.ggml_type, read)
 
     def _read_rows(self, tensor: Tensor, first: int, n_rows: int) -> Bytes:
         row = type_bytes(tensor.ggml_type, tensor.ne[0])
         return self._read(tensor.file, tensor.offset + first * row, n_rows * row)
 
-    def _read_expert(self, tensor: ExpertTensor, expert: int) -> Bytes:
-        n_bytes = tensor.expert_bytes
+    def _read_expert(self, tensor: Tensor, n_bytes: int, expert: int) -> Bytes:
         return self._read(tensor.file, tensor.offset + expert * n_bytes, n_bytes)
 
     def _read(self, file: int, offset: int, n_bytes: int) -> Bytes:

@@ -443,6 +443,7 @@ def convert(
     def say(text: str) -> None:
         note(f"moe-gguf: {text}")
 
+    quieten()
     shard_bytes = None if shard_size is None else parse_size(shard_size)
     options = Options(quant, low_quant, imatrix, layout, shard_bytes, threads)
     with (
