@@ -59,6 +59,7 @@ class BundleWriter:
         self._folder = folder
         self._plan = plan
         self._extents = list(_extents(plan))
+        self.total_bytes = sum(e.n_bytes for step in self._extents for e in step)
         self._sums: list[list[int]] = []
         self._fds: dict[str, int] = {}
         self._parts: list[_Part] = []
@@ -71,6 +72,7 @@ class BundleWriter:
         except BaseException:
             self.close()
             raise
+        self._done_bytes = sum(e.n_bytes for step in self._extents[: self.done] for e in step)
         self._checkpoints = _Checkpoints(self._journal)
 
     def __enter__(self) -> BundleWriter:
@@ -104,11 +106,8 @@ class BundleWriter:
 
     @property
     def done_bytes(self) -> int:
-        return sum(e.n_bytes for step in self._extents[: self.done] for e in step)
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(e.n_bytes for step in self._extents for e in step)
+        """Of ``total_bytes``, and of the step in hand."""
+        return self._done_bytes + sum(part.at for part in self._parts)
 
     # --- writing ---
 
@@ -143,6 +142,7 @@ class BundleWriter:
         fds = {self._fds[part.extent.file] for part in self._parts}
         with _explained(self._folder):
             self._checkpoints.add(sums, fds, sum(part.at for part in self._parts))
+        self._done_bytes = self.done_bytes
         self._sums.append(sums)
         self._parts = []
 

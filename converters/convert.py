@@ -124,16 +124,14 @@ def convert(
     with BundleWriter(folder, plan, identity, note) as writer:
         threads = options.threads or os.cpu_count() or 1
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
-            done, total = writer.done_bytes, writer.total_bytes
             work = _work(plan, writer.done, quantizer, choices.imatrix)
             for piece, jobs in _ahead(readers, work):
                 for which, job in enumerate(jobs):
-                    data = job.result()
-                    writer.put(data, which, piece.offsets[which] if piece.offsets else None)
-                    done += len(data)
+                    offset = piece.offsets[which] if piece.offsets else None
+                    writer.put(job.result(), which, offset)
                 if piece.ends_step:
                     writer.end_step()
-                progress(done, total)
+                progress(writer.done_bytes, writer.total_bytes)
         writer.finish()
     return _summary(plan)
 
