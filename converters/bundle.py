@@ -1,21 +1,18 @@
-"""Writes a planned bundle so that nothing half-written is ever taken for one, and verifies bundles.
+"""Writes a planned bundle so that nothing half-written is ever taken for one.
 
 Bytes come in the plan's order: blob by blob, then the trunk. Files carry temporary names until all
 of them are whole; `trunk.gguf` gets its own name last. A journal records the checksums of what is
 known to be on disk, so that an interrupted conversion goes on behind it. Knows nothing of sources.
 
-    convert.journal   line 1: what is being made; then one line per blob or trunk tensor
-    *.partial         the files, each written in place: a byte once written is at its final offset
+    convert.journal   what is being made, and a line per blob or trunk tensor: see journal.py
+    *.partial         the files, each byte at its final offset from the start
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +20,17 @@ from types import TracebackType
 
 import xxhash
 
+from moe_gguf.converters.journal import Checkpoints, Journal
 from moe_gguf.converters.plan import Plan
 from moe_gguf.converters.source import Bytes
-from moe_gguf.runtime.bundle import BLOB_ALIGNMENT, TRUNK, BlobSet, BundleTable
+from moe_gguf.converters.verify import checksum
+from moe_gguf.runtime.budget import format_size
+from moe_gguf.runtime.bundle import BLOB_ALIGNMENT, TRUNK, BlobSet
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import DEFAULT_ALIGNMENT, pad_up, read_header
-from moe_gguf.runtime.progress import Report
+from moe_gguf.runtime.gguf_header import DEFAULT_ALIGNMENT, pad_up
 
 JOURNAL = "convert.journal"
 PARTIAL = ".partial"
-
-# How much may be on its way to the disk between two entries in the journal: what a power cut
-# costs, against a wait for the disk for each.
-CHECKPOINT_BYTES = 128 << 20
-_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class BundleWriter:
         self._parts: list[_Part] = []
         _check_folder(folder, plan)
         with _explained(folder):
-            self._journal = _Journal(folder / JOURNAL, identity)
+            self._journal = Journal(folder / JOURNAL, identity)
         try:
             with _explained(folder):
                 self._resume(note)
@@ -73,7 +67,7 @@ class BundleWriter:
             self.close()
             raise
         self._done_bytes = sum(e.n_bytes for step in self._extents[: self.done] for e in step)
-        self._checkpoints = _Checkpoints(self._journal)
+        self._checkpoints = Checkpoints(self._journal)
 
     def __enter__(self) -> BundleWriter:
         return self
@@ -171,16 +165,16 @@ class BundleWriter:
         """Find out what is complete, and open every file for the rest."""
         files = dict(_files(self._plan))
         sums = self._journal.sums
+        if sums is None and (self._folder / TRUNK).exists():
+            raise _taken(self._folder)
         if self._journal.is_other:
-            if (self._folder / TRUNK).exists():
-                raise _taken(self._folder)
             note("an unfinished conversion of another source or with other options is discarded")
         elif sums is not None:
             for name in files:  # killed among the last renames
                 if not (partial := _partial(self._folder, name)).exists():
                     with contextlib.suppress(FileNotFoundError):
                         (self._folder / name).rename(partial)
-            if not self._are_there(sums, files):
+            if not self._are_there(sums):
                 note("the unfinished conversion found here is damaged: starting again")
                 sums = None
         if not sums:
@@ -201,7 +195,7 @@ class BundleWriter:
         elif self.done:
             note(f"going on behind {self.done} of {self.n_steps} parts written before")
 
-    def _are_there(self, sums: list[list[int]], files: dict[str, bytes]) -> bool:
+    def _are_there(self, sums: list[list[int]]) -> bool:
         """Whether the journal speaks of this plan's files; the last step is read again."""
         if len(sums) > self.n_steps:
             return False
@@ -213,7 +207,7 @@ class BundleWriter:
             path = _partial(self._folder, extent.file)
             try:
                 with path.open("rb", buffering=0) as file:
-                    found = _checksum(file.fileno(), extent.offset, extent.n_bytes)
+                    found = checksum(file.fileno(), extent.offset, extent.n_bytes)
             except FileNotFoundError:
                 return False
             if found != expected:
@@ -229,124 +223,6 @@ class _Part:
         self.extent = extent
         self.hash = hash
         self.at = 0
-
-
-class _Journal:
-    """The file that says what is complete, locked against a second conversion into its folder.
-
-    ``sums`` holds what an earlier run of the same identity recorded, or None; ``is_other`` says
-    that there was one of another.
-    """
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self._head = json.dumps({"moe_gguf": 1, "plan": identity}) + "\n"
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise UserError(
-                f"another conversion into {path.parent} is running; wait for it or stop it"
-            ) from None
-        head, *lines = os.pread(self._fd, os.fstat(self._fd).st_size, 0).split(b"\n")
-        self.is_other = bool(lines) and head != self._head.rstrip().encode()
-        self.sums: list[list[int]] | None = None
-        if lines and not self.is_other:
-            self.sums = _parse_sums(lines[:-1])  # behind the last line end: half an entry
-            at = len(self._head) + sum(len(_format_sums(sums)) for sums in self.sums)
-            os.ftruncate(self._fd, at)
-            os.lseek(self._fd, at, os.SEEK_SET)
-
-    def start(self) -> None:
-        os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        os.write(self._fd, self._head.encode())
-        os.fsync(self._fd)
-
-    def append(self, entries: Sequence[Sequence[int]]) -> None:
-        data = b"".join(map(_format_sums, entries))
-        while data:
-            data = data[os.write(self._fd, data) :]
-        os.fdatasync(self._fd)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _format_sums(sums: Sequence[int]) -> bytes:
-    return (" ".join(f"{n:016x}" for n in sums) + "\n").encode()
-
-
-def _parse_sums(lines: Sequence[bytes]) -> list[list[int]]:
-    """Entries up to the first that is no entry."""
-    out: list[list[int]] = []
-    for line in lines:
-        try:
-            sums = [int(word, 16) for word in line.split(b" ")]
-        except ValueError:
-            break
-        if _format_sums(sums) != line + b"\n":
-            break
-        out.append(sums)
-    return out
-
-
-class _Checkpoints:
-    """A thread that waits for the disk, so that the writer need not: data first, then the journal.
-
-    What fails in it is raised by the next ``add`` or by ``close``.
-    """
-
-    def __init__(self, journal: _Journal) -> None:
-        self._journal = journal
-        self._changed = threading.Condition()
-        self._entries: list[Sequence[int]] = []
-        self._fds: set[int] = set()
-        self._bytes = 0
-        self._closing = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
-        self._thread.start()
-
-    def add(self, sums: Sequence[int], fds: set[int], n_bytes: int) -> None:
-        with self._changed:
-            if self._error is not None:
-                raise self._error
-            self._entries.append(sums)
-            self._fds |= fds
-            self._bytes += n_bytes
-            if self._bytes >= CHECKPOINT_BYTES:
-                self._changed.notify()
-
-    def close(self) -> None:
-        """Record everything added so far."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            while self._take():
-                pass
-        except BaseException as error:
-            self._error = error
-
-    def _take(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._bytes >= CHECKPOINT_BYTES)
-            entries, fds = self._entries, self._fds
-            self._entries, self._fds, self._bytes = [], set(), 0
-            closing = self._closing
-        for fd in fds:
-            os.fdatasync(fd)
-        if entries:
-            self._journal.append(entries)
-        return not closing
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -412,8 +288,6 @@ def _check_folder(folder: Path, plan: Plan) -> None:
     free = disk.f_bavail * disk.f_frsize + there
     need = sum(plan.expert_bytes) + plan.trunk_bytes
     if need > free:
-        from moe_gguf.runtime.budget import format_size
-
         raise UserError(
             f"{folder} needs {format_size(need)} but its disk has {format_size(free)} free;"
             " make room or name another folder"
@@ -450,61 +324,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-# --- verifying ----------------------------------------------------------------------------------
-
-
-def verify(folder: Path, progress: Report) -> list[str]:
-    """Read a bundle whole and compare: one sentence for each part that is not what was written."""
-    header = read_header(folder / TRUNK)
-    table = BundleTable.parse(header)
-    sets = [s for s in (table.experts, table.low) if s is not None]
-    total = sum(sum(s.blob_bytes) for s in sets) + sum(info.n_bytes for info in header.tensors)
-    done = 0
-    findings: list[str] = []
-
-    def check(fd: int, what: str, offset: int, n_bytes: int, expected: int) -> None:
-        nonlocal done
-        found = _checksum(fd, offset, n_bytes)
-        if found is None:
-            findings.append(f"{what} is cut short")
-        elif found != expected:
-            findings.append(f"{what} has changed")
-        progress(done := done + n_bytes, total)
-
-    for s in sets:
-        for i, name in enumerate(s.files):
-            path = folder / name
-            try:
-                file = path.open("rb", buffering=0)
-            except OSError as error:
-                findings.append(f"{path} cannot be read ({(error.strerror or '').lower()})")
-                continue
-            with file:
-                if (size := os.fstat(file.fileno()).st_size) != s.file_bytes[i]:
-                    findings.append(f"{path} has {size} bytes instead of {s.file_bytes[i]}")
-                for blob, expected in enumerate(s.blob_checksum):
-                    if s.blob_file[blob] == i:
-                        layer, expert = divmod(blob, len(s.blob_file) // len(table.layers))
-                        what = f"{path}: expert {expert} of layer {table.layers[layer]}"
-                        offset, n_bytes = s.blob_offset[blob], s.blob_bytes[blob]
-                        check(file.fileno(), what, offset, n_bytes, expected)
-    with header.path.open("rb", buffering=0) as file:
-        for info, expected in zip(header.tensors, table.trunk_checksum, strict=True):
-            offset = header.data_start + info.offset
-            check(file.fileno(), f"{header.path}: {info.name}", offset, info.n_bytes, expected)
-    return findings
-
-
-def _checksum(fd: int, offset: int, n_bytes: int) -> int | None:
-    """Of these bytes of a file; None if it ends before them."""
-    digest = xxhash.xxh3_64()
-    buffer = memoryview(bytearray(min(_READ_BYTES, max(n_bytes, 1))))
-    while n_bytes:
-        n = os.preadv(fd, [buffer[: min(n_bytes, len(buffer))]], offset)
-        if n == 0:
-            return None
-        digest.update(buffer[:n])
-        offset, n_bytes = offset + n, n_bytes - n
-    return digest.intdigest()

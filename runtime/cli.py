@@ -374,7 +374,7 @@ def inspect(model: str, as_json: bool, verified: bool) -> None:
 
 def _verify(path: Path) -> list[str]:
     """Compare a bundle with its checksums and say on stderr what came of it; the findings."""
-    from moe_gguf.converters.bundle import verify
+    from moe_gguf.converters.verify import verify
     from moe_gguf.runtime.bundle import is_bundle
     from moe_gguf.runtime.progress import bar
 

@@ -30,8 +30,9 @@ from conftest import TinyFile
 from gguf import GGMLQuantizationType as Quant
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.bundle import JOURNAL, verify
+from moe_gguf.converters.bundle import JOURNAL
 from moe_gguf.converters.convert import Options, Summary, open_source
+from moe_gguf.converters.verify import verify
 from moe_gguf.runtime import repack
 from moe_gguf.runtime.bundle import BLOB_ALIGNMENT, PLAIN, TRUNK, BundleTable
 from moe_gguf.runtime.errors import UserError
@@ -251,9 +252,9 @@ def test_a_linked_source_is_its_target(
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from moe_gguf.converters import bundle, convert
+from moe_gguf.converters import convert, journal
 source, folder, seed, rounds = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
-bundle.CHECKPOINT_BYTES = 1  # every blob in the journal as soon as the disk has it
+journal.CHECKPOINT_BYTES = 1  # every blob in the journal as soon as the disk has it
 rng = random.Random(seed)
 
 def run(seconds):
