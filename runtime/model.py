@@ -22,7 +22,7 @@ from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime import budget as budgets
 from moe_gguf.runtime import disk, logs
 from moe_gguf.runtime.budget import Budget, Needs, format_size
-from moe_gguf.runtime.controller import Controller, Recorder
+from moe_gguf.runtime.controller import Controller, Guessing, Recorder
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.layout import ModelLayout, MoeLayer, SlotLayout, read_layout, slot_layout
 from moe_gguf.runtime.plugin import (
@@ -209,14 +209,13 @@ class OpenModel:
             self.needs = self.needs._replace(process=self.needs.process + surplus)
         budget = self.divide()
         self.plugin.allocate(budget.n_slots)
-        residency = Residency(
-            budget.n_slots,
-            self.layout.n_experts,
-            self.policy.cache,
-            self.policy.order,
-            self.policy.predictor,
-        )
-        self.controller = Controller(self.plugin, residency, recorder)
+        cache, order, predictor, pace = self.policy
+        residency = Residency(budget.n_slots, self.layout.n_experts, cache, order)
+        guessing = None
+        if predictor is not None:
+            blob_bytes = {layer.layer: layer.blob_bytes for layer in self.layout.layers}
+            guessing = Guessing(predictor, pace, blob_bytes)
+        self.controller = Controller(self.plugin, residency, recorder, guessing)
         return self.controller
 
     def free_slots(self) -> int:
