@@ -67,6 +67,12 @@ class Config:
         return self.count("head_dim", self.count("hidden_size") // heads or 1)
 
     @property
+    def n_experts(self) -> int:
+        """Under the name of its family, or the one transformers 5 gave it."""
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        return self.count(next((name for name in names if name in self.values), names[0]))
+
+    @property
     def rope(self) -> dict[str, Any]:
         """Rotary parameters under one set of names; transformers 5 moved them."""
         raw = self.get("rope_parameters", self.get("rope_scaling", {}))
@@ -197,10 +203,10 @@ class Plan:
         self.tensor(f"{at}.gate.weight", self.n_experts, self.hidden, as_f32=True)
         self.experts.append(WantExperts(layer, f"{at}.experts", f"{at}.experts"))
 
-    def keys(self, *, experts: str, ff: str, eps: float = 1e-6) -> None:
-        """The keys every architecture has; ``experts`` and ``ff`` name config.json's counts."""
+    def keys(self, *, ff: str, eps: float = 1e-6) -> None:
+        """The keys every architecture has; ``ff`` is config.json's name for an expert's width."""
         c, w = self.config, self.writer
-        self.n_experts, self.ff = c.count(experts), c.count(ff)
+        self.n_experts, self.ff = c.n_experts, c.count(ff)
         heads = c.count("num_attention_heads")
         w.add_block_count(self.n_layers)
         w.add_context_length(c.count("max_position_embeddings"))
@@ -272,7 +278,7 @@ def _halves_to_pairs(head: Array) -> Array:
 def _mixtral(config: Config) -> Plan:
     p = Plan(config, MODEL_ARCH.LLAMA)
     p.only(hidden_act="silu", attention_bias=False)
-    p.keys(experts="num_local_experts", ff="intermediate_size", eps=1e-5)
+    p.keys(ff="intermediate_size", eps=1e-5)
     p.writer.add_vocab_size(config.count("vocab_size"))
     p.writer.add_rope_dimension_count(config.head_dim)
     p.ends()
@@ -298,7 +304,7 @@ def _qwen2_moe(config: Config) -> Plan:
         mlp_only_layers=[],
         use_sliding_window=False,
     )
-    p.keys(experts="num_experts", ff="moe_intermediate_size")
+    p.keys(ff="moe_intermediate_size")
     shared = config.count("shared_expert_intermediate_size")
     p.writer.add_expert_feed_forward_length(p.ff)
     p.writer.add_expert_shared_feed_forward_length(shared)
@@ -323,7 +329,7 @@ def _qwen3_moe(config: Config) -> Plan:
         use_sliding_window=False,
         attention_bias=False,
     )
-    p.keys(experts="num_experts", ff="moe_intermediate_size")
+    p.keys(ff="moe_intermediate_size")
     p.writer.add_expert_feed_forward_length(p.ff)
     p.ends()
     for layer in range(p.n_layers):
@@ -339,17 +345,16 @@ def _qwen3_moe(config: Config) -> Plan:
 def _olmoe(config: Config) -> Plan:
     p = Plan(config, MODEL_ARCH.OLMOE)
     p.only(hidden_act="silu", norm_topk_prob=False, attention_bias=False, clip_qkv=None)
-    p.keys(experts="num_experts", ff="intermediate_size", eps=1e-5)
-    heads = config.count("num_attention_heads")
+    p.keys(ff="intermediate_size", eps=1e-5)
+    p.only(num_key_value_heads=config.count("num_attention_heads"))
     p.ends()
     for layer in range(p.n_layers):
         at = f"model.layers.{layer}"
         p.norms(at)
         p.attention(at)
         # Over all heads at once, unlike everyone else's.
-        kv = config.count("num_key_value_heads", heads) * config.head_dim
-        p.tensor(f"{at}.self_attn.q_norm.weight", heads * config.head_dim)
-        p.tensor(f"{at}.self_attn.k_norm.weight", kv)
+        p.tensor(f"{at}.self_attn.q_norm.weight", p.hidden)
+        p.tensor(f"{at}.self_attn.k_norm.weight", p.hidden)
         p.moe(layer)
     return p
 
@@ -357,7 +362,7 @@ def _olmoe(config: Config) -> Plan:
 def _gpt_oss(config: Config) -> Plan:
     p = Plan(config, MODEL_ARCH.GPT_OSS, alternating=True)
     p.only(attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
-    p.keys(experts="num_local_experts", ff="intermediate_size", eps=1e-5)
+    p.keys(ff="intermediate_size", eps=1e-5)
     turns = ["sliding_attention", "full_attention"]
     p.only(layer_types=[turns[layer % 2] for layer in range(p.n_layers)])
     p.writer.add_sliding_window(config.count("sliding_window"))
@@ -426,7 +431,7 @@ def _deepseek(config: Config) -> Plan:
         moe_layer_freq=1,
         attention_bias=False,
     )
-    p.keys(experts="n_routed_experts", ff="moe_intermediate_size")
+    p.keys(ff="moe_intermediate_size")
     if config.rope["rope_type"] == "default":
         p.writer.add_rope_scaling_type(RopeScalingType.NONE)
     p.writer.add_rope_dimension_count(config.head_dim)
@@ -441,6 +446,9 @@ def _deepseek(config: Config) -> Plan:
     return p
 
 
+_LITE_LAYERS = (26, 27)  # how llama.cpp tells DeepSeek-V2-Lite from V2
+
+
 def _deepseek_v2(config: Config) -> Plan:
     p = Plan(config, MODEL_ARCH.DEEPSEEK2)
     p.only(
@@ -452,7 +460,7 @@ def _deepseek_v2(config: Config) -> Plan:
     )
     # transformers calls the rotary part of a head head_dim; the keys below say it better.
     config.values.pop("head_dim", None)
-    p.keys(experts="n_routed_experts", ff="moe_intermediate_size")
+    p.keys(ff="moe_intermediate_size")
     w, heads, rank = p.writer, config.count("num_attention_heads"), config.count("kv_lora_rank")
     nope, rope = config.count("qk_nope_head_dim"), config.count("qk_rope_head_dim")
     value = config.count("v_head_dim")
@@ -460,6 +468,14 @@ def _deepseek_v2(config: Config) -> Plan:
     w.kv_data[0].pop(f"{w.arch}.attention.head_count_kv")
     w.add_head_count_kv(1)
     dense = _deepseek_keys(p)
+    q_rank = None if config.get("q_lora_rank") is None else config.count("q_lora_rank")
+    if q_rank is not None:
+        w.add_q_lora_rank(q_rank)
+    if (q_rank is None) != (p.n_layers in _LITE_LAYERS):
+        raise UserError(
+            f"{config.path}: llama.cpp expects uncompressed queries (no q_lora_rank) with 26 or 27 "
+            f"layers and nowhere else, but this model has {p.n_layers}; use another model"
+        )
     w.add_kv_lora_rank(rank)
     w.add_key_length(rank + rope)
     w.add_value_length(rank)
@@ -479,10 +495,9 @@ def _deepseek_v2(config: Config) -> Plan:
         at = f"model.layers.{layer}"
         p.norms(at)
         attn, q = f"{at}.self_attn", heads * (nope + rope)
-        if config.get("q_lora_rank") is None:
+        if q_rank is None:
             p.tensor(f"{attn}.q_proj.weight", q, p.hidden)
         else:
-            q_rank = config.count("q_lora_rank")
             p.tensor(f"{attn}.q_a_proj.weight", q_rank, p.hidden)
             p.tensor(f"{attn}.q_a_layernorm.weight", q_rank)
             p.tensor(f"{attn}.q_b_proj.weight", q, q_rank)
@@ -505,8 +520,6 @@ def _deepseek_v2(config: Config) -> Plan:
         )
         p.tensor(f"{attn}.o_proj.weight", p.hidden, heads * value)
         _deepseek_moe(p, layer, dense)
-    if config.get("q_lora_rank") is not None:
-        w.add_q_lora_rank(config.count("q_lora_rank"))
     return p
 
 

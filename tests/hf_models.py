@@ -90,7 +90,7 @@ def qwen3_moe() -> tf.PreTrainedModel:
 def olmoe() -> tf.PreTrainedModel:
     return tf.OlmoeForCausalLM(
         tf.OlmoeConfig(
-            **COMMON,
+            **(COMMON | {"num_key_value_heads": 4}),
             intermediate_size=96,
             num_experts=EXPERTS,
             norm_topk_prob=False,
@@ -107,7 +107,8 @@ def gpt_oss() -> tf.PreTrainedModel:
             intermediate_size=96,
             num_local_experts=EXPERTS,
             sliding_window=16,
-            rope_parameters=YARN | {"truncate": False},
+            # llama.cpp always rounds yarn's corners, as "truncate" does; gpt-oss itself does not.
+            rope_parameters=YARN | {"truncate": True},
             attn_implementation="eager",
         )
     )
@@ -115,7 +116,7 @@ def gpt_oss() -> tf.PreTrainedModel:
 
 def _deepseek_v2_config(**more: Any) -> tf.PretrainedConfig:
     return tf.DeepseekV2Config(
-        **(COMMON | {"num_key_value_heads": 4}),
+        **(COMMON | {"num_key_value_heads": 4} | more.pop("common", {})),
         intermediate_size=160,
         moe_intermediate_size=96,
         n_routed_experts=EXPERTS,
@@ -130,9 +131,16 @@ def _deepseek_v2_config(**more: Any) -> tf.PretrainedConfig:
 
 
 def deepseek_v2() -> tf.PreTrainedModel:
-    """As V2-Lite: no query compression, yarn with both of its scales."""
-    rope = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
-    return tf.DeepseekV2ForCausalLM(_deepseek_v2_config(q_lora_rank=None, rope_parameters=rope))
+    """As V2-Lite: its 27 layers, no query compression, yarn with both of its scales.
+
+    Every expert is used: in so many layers some near tie would be decided by rounding.
+    """
+    config = _deepseek_v2_config(
+        q_lora_rank=None,
+        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        common={"num_hidden_layers": 27, "num_experts_per_tok": EXPERTS},
+    )
+    return tf.DeepseekV2ForCausalLM(config)
 
 
 def deepseek_v2_full() -> tf.PreTrainedModel:
@@ -183,7 +191,10 @@ def randomize(model: tf.PreTrainedModel, seed: int = 0) -> None:
                 fused_gpt_oss = "experts" in name and isinstance(model, tf.GptOssForCausalLM)
                 fan_in = value.shape[-2] if fused_gpt_oss else value.shape[-1]
                 router = "mlp.gate." in name or "router" in name
-                value.copy_((2.0 if router else 1.0) * noise / fan_in**0.5)
+                gain = 2.0 if router else 1.0
+                if "o_proj" in name or "down_proj" in name:  # deep models add up more layers
+                    gain *= (LAYERS / model.config.num_hidden_layers) ** 0.5
+                value.copy_(gain * noise / fan_in**0.5)
             # What the target keeps in F16 is a half already, so the conversion itself is exact.
             value.copy_(value.half().float())
     model.eval()
