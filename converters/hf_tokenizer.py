@@ -172,16 +172,17 @@ def _steps(part: dict[str, Any] | None, list_key: str) -> list[dict[str, Any]]:
 def _rule(tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name for how this byte-level tokenizer cuts text."""
     steps = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    rules = []
+    rules: list[str | None] = []
     for step in steps:
-        if step["type"] == "Split":
+        kind = step["type"]
+        if kind == "Split":
             rules.append(step["pattern"].get("Regex"))
-        elif step["type"] == "Digits":
-            rules.append("Digits" if step["individual_digits"] else "Numbers")
-        elif step["type"] == "ByteLevel" and not step.get("add_prefix_space", False):
-            rules += ["ByteLevel"] if step.get("use_regex", True) else []
+        elif kind == "Digits" and step["individual_digits"]:
+            rules.append(kind)
+        elif kind == "ByteLevel" and not step.get("add_prefix_space", False):
+            rules += [kind] if step.get("use_regex", True) else []
         else:
-            rules.append(step["type"])
+            rules.append(None)
     if (
         len(rules) == 6
         and rules[5] == "Digits"

@@ -25,7 +25,7 @@ from gguf import (
 )
 
 from moe_gguf.converters import hf_families, hf_tokenizer
-from moe_gguf.converters.checkpoint import Array, Checkpoint, Stored, floats
+from moe_gguf.converters.checkpoint import INDEX, Array, Checkpoint, Stored, floats
 from moe_gguf.converters.hf_families import Config, Plan, Want, WantExperts
 from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
 from moe_gguf.runtime.errors import UserError
@@ -34,8 +34,8 @@ from moe_gguf.runtime.errors import UserError
 _UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
-# Files besides the tokenizer's that shape the metadata.
-_DESCRIBING = ("config.json", "generation_config.json", "README.md")
+# Files besides the tokenizer's and the weights that shape the result.
+_DESCRIBING = ("config.json", INDEX, "generation_config.json", "README.md")
 
 _FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
@@ -75,7 +75,7 @@ class HfSource:
             self.experts = [stack for want in plan.experts for stack in binder.stacks(want)]
             binder.check_leftovers()
             hf_tokenizer.add_tokenizer(path, config, plan.writer)
-            self.metadata = _metadata(path, plan.writer, self.trunk, self.experts)
+            self.metadata = _metadata(self.name, path, plan.writer, self.trunk, self.experts)
         except BaseException:
             self.close()
             raise
@@ -296,6 +296,7 @@ def _mxfp4_expert(blocks: Stored, scales: Stored, rows: slice, expert: int) -> B
 
 
 def _metadata(
+    name: str,
     path: Path,
     writer: GGUFWriter,
     trunk: Sequence[TrunkTensor],
@@ -309,10 +310,15 @@ def _metadata(
     n_experts = writer.kv_data[0][f"{writer.arch}.expert_count"].value
     total = shared + expert * n_experts
     try:
-        about = Metadata.load(None, path, _model_name(path), total)
-    except (ValueError, OSError, AttributeError) as error:
+        about = Metadata.load(None, path, None, total)
+        if name != path.resolve().name:  # a snapshot's folder is named by its commit
+            card = Metadata.load_model_card(path)
+            named = Metadata.apply_metadata_heuristic(Metadata(), card, None, Path(name), total)
+            for key in ("name", "basename", "finetune", "version", "size_label"):
+                setattr(about, key, getattr(named, key))
+    except Exception as error:  # whatever hand-written YAML makes its parser raise
         raise UserError(
-            f"{path}: README.md or generation_config.json cannot be read ({error}); delete it"
+            f"{path / 'README.md'}: its metadata cannot be read; mend it or delete the file"
         ) from error
     about.size_label = about.size_label or size_label(total, shared, expert, n_experts)
     about.set_gguf_meta_model(general)

@@ -200,8 +200,9 @@ def randomize(model: tf.PreTrainedModel, seed: int = 0) -> None:
     model.eval()
 
 
-def write(family: str, folder: Path, *, fused: bool = False, dtype: str = "float32",
-          shard: str = "50GB") -> tf.PreTrainedModel:
+def write(
+    family: str, folder: Path, *, fused: bool = False, dtype: str = "float32", shard: str = "50GB"
+) -> tf.PreTrainedModel:
     """Write a checkpoint with a tokenizer; returns the model it came from.
 
     fused: experts as transformers 5 holds them in memory. shard: the largest file, as "100KB".
@@ -255,7 +256,9 @@ def _save_deepseek(model: tf.PreTrainedModel, folder: Path) -> None:
 
 # --- tokenizers ---------------------------------------------------------------------------------
 
-CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+)
 SPECIAL = ["<|bos|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, isn't it? They've 'REALLY said: \"no\".",
@@ -265,15 +268,15 @@ CORPUS = [
 # Text that tokenizers disagree on.
 ODD_TEXTS = [
     "e\u0301a\u0300o\u0302 n\u0303 Z\u0351\u036b\u0343\u036a\u0302\u036b\u033d\u034f\u0334",
-    "👨‍👩‍👧‍👦 👩🏽‍🚀 🏳️‍🌈 🇩🇪🇯🇵 ☺️",
-    "漢字かな交じり文と한국어 中文，标点。全角ＡＢＣ",
+    "👨\u200d👩\u200d👧\u200d👦 👩🏽\u200d🚀 🏳\ufe0f\u200d🌈 🇩🇪🇯🇵 ☺\ufe0f",
+    "漢字かな交じり文と한국어 中文\uff0c标点。全角\uff21\uff22\uff23",
     "שלום עולם مرحبا بالعالم \u202eRTL\u202c \u200f",
     "a\x01b\x02c\x1b[0m\x7f \u0085\u2028\u2029",
     " leading,  two   three    four\t\ttabs \n\n\r\n \n trailing  ",
     "\u00a0nbsp\u2003em\u3000ideographic\u200bzero\ufeffbom",
     "I'LL we'Ve don't 123 4567 1.5e-10 ½ Ⅷ x² ٣٤",
-    "ﬁ ﬂ ß İ ı ſ Ǆ \U0001d54f\U00010400 \U000e0041",
-    "<|im_start|>user\nhello<|im_end|>\n<|im_start|><|im_start|> <|endoftext|>",
+    "\ufb01 \ufb02 ß İ \u0131 \u017f Ǆ \U0001d54f\U00010400 \U000e0041",
+    "<|im_start|>user\nhello<|im_end|>\n<|im_start|><|im_start|> <|endoftext|> <tool>x",
 ]
 
 CUTS: dict[str, tuple[pre_tokenizers.PreTokenizer, str]] = {
@@ -324,8 +327,9 @@ def write_byte_fallback(folder: Path) -> tf.PreTrainedTokenizer:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 8, special_tokens=special[:3],
-                                  show_progress=False, max_token_length=8)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 8, special_tokens=special[:3], show_progress=False, max_token_length=8
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     described = json.loads(tokenizer.to_str())
     vocab = described["model"]["vocab"]
@@ -336,10 +340,15 @@ def write_byte_fallback(folder: Path) -> tf.PreTrainedTokenizer:
     described["model"]["merges"] = [
         pair for pair in described["model"]["merges"] if "".join(pair) in moved
     ]
-    described["decoder"] = {"type": "Sequence", "decoders": [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"}, {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    described["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    }
     return _save(Tokenizer.from_str(json.dumps(described)), folder, bos="<s>", eos="</s>")
 
 
@@ -369,7 +378,14 @@ def write_sentencepiece(folder: Path) -> sentencepiece.SentencePieceProcessor:
     )
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT,
-                    "add_bos_token": True, "add_eos_token": False})
+        json.dumps(
+            {
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "chat_template": CHAT,
+                "add_bos_token": True,
+                "add_eos_token": False,
+            }
+        )
     )
     return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
