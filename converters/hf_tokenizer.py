@@ -42,7 +42,11 @@ _O200K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_RULES = {("ByteLevel",): "gpt-2", (_QWEN2,): "qwen2", (_O200K,): "gpt-4o"}
+_RULES: dict[tuple[str | None, ...], str] = {
+    ("ByteLevel",): "gpt-2",
+    (_QWEN2,): "qwen2",
+    (_O200K,): "gpt-4o",
+}
 # DeepSeek spells out every cased letter of Unicode; the start of that list is enough to know it.
 _DEEPSEEK = (r"[\r\n]", r"\s?[A-Za-zµÀ-ÖØ-öø-", r"\s?[!-/:-~", r"\s+$", "[一-")
 

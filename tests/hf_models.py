@@ -25,6 +25,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 from moe_gguf.converters import hf_tokenizer
 
+torch.set_num_threads(1)  # waiting threads spin, and these models are too small for two
+
 VOCAB, HIDDEN, LAYERS, EXPERTS, USED = 512, 64, 3, 8, 2
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
