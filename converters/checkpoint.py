@@ -158,11 +158,11 @@ class Checkpoint:
     def _add(self, path: Path, names: list[str] | None) -> None:
         try:
             fd = os.open(path, os.O_RDONLY)
+            self._open.callback(os.close, fd)
+            size = os.fstat(fd).st_size
+            header = _header(path, fd, size)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; download this shard again") from error
-        self._open.callback(os.close, fd)
-        size = os.fstat(fd).st_size
-        header = _header(path, fd, size)
         self.n_bytes += size
         self.headers.update(f"{path.name}\0{size}\0".encode() + header)
         found = _entries(path, fd, size, header)

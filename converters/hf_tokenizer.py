@@ -17,7 +17,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from moe_gguf.converters.checkpoint import read_json
-from moe_gguf.converters.hf_families import OTHER_WAY, Config
+from moe_gguf.converters.hf_plan import OTHER_WAY, Config
 from moe_gguf.runtime.errors import UserError
 
 # Files that shape the result, where they exist.
@@ -70,7 +70,12 @@ class _Vocab:
         self.tokens[i], self.scores[i], self.types[i] = token, score, kind
 
     def put_added(self, i: int, token: str, special: bool) -> None:
-        """A token that text is searched for before it is cut and merged."""
+        """A token that text is searched for before it is cut and merged.
+
+        One beyond the vocabulary has no embedding, and some models come with such.
+        """
+        if i >= len(self.tokens):
+            return
         if special or _SPECIAL_LOOKS.fullmatch(token):
             self.put(i, token, _ADDED_SCORE, TokenType.CONTROL)
         else:

@@ -26,7 +26,7 @@ from gguf import (
 
 from moe_gguf.converters import hf_families, hf_tokenizer
 from moe_gguf.converters.checkpoint import INDEX, Array, Checkpoint, Stored, floats
-from moe_gguf.converters.hf_families import Config, Plan, Want, WantExperts
+from moe_gguf.converters.hf_plan import OTHER_WAY, Config, Plan, Want, WantExperts
 from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
 from moe_gguf.runtime.errors import UserError
 
@@ -244,7 +244,7 @@ class _Binder:
                 continue
             raise UserError(
                 f"{self.checkpoint[name].path}: {name} has no place in llama.cpp's "
-                f"{self.plan.writer.arch} models; {hf_families.OTHER_WAY}"
+                f"{self.plan.writer.arch} models; {OTHER_WAY}"
             )
 
 
@@ -310,7 +310,7 @@ def _metadata(
     n_experts = writer.kv_data[0][f"{writer.arch}.expert_count"].value
     total = shared + expert * n_experts
     try:
-        about = Metadata.load(None, path, None, total)
+        about = Metadata.load(None, path.resolve(), None, total)
         if name != path.resolve().name:  # a snapshot's folder is named by its commit
             card = Metadata.load_model_card(path)
             named = Metadata.apply_metadata_heuristic(Metadata(), card, None, Path(name), total)

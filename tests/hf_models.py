@@ -16,11 +16,13 @@ from typing import Any
 # Before transformers looks: nothing here may ask the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import sentencepiece
 import torch
 import transformers as tf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 from moe_gguf.converters import hf_tokenizer
@@ -87,6 +89,14 @@ def qwen3_moe() -> tf.PreTrainedModel:
             rope_parameters=ROPE,
         )
     )
+
+
+def qwen3_moe_tied() -> tf.PreTrainedModel:
+    """One matrix for embedding and output, and positions scaled."""
+    config = qwen3_moe().config
+    config.tie_word_embeddings = True
+    config.rope_parameters = ROPE | {"rope_type": "linear", "factor": 2.0}
+    return tf.Qwen3MoeForCausalLM(config)
 
 
 def olmoe() -> tf.PreTrainedModel:
@@ -169,6 +179,7 @@ FAMILIES: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
+    "qwen3_moe_tied": qwen3_moe_tied,
     "olmoe": olmoe,
     "gpt_oss": gpt_oss,
     "deepseek": deepseek,
@@ -220,6 +231,23 @@ def write(
     (folder / "generation_config.json").unlink(missing_ok=True)
     (write_sentencepiece if family == "mixtral" else write_byte_level)(folder)
     return model
+
+
+def pack_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Give a gpt-oss checkpoint random experts in MXFP4; returns what they mean, by name."""
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(0)
+    meaning = {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", ".down_proj"))]:
+        n, n_in, n_out = tensors.pop(name).shape
+        blocks = torch.from_numpy(rng.integers(0, 256, (n, n_out, n_in // 32, 16), np.uint8))
+        scales = torch.from_numpy(rng.integers(121, 125, (n, n_out, n_in // 32), np.uint8))
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        meaning[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meaning
 
 
 def _save_deepseek(model: tf.PreTrainedModel, folder: Path) -> None:

@@ -17,7 +17,7 @@ from gguf import GGUFWriter, TokenType
 from hf_gguf import write_gguf
 from hf_models import CORPUS, ODD_TEXTS
 
-from moe_gguf.converters.hf_families import Config
+from moe_gguf.converters.hf_plan import Config
 from moe_gguf.converters.hf_tokenizer import add_tokenizer
 from moe_gguf.converters.source_hf import open_hf
 from moe_gguf.runtime.errors import UserError
@@ -119,7 +119,9 @@ def test_token_types_specials_and_template(folder: Path) -> None:
 
 def test_sentencepiece_added_tokens(folder: Path) -> None:
     hf_models.write_sentencepiece(folder)
-    (folder / "added_tokens.json").write_text(json.dumps({"▁tool": 400, "<|im_end|>": 401}))
+    (folder / "added_tokens.json").write_text(
+        json.dumps({"▁tool": 400, "<|im_end|>": 401, "<pad>": 9999})
+    )
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {
         "add_prefix_space": False,

@@ -28,7 +28,6 @@ from gguf.quants import dequantize
 from harness import rows, stock
 from hf_gguf import write_gguf
 from safetensors.torch import load_file, save_file
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_gguf.converters.source_hf import HfSource, open_hf
 from moe_gguf.runtime.errors import UserError
@@ -100,17 +99,7 @@ def test_logits_are_those_of_transformers(
 def test_mxfp4_experts_are_kept_as_they_are(checkpoint: Write, tmp_path: Path) -> None:
     folder, model = checkpoint("gpt_oss")
     folder = shutil.copytree(folder, tmp_path / "mxfp4")
-    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(0)
-    state = {}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", ".down_proj"))]:
-        n, n_in, n_out = tensors.pop(name).shape
-        blocks = torch.from_numpy(rng.integers(0, 256, (n, n_out, n_in // 32, 16), np.uint8))
-        scales = torch.from_numpy(rng.integers(121, 125, (n, n_out, n_in // 32), np.uint8))
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        state[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-    save_file(tensors, folder / "model.safetensors")
-    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
-
+    state = hf_models.pack_mxfp4(folder)
     with closing(open_hf(folder)) as source:
         assert source.metadata["general.file_type"].value == 38  # MOSTLY_MXFP4_MOE
         for stack in source.experts:
@@ -281,6 +270,12 @@ def cut_shard(folder: Path) -> None:
     os.truncate(shard, shard.stat().st_size - 100)
 
 
+def replace_by_folder(folder: Path) -> None:
+    shard = shard_of(folder, EXPERT)
+    shard.unlink()
+    shard.mkdir()
+
+
 def lie(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"][EXPERT] = next(
@@ -326,6 +321,7 @@ QUERY = "model.layers.2.self_attn.q_proj.weight"
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated shard": (cut_shard, "cut short"),
     "missing shard": (lambda f: shard_of(f, EXPERT).unlink(), "No such file"),
+    "a folder for a shard": (replace_by_folder, "Is a directory"),
     "index lies about a tensor": (lie, "does not hold it"),
     "index lies about a shard": (rename_shard_in_index, "model-00099-of-00099.safetensors"),
     "index leads outside": (
@@ -378,7 +374,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -392,6 +388,49 @@ def test_a_fault_is_one_sentence(fault: str, checkpoint: Write, tmp_path: Path) 
     sentence = str(caught.value)
     assert says in sentence and "\n" not in sentence
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scales": lambda t: poison(255)(t)}, "holds NaN scales"),
+        ({"scales": lambda t: t.to(torch.float32)}, "not as MXFP4's bytes"),
+        ({"blocks": lambda t: t[..., :8].contiguous()}, "has shape"),
+        ({"scales": lambda t: None}, "lacks the tensor"),
+    ],
+)
+def test_mxfp4_faults(
+    change: dict[str, Callable[[torch.Tensor], torch.Tensor | None]],
+    says: str,
+    checkpoint: Write,
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(checkpoint("gpt_oss")[0], tmp_path / "model")
+    hf_models.pack_mxfp4(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for part, harm in change.items():
+        name = f"model.layers.1.mlp.experts.down_proj_{part}"
+        value = harm(tensors.pop(name))
+        tensors |= {} if value is None else {name: value}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=says), closing(open_hf(folder)) as source:
+        list(contents(source))
+
+
+def test_tensors_of_no_computation_are_left_out(checkpoint: Write, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("qwen3_moe_tied")[0], tmp_path / "model")
+    with closing(open_hf(folder)) as source:
+        names = [tensor.name for tensor in source.trunk]
+        assert "output.weight" not in names
+    extra = (
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.3.eh_proj.weight",
+        "lm_head.weight",
+    )
+    tensors = load_file(folder / "model.safetensors") | {name: torch.ones(4) for name in extra}
+    save_file(tensors, folder / "model.safetensors")
+    with closing(open_hf(folder)) as source:
+        assert [tensor.name for tensor in source.trunk] == names
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
