@@ -52,9 +52,7 @@ def parse_size(text: str) -> int:
         raise UserError(f"{text!r} is not a size: write it like 2.4GB, 4GiB or auto")
     size = int(float(match[1]) * unit)
     if size < MB:
-        raise UserError(
-            f"a memory budget of {text} is too small for any model: give it in MB or GB"
-        )
+        raise UserError(f"{text} is too small for any model: give it in MB or GB")
     return size
 
 

@@ -355,12 +355,116 @@ def stats_line(stats: dict[str, Any]) -> str:
 @cli.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--json", "as_json", is_flag=True)
-def inspect(model: str, as_json: bool) -> None:
-    """Show what is in MODEL: architecture, experts, sizes, types."""
+@click.option("--verify", "verified", is_flag=True, help="read a bundle whole, compare checksums")
+def inspect(model: str, as_json: bool, verified: bool) -> None:
+    """Show what is in MODEL: architecture, experts, sizes, types.
+
+    Exits with 1 when --verify finds a difference.
+    """
     from moe_gguf.runtime.describe import describe, describe_text
 
-    document = describe(resolve(model))
+    path = resolve(model)
+    document = describe(path)
+    if verified:
+        document["damage"] = _verify(path)
     click.echo(json.dumps(document) if as_json else describe_text(document))
+    if document.get("damage"):
+        sys.exit(1)
+
+
+def _verify(path: Path) -> list[str]:
+    """Compare a bundle with its checksums and say on stderr what came of it; the findings."""
+    from moe_gguf.converters.verify import verify
+    from moe_gguf.runtime.bundle import is_bundle
+    from moe_gguf.runtime.progress import bar
+
+    if not is_bundle(path):
+        raise UserError(f"{path} has no checksums to verify: only bundles do, see convert")
+    with bar(f"verifying {path.name}", in_bytes=True) as progress:
+        findings = verify(path, progress)
+    for finding in findings:
+        note(f"moe-gguf: error: {finding}; convert the model again")
+    if not findings:
+        note(f"moe-gguf: verified {path}: every byte is as it was written")
+    return findings
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("folder", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--quant",
+    metavar="TYPE",
+    help="type of the experts: q4_k, q8_0, f16, …; the trunk gets llama.cpp's mix for it; "
+    "default: a GGUF's bytes as they are, q4_k for a Hugging Face checkpoint",
+)
+@click.option("--low-quant", metavar="TYPE", help="also write a smaller copy of every expert")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="importance matrix of llama-imatrix, GGUF or .dat",
+)
+@click.option(
+    "--layout",
+    default="auto",
+    metavar="NAME",
+    help="of the experts: plain as in any GGUF, repacked for this CPU's kernels, or auto",
+    show_default=True,
+)
+@click.option("--shard-size", metavar="SIZE", help="start a new expert file before this size")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 512),
+    metavar="N",
+    help="that quantize; default: one per core",
+)
+@click.option("--verify", "verified", is_flag=True, help="read the bundle again at the end")
+def convert(
+    source: str,
+    folder: Path,
+    quant: str | None,
+    low_quant: str | None,
+    imatrix: Path | None,
+    layout: str,
+    shard_size: str | None,
+    threads: int | None,
+    verified: bool,
+) -> None:
+    """Make the bundle DST, a folder, from SRC: a GGUF, a Hugging Face folder or hf:owner/repo.
+
+    An interrupted conversion goes on where it stopped when the same command is given again.
+    """
+    from moe_gguf.converters.convert import Options, open_source
+    from moe_gguf.converters.convert import convert as run_convert
+    from moe_gguf.runtime.budget import parse_size
+    from moe_gguf.runtime.progress import bar
+
+    def say(text: str) -> None:
+        note(f"moe-gguf: {text}")
+
+    quieten()
+    shard_bytes = None if shard_size is None else parse_size(shard_size)
+    options = Options(quant, low_quant, imatrix, layout, shard_bytes, threads)
+    with (
+        contextlib.closing(open_source(_checkpoint(source))) as opened,
+        bar(f"converting {opened.name}", in_bytes=True) as progress,
+    ):
+        summary = run_convert(opened, folder, options, progress, say)
+    say(f"wrote {folder}")
+    for line in summary.lines():
+        note(line)
+    if verified and _verify(folder):
+        sys.exit(1)
+
+
+def _checkpoint(source: str) -> Path:
+    """The file or folder a SRC argument names."""
+    if not source.startswith("hf:"):
+        return resolve(source)
+    from moe_gguf.converters.hub import download
+
+    return download(source)
 
 
 @cli.command()

@@ -8,31 +8,50 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 Report = Callable[[float, float], None]
 _LINE_SECONDS = 5.0
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Report]:
-    """Yield ``report(done, total)``; nothing appears for work that ends within half a second."""
+def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
+    """Yield ``report(done, total)``; nothing appears for work that ends within half a second.
+
+    Work that is ``in_bytes`` shows its speed as well. Where it first reports is where it starts:
+    what was done before does not count for the time that is left.
+    """
     start = time.monotonic()
     if not sys.stderr.isatty():
         last = start
+        first: float | None = None
 
         def line(done: float, total: float) -> None:
-            nonlocal last
+            nonlocal last, first
+            first = done if first is None else first
             now = time.monotonic()
             if now - last >= _LINE_SECONDS and total > 0:
                 last = now
-                print(f"{what}: {done / total:.0%}", file=sys.stderr, flush=True)
+                rate = (done - first) / (now - start)
+                more = f", {rate / 1e6:.0f} MB/s, {_left(total - done, rate)}" if in_bytes else ""
+                print(f"{what}: {done / total:.0%}{more}", file=sys.stderr, flush=True)
 
         yield line
         return
     console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    columns: list[ProgressColumn] = [TextColumn(what), BarColumn(), TaskProgressColumn()]
+    if in_bytes:
+        columns += [DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(what, total=None, visible=False)
 
         def update(done: float, total: float) -> None:
@@ -40,3 +59,10 @@ def bar(what: str) -> Iterator[Report]:
             progress.update(task, completed=done, total=total, visible=late)
 
         yield update
+
+
+def _left(n: float, rate: float) -> str:
+    if rate <= 0:
+        return "stalled"
+    minutes, seconds = divmod(round(n / rate), 60)
+    return f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left"

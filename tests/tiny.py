@@ -457,6 +457,7 @@ def write_tiny(
     split: bool = False,
     align: int = 32,
     scales: bool = False,
+    experts: Quant | None = None,
 ) -> Path:
     """Write a tiny model and return the path to open.
 
@@ -464,10 +465,23 @@ def write_tiny(
     split: a set of three files, experts in at least two; the path returned is the first's.
     align: the file's general.alignment, a power of two.
     scales: a scale per expert for gate and up (and down) as well; qwen3moe and mixtral apply it.
+    experts: the type of every expert tensor, instead of the layout's own.
     """
     arch, types, build = _LAYOUTS[layout]
+    types = types if experts is None else (experts, experts, experts)
     draft = _Draft(arch, types, mixed, np.random.default_rng(seed))
     build(draft)
     if scales:
         draft.scales()
     return draft.write(path, split, align)
+
+
+def write_big(path: Path) -> Path:
+    """A model of 320 MB with experts of 3.3 MB, for measuring memory; it is never run."""
+    draft = _Draft("qwen3moe", (Quant.Q8_0,) * 3, False, np.random.default_rng(0))
+    layers, n_experts, ff = 6, 16, 4096
+    draft.common(layers, n_experts, 4, ff)
+    for i in range(layers):
+        draft.attention(i)
+        draft.gated_experts(i, n_experts, ff)
+    return draft.write(path, split=False, align=32)

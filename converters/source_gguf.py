@@ -1,0 +1,116 @@
+"""A GGUF file, or a split set of them, as a source: bytes as they lie, nothing decoded.
+
+Where they lie is the layout's affair; this owns the open files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
+from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.gguf_header import GgufHeader, KeyValue, ValueType, type_bytes
+from moe_gguf.runtime.layout import ExpertTensor, Tensor, read_layout
+
+_LEFT_OUT = ("split.", "general.alignment")  # what speaks of the files, not of the model
+
+
+class GgufSource:
+    """Any MoE GGUF. UserError for one that cannot be run, as when opening it to run."""
+
+    def __init__(self, path: Path) -> None:
+        layout = read_layout(path)
+        self.name = path.name
+        self.n_bytes = sum(header.file_bytes for header in layout.headers)
+        self.n_experts = layout.n_experts
+        self.sha256 = _hash(layout.headers)
+        self.metadata: Mapping[str, Pair] = _metadata(layout.metadata)
+        self._files = [os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in layout.files]
+        self._paths = layout.files
+        tensors = {tensor.name: tensor for tensor in layout.tensors}
+        self.experts: Sequence[ExpertStack] = [
+            self._stack(expert, tensors.pop(expert.name))
+            for layer in layout.layers
+            for expert in layer.tensors
+        ]
+        self.trunk: Sequence[TrunkTensor] = [
+            TrunkTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
+            for t in tensors.values()
+        ]
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def _stack(self, e: ExpertTensor, t: Tensor) -> ExpertStack:
+        read = partial(self._read_expert, t, e.expert_bytes)
+        return ExpertStack(e.name, e.layer, e.role, e.ne[:2], e.ggml_type, read)
+
+    def _read_rows(self, tensor: Tensor, first: int, n_rows: int) -> Bytes:
+        row = type_bytes(tensor.ggml_type, tensor.ne[0])
+        return self._read(tensor.file, tensor.offset + first * row, n_rows * row)
+
+    def _read_expert(self, tensor: Tensor, n_bytes: int, expert: int) -> Bytes:
+        return self._read(tensor.file, tensor.offset + expert * n_bytes, n_bytes)
+
+    def _read(self, file: int, offset: int, n_bytes: int) -> Bytes:
+        """Reads, not a mapping: the pages of one would count as memory of this process."""
+        out = np.empty(n_bytes, np.uint8)
+        done = 0
+        try:
+            while done < n_bytes:
+                n = os.preadv(self._files[file], [out.data[done:]], offset + done)
+                if n == 0:
+                    raise UserError(
+                        f"{self._paths[file]} became shorter while it was read; start again"
+                        " when nothing writes to it"
+                    )
+                done += n
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(
+                f"cannot read {self._paths[file]} ({reason}); check the disk"
+            ) from error
+        return out
+
+
+def _hash(headers: Sequence[GgufHeader]) -> str:
+    """Of everything before the data of each file."""
+    digest = hashlib.sha256()
+    for header in headers:
+        with header.path.open("rb") as file:
+            left = header.data_start
+            while left and (part := file.read(min(left, 1 << 20))):
+                digest.update(part)
+                left -= len(part)
+    return digest.hexdigest()
+
+
+def _metadata(header: GgufHeader) -> dict[str, Pair]:
+    return {
+        key: _pair(header, pair)
+        for key, pair in header.pairs.items()
+        if not key.startswith(_LEFT_OUT)
+    }
+
+
+def _pair(header: GgufHeader, pair: KeyValue) -> Pair:
+    """Strings stay bytes: vocabularies hold some that are no UTF-8."""
+    value: Any
+    if pair.kind is ValueType.STRING:
+        value = header.raw(pair.key)[pair.payload - pair.start + 8 :]
+    elif pair.item is ValueType.STRING:
+        value = header.strings(pair.key)
+    elif pair.item is not None:
+        value = header.array(pair.key)
+    else:
+        value = pair.value
+    return Pair(value, GGUFValueType(pair.kind), pair.item and GGUFValueType(pair.item))
