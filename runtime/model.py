@@ -87,9 +87,9 @@ class OpenModel:
         spare = budgets.auto_size() - self.total
         self.mode = disk.choose(self.layout, probe, options.reads, options.lanes, spare)
         transforms = Transforms(self.layout.metadata)
-        self._repacked = _repacked_trunk(self.layout, transforms)
+        self.repacked_trunk = _repacked_trunk(self.layout, transforms)
         self.plugin = PluginModel(
-            _config(self.layout, self.slots, self.mode, transforms, self._repacked)
+            _config(self.layout, self.slots, self.mode, transforms, self.repacked_trunk)
         )
         self.foreign_layouts = tuple(transforms.rules)
         self._keep: list[Any] = []  # ctypes memory llama.cpp points into while loading
@@ -105,8 +105,8 @@ class OpenModel:
         names = {t.name.split(".", 2)[2] for layer in self.layout.layers for t in layer.tensors}
         pattern = r"^blk\.[0-9]+\.(" + "|".join(sorted(n.replace(".", r"\.") for n in names)) + ")$"
         types = [(pattern, self.plugin.expert_buffer_type())]
-        if self._repacked:
-            names = {name.replace(".", r"\.") for name in self._repacked}
+        if self.repacked_trunk:
+            names = {name.replace(".", r"\.") for name in self.repacked_trunk}
             types.append((f"^({'|'.join(sorted(names))})$", self.plugin.repack_buffer_type()))
         types.append((".*", self.plugin.trunk_buffer_type()))
         overrides = (BuftOverride * (len(types) + 1))(

@@ -18,6 +18,7 @@ import llama_cpp._logger
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import missing
 
 from moe_gguf.policies.base import CachePolicy, Guess, Ids, Inputs, LoadOrder, Predictor, RouteEvent
 from moe_gguf.policies.cache import LRU
@@ -121,11 +122,16 @@ class Model:
 
 
 class Stock(Model):
-    """llama.cpp alone, the whole model in memory, the kernels that plain weights get."""
+    """llama.cpp alone, the whole model in memory; ``repack``: in the layout its kernels like best.
 
-    def __init__(self, path: Path) -> None:
+    That crashes stock llama.cpp where the processor has AMX.
+    """
+
+    def __init__(self, path: Path, repack: bool = False) -> None:
+        if repack and " amx_tile" in Path("/proc/cpuinfo").read_text():
+            missing("stock llama.cpp crashes in its AMX kernels when it repacks on this processor")
         params = llama_cpp.llama_model_default_params()
-        params.use_extra_bufts = False
+        params.use_extra_bufts = repack
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         with logs.capture() as log:
             model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -220,8 +226,8 @@ class Ours(Model):
 
 
 @contextmanager
-def stock(path: Path) -> Iterator[Stock]:
-    model = Stock(path)
+def stock(path: Path, repack: bool = False) -> Iterator[Stock]:
+    model = Stock(path, repack)
     try:
         yield model
     finally:

@@ -29,6 +29,7 @@ from gguf import GGMLQuantizationType as Quant
 from gguf import GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, Keys
 from gguf.gguf_writer import GGUFValue
+from gguf.quants import quantize
 
 Array = npt.NDArray[Any]
 Value = bool | int | float | str | Sequence[int] | Sequence[bool]
@@ -170,6 +171,11 @@ class _Draft:
         shape = (*reversed(n_out), n_in)
         data = random_weights(self.rng, Quant.F16, shape, gain / n_in**0.5)
         self.tensors[name] = (data, Quant.F16)
+
+    def quantize_trunk(self, quant: Quant) -> None:
+        for name, (data, kind) in self.tensors.items():
+            if kind is Quant.F16 and data.ndim == 2 and name != "token_embd.weight":
+                self.tensors[name] = (quantize(data.astype(np.float32), quant), quant)
 
     def router(self, layer: int, n_experts: int) -> None:
         """F32 router whose logits have standard deviation 2: sharp, and no expert starves."""
@@ -458,6 +464,7 @@ def write_tiny(
     align: int = 32,
     scales: bool = False,
     experts: Quant | None = None,
+    trunk: Quant | None = None,
 ) -> Path:
     """Write a tiny model and return the path to open.
 
@@ -466,6 +473,7 @@ def write_tiny(
     align: the file's general.alignment, a power of two.
     scales: a scale per expert for gate and up (and down) as well; qwen3moe and mixtral apply it.
     experts: the type of every expert tensor, instead of the layout's own.
+    trunk: the type of the trunk's matrices, instead of F16.
     """
     arch, types, build = _LAYOUTS[layout]
     types = types if experts is None else (experts, experts, experts)
@@ -473,6 +481,8 @@ def write_tiny(
     build(draft)
     if scales:
         draft.scales()
+    if trunk is not None:
+        draft.quantize_trunk(trunk)
     return draft.write(path, split, align)
 
 

@@ -1,0 +1,231 @@
+"""Bundles as they run. Gates, and what a pass proves:
+
+1. *Plain.* The logits of a bundle are stock's on the GGUF it came from, with all experts resident,
+   with few slots and with slots used in turns; one read brings one expert.
+2. *Repacked.* The logits of a bundle in this machine's kernel layout are those of stock llama.cpp
+   with weight repacking on, and so are repacked trunk tensors.
+3. *Foreign.* A kernel layout that this machine does not have is undone after each read: the logits
+   are stock's without repacking.
+4. *Damage.* A bundle that cannot be right is refused in one sentence before llama.cpp sees it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from conftest import TinyFile
+from gguf import GGMLQuantizationType as Quant
+from harness import Context, Logits, Model, ours, random_tokens, rows, stock
+
+from moe_gguf.converters import convert
+from moe_gguf.converters.convert import Options, open_source
+from moe_gguf.runtime.bundle import PLAIN, TRUNK
+from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.layout import read_layout
+from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms
+
+N_STEPS = 6
+# Types that kernels of ggml-cpu want repacked, beside others.
+FLAGS = {"mixed": True, "trunk": Quant.Q4_0}
+
+MakeBundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny_file: TinyFile, tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
+    """``bundle(source, layout)``: the bundle of a GGUF, made once."""
+    made: dict[tuple[Path, str], Path] = {}
+
+    def get(path: Path, layout: str = "plain", **options: str) -> Path:
+        key = path, layout + str(options)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundle")
+            source = open_source(path)
+            try:
+                given = Options(layout=layout, **options)
+                convert.convert(source, folder, given, lambda *_: None, lambda _: None)
+            finally:
+                source.close()
+            made[key] = folder
+        return made[key]
+
+    return get
+
+
+def prefill_and_decode(context: Context) -> Logits:
+    logits = [context.decode(rows(random_tokens(40)))]
+    for i in range(N_STEPS):
+        logits.append(context.decode(rows([int(logits[-1][-1].argmax())], 40 + i)))
+    return np.concatenate(logits)
+
+
+def generation(model: Model) -> Logits:
+    return prefill_and_decode(model.context())
+
+
+def same(got: Logits, expected: Logits) -> None:
+    assert np.isfinite(expected).all()
+    assert np.array_equal(got, expected), f"differ by up to {np.abs(got - expected).max()}"
+
+
+# --- 1 and 2 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+@pytest.mark.parametrize("n_slots", [None, 13, 3])
+def test_a_plain_bundle_computes_what_its_source_does(
+    layout: str, n_slots: int | None, tiny_file: TinyFile, bundle: MakeBundle
+) -> None:
+    path = tiny_file(layout, **FLAGS)
+    with stock(path) as model:
+        expected = generation(model)
+    with ours(bundle(path), n_slots, lanes=1) as model:
+        same(generation(model), expected)
+        stats = model.stats()
+        assert stats.read_bytes > 0
+        if n_slots == 13:  # without slots used in turns, every miss is one read
+            assert stats.reads >= model.controller.misses
+            assert stats.bounced == 0
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+@pytest.mark.parametrize("n_slots", [None, 13, 3])
+def test_a_repacked_bundle_computes_what_stock_s_fastest_kernels_do(
+    layout: str, n_slots: int | None, tiny_file: TinyFile, bundle: MakeBundle
+) -> None:
+    path = tiny_file(layout, **FLAGS)
+    folder = bundle(path, "repacked")
+    with stock(path, repack=True) as model:
+        expected = generation(model)
+    with stock(path) as model:
+        plainly = generation(model)
+    with ours(folder, n_slots) as model:
+        same(generation(model), expected)
+        assert not model.opened.foreign_layouts
+        assert model.opened.repacked_trunk
+    if layout != "updown":  # there both kinds of kernels give the same bits
+        assert not np.array_equal(plainly, expected), "repacking changed nothing"
+
+
+def test_layouts_are_those_of_this_machine(tiny_file: TinyFile, bundle: MakeBundle) -> None:
+    layout = read_layout(bundle(tiny_file("qwen3moe", **FLAGS), "repacked"))
+    transforms = Transforms(layout.metadata)
+    codes = {
+        transforms.code(name, kind, tensor.ne[:2])[0]
+        for layer in layout.layers
+        for copy in layer.copies
+        for tensor, name, kind in zip(layer.tensors, copy.layouts, copy.types, strict=True)
+        if name != PLAIN
+    }
+    assert codes == {LAYOUT_REPACKED}
+
+
+# --- 3 -------------------------------------------------------------------------------------------
+
+
+def of_another_machine(folder: Path, target: Path) -> Path:
+    """A copy of a repacked bundle whose layouts have names that no machine's kernels have."""
+    shutil.copytree(folder, target)
+    trunk = target / TRUNK
+    layout = read_layout(folder)
+    names = {name for layer in layout.layers for copy in layer.copies for name in copy.layouts}
+    raw = trunk.read_bytes()
+    for name in names - {PLAIN}:
+        raw = raw.replace(name.encode(), name[:-8].encode() + b"00000000")
+    trunk.write_bytes(raw)
+    return target
+
+
+@pytest.mark.parametrize("layout", ["qwen3moe", "gpt-oss", "deepseek2"])
+@pytest.mark.parametrize("n_slots", [None, 13, 3])
+def test_a_foreign_layout_is_undone(
+    layout: str, n_slots: int | None, tiny_file: TinyFile, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    path = tiny_file(layout, **FLAGS)
+    folder = of_another_machine(bundle(path, "repacked"), tmp_path / "foreign")
+    with stock(path) as model:
+        expected = generation(model)
+    with ours(folder, n_slots) as model:
+        assert model.opened.foreign_layouts
+        assert not model.opened.repacked_trunk
+        same(generation(model), expected)
+
+
+def test_a_foreign_layout_without_its_rule_is_refused(
+    tiny_file: TinyFile, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    folder = bundle(tiny_file("qwen3moe", **FLAGS), "repacked")
+    target = of_another_machine(folder, tmp_path / "foreign")
+    trunk = target / TRUNK
+    raw = trunk.read_bytes()
+    trunk.write_bytes(raw.replace(b"moe_gguf.layout.", b"moe_gguf.lay0ut."))
+    transforms = Transforms(read_layout(target).metadata)
+    layer = read_layout(target).layers[0]
+    i = next(i for i, name in enumerate(layer.copies[0].layouts) if name != PLAIN)
+    with pytest.raises(UserError, match="does not describe its kernel layout"):
+        transforms.code(
+            layer.copies[0].layouts[i], layer.copies[0].types[i], layer.tensors[i].ne[:2]
+        )
+
+
+# --- 4 -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tiny_file: TinyFile, bundle: MakeBundle, tmp_path: Path) -> Path:
+    return shutil.copytree(bundle(tiny_file("qwen3moe")), tmp_path / "broken")
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"folder without trunk\.gguf"):
+        read_layout(tmp_path)
+
+
+def test_an_expert_file_is_missing_or_cut(broken: Path) -> None:
+    (file,) = broken.glob("experts-0*.gguf")
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1])
+    with pytest.raises(UserError, match=f"has {len(raw) - 1} bytes instead of {len(raw)}"):
+        read_layout(broken)
+    file.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        read_layout(broken)
+
+
+def test_a_table_that_lies(broken: Path) -> None:
+    """Any word of the table may be wrong: a sentence, or a model that only has other weights."""
+    trunk = broken / TRUNK
+    raw = trunk.read_bytes()
+    start = raw.index(b"moe_gguf.layers")
+    end = raw.index(b"moe_gguf.trunk.checksum")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for at in rng.integers(start, end, 300).tolist():
+        wrong = bytearray(raw)
+        wrong[at] ^= int(rng.integers(1, 256))
+        trunk.write_bytes(wrong)
+        try:
+            layout = read_layout(broken)
+        except UserError:
+            refused += 1
+            continue
+        for layer in layout.layers:
+            for piece in layer.copies[0].pieces:
+                for file, offset in zip(piece.file, piece.offset, strict=True):
+                    size = layout.files[file].stat().st_size
+                    assert 0 <= offset <= size - piece.n_bytes
+    assert refused > 100
+
+
+def test_a_file_outside_the_folder_is_not_opened(broken: Path) -> None:
+    trunk = broken / TRUNK
+    raw = trunk.read_bytes()
+    name = b"experts-00001-of-00001.gguf"
+    trunk.write_bytes(raw.replace(name, b"../" + name[3:]))
+    with pytest.raises(UserError, match="outside the bundle"):
+        read_layout(broken)
