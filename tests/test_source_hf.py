@@ -339,10 +339,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing tensor": (edit_tensor(QUERY, lambda raw: None), f"lacks the tensor {QUERY}"),
     "missing expert": (edit_tensor(EXPERT, lambda raw: None), f"lacks the tensor {EXPERT}"),
     "unknown tensor": (unknown_tensor, "model.extra.weight has no place"),
-    "wrong shape": (
-        edit_tensor(QUERY, lambda raw: Raw(raw.dtype, (1, len(raw.data) // 4), raw.data)),
-        "has shape",
-    ),
+    "wrong shape": (edit_tensor(QUERY, flat), "has shape"),
     "no tokenizer": (remove("tokenizer.json"), "neither tokenizer.json nor tokenizer.model"),
     "damaged tokenizer": (write_file("tokenizer.json", b"{}"), "cannot be understood"),
     "tokenizer is no JSON": (write_file("tokenizer.json", b"{"), "is not JSON"),
