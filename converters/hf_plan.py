@@ -31,6 +31,8 @@ OTHER_WAY = (
     "make a GGUF of it with llama.cpp's convert_hf_to_gguf.py and give that to `moe-gguf convert`"
 )
 
+MAX_LAYERS = 512  # of llama.cpp
+
 
 class Config:
     """config.json, asked for one value at a time."""
@@ -144,6 +146,11 @@ class Plan:
     def __post_init__(self) -> None:
         self.writer = GGUFWriter(path=None, arch=MODEL_ARCH_NAMES[self.arch])
         self.n_layers = self.config.count("num_hidden_layers")
+        if self.n_layers > MAX_LAYERS:
+            raise UserError(
+                f"{self.config.path}: llama.cpp runs at most {MAX_LAYERS} layers, "
+                f"not {self.n_layers}; download it again"
+            )
         self.hidden = self.config.count("hidden_size")
         self._map = get_tensor_name_map(self.arch, self.n_layers)
 

@@ -31,11 +31,11 @@ FILES = (
 )
 
 # How a tokenizer.json cuts text before merging, and llama.cpp's name of that rule.
-_QWEN2 = (
+QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_O200K = (
+O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -44,8 +44,8 @@ _O200K = (
 )
 _RULES: dict[tuple[str | None, ...], str] = {
     ("ByteLevel",): "gpt-2",
-    (_QWEN2,): "qwen2",
-    (_O200K,): "gpt-4o",
+    (QWEN2,): "qwen2",
+    (O200K,): "gpt-4o",
 }
 # DeepSeek spells out every cased letter of Unicode; the start of that list is enough to know it.
 _DEEPSEEK = (r"[\r\n]", r"\s?[A-Za-zµÀ-ÖØ-öø-", r"\s?[!-/:-~", r"\s+$", "[一-")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,15 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> TinyFile:
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all of `hf_files.CHECKPOINTS` and `TOKENIZERS`; tests change copies only."""
+    root = tmp_path_factory.mktemp("hf")
+    script = Path(__file__).with_name("hf_models.py")
+    subprocess.run([sys.executable, script, root], check=True, capture_output=True)
+    return root
 
 
 def missing(what: str) -> None:

@@ -1,14 +1,16 @@
-"""Tiny random Hugging Face checkpoints, one per family, written by transformers' own classes.
+"""Writes tiny random Hugging Face checkpoints, one per family, by transformers' own classes.
 
-Owns the sizes, the weights' scale and the tokenizers. Knows nothing of how they are converted.
-Weights are scaled so that a change anywhere changes the logits: the router is sharp enough to
-choose clearly, and every layer adds as much as it passes on.
+Run as a program with a folder to write all of `hf_files.CHECKPOINTS` and `TOKENIZERS` into. Owns
+the sizes, the weights' scale and the tokenizers. Knows nothing of how they are converted. Weights
+are scaled so that a change anywhere changes the logits: the router is sharp enough to choose
+clearly, and every layer adds as much as it passes on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,28 @@ import numpy as np
 import sentencepiece
 import torch
 import transformers as tf
+from hf_files import (
+    CHAT,
+    CHECKPOINTS,
+    CORPUS,
+    N_GREEDY,
+    N_POSITIONS,
+    SPECIAL,
+    TEXTS,
+    TOKENIZERS,
+    VOCAB,
+    prompt,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from moe_gguf.converters import hf_tokenizer
+from moe_gguf.converters.hf_tokenizer import O200K, QWEN2
 
 torch.set_num_threads(1)  # waiting threads spin, and these models are too small for two
 
-VOCAB, HIDDEN, LAYERS, EXPERTS, USED = 512, 64, 3, 8, 2
+HIDDEN, LAYERS, EXPERTS, USED = 64, 3, 8, 2
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -213,24 +227,32 @@ def randomize(model: tf.PreTrainedModel, seed: int = 0) -> None:
     model.eval()
 
 
-def write(
-    family: str, folder: Path, *, fused: bool = False, dtype: str = "float32", shard: str = "50GB"
-) -> tf.PreTrainedModel:
-    """Write a checkpoint with a tokenizer; returns the model it came from.
-
-    fused: experts as transformers 5 holds them in memory. shard: the largest file, as "100KB".
-    """
-    model = FAMILIES[family]()
+def write(name: str, root: Path) -> None:
+    """One of CHECKPOINTS with a tokenizer, and beside it what transformers computes from it."""
+    family, _, how = name.partition("-")
+    model, folder = FAMILIES[family](), root / name
     randomize(model)
-    model = model.to(getattr(torch, dtype))
-    folder.mkdir(parents=True)
+    model = model.to(getattr(torch, how, torch.float32))
+    folder.mkdir()
     if family == "deepseek":
         _save_deepseek(model, folder)
     else:
-        model.save_pretrained(folder, max_shard_size=shard, save_original_format=not fused)
+        shard = "200KB" if how == "sharded" else "50GB"
+        model.save_pretrained(folder, max_shard_size=shard, save_original_format=how != "fused")
     (folder / "generation_config.json").unlink(missing_ok=True)
-    (write_sentencepiece if family == "mixtral" else write_byte_level)(folder)
-    return model
+    if family == "mixtral":
+        write_sentencepiece(folder)
+    else:
+        write_byte_level(folder, "qwen2")
+    meaning = pack_mxfp4(folder) if how == "mxfp4" else {}
+    model.float().load_state_dict(meaning, strict=False)
+    ids = prompt()
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].float()
+        for _ in range(N_GREEDY):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    arrays = {key: value.numpy() for key, value in meaning.items()}
+    np.savez(root / f"{name}.npz", logits=logits, greedy=ids[N_POSITIONS:], **arrays)
 
 
 def pack_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
@@ -286,66 +308,34 @@ def _save_deepseek(model: tf.PreTrainedModel, folder: Path) -> None:
 
 # --- tokenizers ---------------------------------------------------------------------------------
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
-)
-SPECIAL = ["<|bos|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog, isn't it? They've 'REALLY said: \"no\".",
-    "def f(x):\n\treturn x**2  # squared\n\n\nprint(f(12345))",
-    "the tokens of the memory and the expert in the words of the model is the best",
-]
-# Text that tokenizers disagree on.
-ODD_TEXTS = [
-    "e\u0301a\u0300o\u0302 n\u0303 Z\u0351\u036b\u0343\u036a\u0302\u036b\u033d\u034f\u0334",
-    "👨\u200d👩\u200d👧\u200d👦 👩🏽\u200d🚀 🏳\ufe0f\u200d🌈 🇩🇪🇯🇵 ☺\ufe0f",
-    "漢字かな交じり文と한국어 中文\uff0c标点。全角\uff21\uff22\uff23",
-    "שלום עולם مرحبا بالعالم \u202eRTL\u202c \u200f",
-    "a\x01b\x02c\x1b[0m\x7f \u0085\u2028\u2029",
-    " leading,  two   three    four\t\ttabs \n\n\r\n \n trailing  ",
-    "\u00a0nbsp\u2003em\u3000ideographic\u200bzero\ufeffbom",
-    "I'LL we'Ve don't 123 4567 1.5e-10 ½ Ⅷ x² ٣٤",
-    "\ufb01 \ufb02 ß İ \u0131 \u017f Ǆ \U0001d54f\U00010400 \U000e0041",
-    "<|im_start|>user\nhello<|im_end|>\n<|im_start|><|im_start|> <|endoftext|> <tool>x",
-]
 
-CUTS: dict[str, tuple[pre_tokenizers.PreTokenizer, str]] = {
-    "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
-    "qwen2": (
-        pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(hf_tokenizer._QWEN2), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-        "qwen2",
-    ),
-    "gpt-4o": (
-        pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(hf_tokenizer._O200K), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-        "gpt-4o",
-    ),
+def _split(regex: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, letters])
+
+
+CUTS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "qwen2": _split(QWEN2),
+    "gpt-4o": _split(O200K),
 }
 
 
-def write_byte_level(folder: Path, cut: str = "qwen2", nfc: bool = False) -> tf.PreTrainedTokenizer:
+def write_byte_level(folder: Path, cut: str, nfc: bool = False) -> tf.PreTrainedTokenizer:
     """A byte-level BPE tokenizer with this rule of cutting text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = CUTS[cut][0]
+    tokenizer.pre_tokenizer = CUTS[cut]
     tokenizer.decoder = decoders.ByteLevel()
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB - 8,  # some ids stay unused, as in real models
-        special_tokens=SPECIAL,
+        special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS + ODD_TEXTS[:-1], trainer)
+    tokenizer.train_from_iterator(TEXTS[:-1], trainer)
     tokenizer.add_tokens(["<tool>"])
     return _save(tokenizer, folder)
 
@@ -419,3 +409,27 @@ def write_sentencepiece(folder: Path) -> sentencepiece.SentencePieceProcessor:
         )
     )
     return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+
+
+def write_tokenizer(name: str, root: Path) -> None:
+    """One of TOKENIZERS, and beside it the tokens of TEXTS."""
+    folder = root / f"tokenizer-{name}"
+    folder.mkdir()
+    if name == "sentencepiece":
+        pieces = write_sentencepiece(folder)
+        tokens = [pieces.encode(text) for text in TEXTS]
+    else:
+        if name == "byte-fallback":
+            fast = write_byte_fallback(folder)
+        else:
+            cut = name if name in CUTS else "qwen2"
+            fast = write_byte_level(folder, cut, nfc=name == "nfc")
+        tokens = [fast.encode(text, add_special_tokens=False) for text in TEXTS]
+    (root / f"tokenizer-{name}.json").write_text(json.dumps(tokens))
+
+
+if __name__ == "__main__":
+    for name in CHECKPOINTS:
+        write(name, Path(sys.argv[1]))
+    for name in TOKENIZERS:
+        write_tokenizer(name, Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -10,27 +11,23 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import hf_models
+import hf_files
 import llama_cpp
 import pytest
 from gguf import GGUFWriter, TokenType
+from hf_files import TEXTS, use_tokenizer
 from hf_gguf import write_gguf
-from hf_models import CORPUS, ODD_TEXTS
 
 from moe_gguf.converters.hf_plan import Config
 from moe_gguf.converters.hf_tokenizer import add_tokenizer
 from moe_gguf.converters.source_hf import open_hf
 from moe_gguf.runtime.errors import UserError
 
-TEXTS = CORPUS + ODD_TEXTS
-COMBINING = ODD_TEXTS[0]
-
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A checkpoint whose tokenizer the test writes anew."""
-    hf_models.write("qwen3_moe", tmp_path / "model")
-    return tmp_path / "model"
+def folder(hf_root: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose tokenizer the test may replace."""
+    return shutil.copytree(hf_root / "qwen3_moe", tmp_path / "model")
 
 
 @pytest.fixture
@@ -62,63 +59,42 @@ def metadata(folder: Path) -> dict[str, Any]:
         return {key: pair.value for key, pair in source.metadata.items()}
 
 
-@pytest.mark.parametrize("cut", hf_models.CUTS)
-def test_byte_level(cut: str, folder: Path, vocab: Callable[[], llama_cpp.Llama]) -> None:
-    theirs = hf_models.write_byte_level(folder, cut)
+@pytest.mark.parametrize("name", hf_files.TOKENIZERS)
+def test_texts_become_the_same_tokens(
+    name: str, hf_root: Path, folder: Path, vocab: Callable[[], llama_cpp.Llama]
+) -> None:
+    theirs = use_tokenizer(hf_root, name, folder)
     llm = vocab()
-    assert llm.metadata["tokenizer.ggml.pre"] == hf_models.CUTS[cut][1]
-    for text in TEXTS:
-        tokens = encode(llm, text)
-        assert decode(llm, tokens) == text
+    if name in hf_files.BYTE_LEVEL:
+        assert llm.metadata["tokenizer.ggml.pre"] == name
+    for text, tokens in zip(TEXTS, theirs, strict=True):
+        if name == "nfc":  # llama.cpp does not normalize: it agrees on text that is normal already
+            text = unicodedata.normalize("NFC", text)
+        ours = encode(llm, text)
+        # Where tokens are words with their space, a text begins with one.
+        space = " " if name in ("byte-fallback", "sentencepiece") else ""
+        assert decode(llm, ours) == space + text
         # llama.cpp's gpt-4o rule does not take marks for letters, as the original does.
-        if (cut, text) != ("gpt-4o", COMBINING):
-            assert tokens == theirs.encode(text, add_special_tokens=False), text
-
-
-def test_normalized_text(folder: Path, vocab: Callable[[], llama_cpp.Llama]) -> None:
-    """llama.cpp does not normalize: a tokenizer that does agrees on text that is normal already."""
-    theirs = hf_models.write_byte_level(folder, nfc=True)
-    llm = vocab()
-    for text in TEXTS:
-        text = unicodedata.normalize("NFC", text)
-        assert encode(llm, text) == theirs.encode(text, add_special_tokens=False), text
-
-
-def test_byte_fallback(folder: Path, vocab: Callable[[], llama_cpp.Llama]) -> None:
-    theirs = hf_models.write_byte_fallback(folder)
-    llm = vocab()
-    for text in TEXTS:
-        tokens = encode(llm, text)
-        assert tokens == theirs.encode(text, add_special_tokens=False), text
-        assert decode(llm, tokens).removeprefix(" ") == text
-
-
-def test_sentencepiece(folder: Path, vocab: Callable[[], llama_cpp.Llama]) -> None:
-    theirs = hf_models.write_sentencepiece(folder)
-    llm = vocab()
-    for text in TEXTS:
-        tokens = encode(llm, text)
-        assert tokens == theirs.encode(text), text
-        assert decode(llm, tokens).removeprefix(" ") == text
+        if (name, text) != ("gpt-4o", hf_files.COMBINING):
+            assert ours == tokens, text
 
 
 def test_token_types_specials_and_template(folder: Path) -> None:
-    hf_models.write_byte_level(folder)
     keys = metadata(folder)
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     kind = dict(zip(tokens, types, strict=True))
-    assert len(tokens) == hf_models.VOCAB == len(types)
-    assert [kind[token] for token in hf_models.SPECIAL] == [TokenType.CONTROL] * 4
+    assert len(tokens) == hf_files.VOCAB == len(types)
+    assert [kind[token] for token in hf_files.SPECIAL] == [TokenType.CONTROL] * 4
     assert kind["<tool>"] == TokenType.USER_DEFINED
     assert kind["a"] == TokenType.NORMAL
-    assert kind[f"[PAD{hf_models.VOCAB - 1}]"] == TokenType.UNUSED
-    assert keys["tokenizer.ggml.bos_token_id"] == tokens.index(hf_models.SPECIAL[0])
-    assert keys["tokenizer.ggml.eos_token_id"] == tokens.index(hf_models.SPECIAL[1])
-    assert keys["tokenizer.chat_template"] == hf_models.CHAT
+    assert kind[f"[PAD{hf_files.VOCAB - 1}]"] == TokenType.UNUSED
+    assert keys["tokenizer.ggml.bos_token_id"] == tokens.index(hf_files.SPECIAL[0])
+    assert keys["tokenizer.ggml.eos_token_id"] == tokens.index(hf_files.SPECIAL[1])
+    assert keys["tokenizer.chat_template"] == hf_files.CHAT
 
 
-def test_sentencepiece_added_tokens(folder: Path) -> None:
-    hf_models.write_sentencepiece(folder)
+def test_sentencepiece_added_tokens(hf_root: Path, folder: Path) -> None:
+    use_tokenizer(hf_root, "sentencepiece", folder)
     (folder / "added_tokens.json").write_text(
         json.dumps({"▁tool": 400, "<|im_end|>": 401, "<pad>": 9999})
     )
@@ -181,8 +157,8 @@ def test_other_models_of_tokens(folder: Path) -> None:
         open_hf(folder)
 
 
-def test_missing_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hf_models.write_sentencepiece(folder)
+def test_missing_package(hf_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tokenizer(hf_root, "sentencepiece", folder)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match=r"moe-gguf\[convert\]"):
         open_hf(folder)
