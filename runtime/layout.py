@@ -431,6 +431,11 @@ def _read_bundle(path: Path) -> ModelLayout:
         files[1:], (n for blobs in sets for n in blobs.file_bytes), strict=True
     ):
         _check_size(file, n_bytes)
+    for tensor in (tensor for blobs in sets for tensor in blobs.tensors):
+        kind = GGML_TYPES.get(tensor.ggml_type)
+        named = _EXPERT_NAME.fullmatch(tensor.name) and len(tensor.name) <= MAX_NAME_BYTES
+        if not named or kind is None or min(tensor.ne) < 1 or tensor.ne[0] % kind.block:
+            raise _damaged(trunk, f"{tensor.name!r:.60} has an impossible name, type or shape")
     infos = [TensorInfo(t.name, (*t.ne, n_experts), t.ggml_type, 0) for t in table.experts.tensors]
     _check_types(trunk.path, [*trunk.tensors, *infos])
     copies = [
