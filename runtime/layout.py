@@ -27,6 +27,7 @@ from moe_gguf.runtime.bundle import (
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import (
     GGML_TYPES,
+    MAX_NAME_BYTES,
     GgufHeader,
     TensorInfo,
     Value,
