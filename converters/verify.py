@@ -43,14 +43,14 @@ def verify(folder: Path, progress: Report) -> list[str]:
             with file:
                 if (size := os.fstat(file.fileno()).st_size) != s.file_bytes[i]:
                     findings.append(f"{path} has {size} bytes instead of {s.file_bytes[i]}")
-                for blob, expected in enumerate(s.blobchecksum):
+                for blob, expected in enumerate(s.blob_checksum):
                     if s.blob_file[blob] == i:
                         layer, expert = divmod(blob, len(s.blob_file) // len(table.layers))
                         what = f"{path}: expert {expert} of layer {table.layers[layer]}"
                         offset, n_bytes = s.blob_offset[blob], s.blob_bytes[blob]
                         check(file.fileno(), what, offset, n_bytes, expected)
     with header.path.open("rb", buffering=0) as file:
-        for info, expected in zip(header.tensors, table.trunkchecksum, strict=True):
+        for info, expected in zip(header.tensors, table.trunk_checksum, strict=True):
             offset = header.data_start + info.offset
             check(file.fileno(), f"{header.path}: {info.name}", offset, info.n_bytes, expected)
     return findings
