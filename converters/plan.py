@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from gguf import GGUFValueType
 
 from moe_gguf.converters.source import ExpertStack, Pair, Source, TrunkTensor
 from moe_gguf.runtime.bundle import (
@@ -250,6 +251,7 @@ def row_bytes(tensor: TrunkTensor) -> int:
 
 def _encode(key: str, pair: Pair) -> bytes:
     value = pair.value.tolist() if isinstance(pair.value, np.ndarray) else pair.value
-    return encode_pair(
-        key, ValueType(pair.kind), value, None if pair.item is None else ValueType(pair.item)
-    )
+    item = pair.item
+    if item is None and pair.kind is GGUFValueType.ARRAY:  # left to be seen, as by gguf's writer
+        item = GGUFValueType.get_type(value[0])
+    return encode_pair(key, ValueType(pair.kind), value, None if item is None else ValueType(item))
