@@ -203,6 +203,12 @@ def cli(debug: bool) -> None:
 @click.option("--repeat-penalty", default=1.0, type=_Number(0.01, 100), show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), metavar="N", help="default: random")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of text")
+@click.option(
+    "--timeline",
+    "timeline_file",
+    type=click.Path(),
+    help="write what the last token's time went to, for ui.perfetto.dev",
+)
 def run(
     model: str,
     prompt: str | None,
@@ -211,12 +217,14 @@ def run(
     chat: bool,
     system: str | None,
     as_json: bool,
+    timeline_file: str | None,
     **options: Any,
 ) -> None:
     """Generate text with MODEL inside a memory budget.
 
     The prompt comes from -p, -f or a pipe; --chat without one starts a conversation.
     """
+    from moe_gguf.runtime import timeline
     from moe_gguf.runtime.generate import Sampling
 
     sampling = Sampling(
@@ -227,12 +235,18 @@ def run(
         raise UserError("--system belongs to --chat: give both or neither")
     if text is None and as_json:
         raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
+    if timeline_file is not None:
+        _check_writable(Path(timeline_file))
     llama = open_llama(model, **options)
     try:
+        if timeline_file is not None:
+            timeline.record(llama)
         if text is None:
             _converse(llama, system, n_predict, sampling)
         else:
             _complete(llama, text, chat, system, n_predict, sampling, as_json)
+        if timeline_file is not None:
+            note(f"moe-gguf: wrote {timeline_file}: {timeline.write(llama, Path(timeline_file))}")
     finally:
         llama.close()
 

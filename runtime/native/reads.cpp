@@ -37,7 +37,7 @@ reads::reads(const std::vector<std::string> & paths, const read_options & option
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int i = 0; i < options_.lanes; i++) {
-        lanes_.emplace_back([this] { lane(); });
+        lanes_.emplace_back([this, i] { lane(i); });
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
@@ -199,7 +199,7 @@ void reads::finish_if_done(slot_info & s) {
     }
 }
 
-void reads::lane() {
+void reads::lane(int number) {
     char * bounce = nullptr;
     if (options_.direct) {
         if (posix_memalign((void **)&bounce, 4096, CHUNK_BYTES + 2 * (size_t)options_.offset_align) != 0) {
@@ -219,8 +219,11 @@ void reads::lane() {
         s.queued--;
         s.in_flight++;
         const bool skip = s.failed;  // the job is lost already: do not spend disk time on its rest
+        const int  kind = s.guess ? MOE_EVENT_GUESS : MOE_EVENT_DEMAND, key = s.key;
         lock.unlock();
+        const int64_t     t0    = history.start();
         const std::string error = skip ? std::string() : read_chunk(c, bounce);
+        history.add(kind, number, key, t0);
         lock.lock();
         s.in_flight--;
         if (!error.empty()) {

@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "timeline.h"
+
 namespace moe {
 
 // Read requests are flat in speed above about 256 KiB; a chunk is also the longest time a demand
@@ -69,6 +71,7 @@ class reads {
     struct counters {
         std::atomic<int64_t> bytes{0}, reads{0}, bounced{0}, guess_loads{0}, guess_promoted{0}, guess_cancelled{0};
     } count;
+    timeline history;
 
   private:
     struct chunk {
@@ -88,7 +91,7 @@ class reads {
         bool                    cancelled = false;
     };
 
-    void        lane();
+    void        lane(int number);
     std::string read_chunk(const chunk & c, char * bounce);
     void        cancel_locked(std::unique_lock<std::mutex> & lock, int slot);
     void        remove_queued(std::deque<chunk> & queue, int slot);
