@@ -499,7 +499,12 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 
 @cli.command()
 @click.argument("model", metavar="MODEL")
-@click.option("--memory", required=True, metavar="SIZE", help="the cap of every limited row")
+@click.option(
+    "--memory",
+    required=True,
+    metavar="SIZE,…",
+    help="the cap of every limited row; several are measured turn about",
+)
 @click.option(
     "--rows",
     default="stock-mmap,stock-resident,load-on-demand,lru,lfu",
@@ -513,8 +518,22 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 @click.option("--threads", type=int, metavar="N")
 @click.option("--reads", default="auto", metavar="MODE")
 @lanes_option
+@click.option("--disk-bw", metavar="SIZE", help="let every row read that much per second only")
 @click.option("--json", "json_file", type=click.Path(), help="write the results here")
-@click.option("--plot", "plot_file", type=click.Path(), help="write a PNG here")
+@click.option("--plot", "plot_file", type=click.Path(), help="write a PNG of decode speed here")
+@click.option(
+    "--plot-layers",
+    "layers_file",
+    type=click.Path(),
+    help="write a PNG of hits and recall by layer here",
+)
+@click.option(
+    "--timeline",
+    "timeline_file",
+    type=click.Path(),
+    help="write what one more token's time went to, for ui.perfetto.dev",
+)
+@click.option("--timeline-row", metavar="NAME", help="of which row; default: the last of ours")
 def bench(model: str, **options: Any) -> None:
     """Measure MODEL under a memory cap: stock llama.cpp against our policies, turn about."""
     from moe_gguf.runtime.bench import bench as run_bench

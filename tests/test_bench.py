@@ -19,6 +19,8 @@ from moe_gguf.runtime import bench as benches
 from moe_gguf.runtime import cgroup
 from moe_gguf.runtime.bench import Run, bench, run_process
 from moe_gguf.runtime.bench_report import table
+from moe_gguf.runtime.bench_row import Spec
+from moe_gguf.runtime.cgroup import Limits
 from moe_gguf.runtime.errors import UserError
 
 CAP = 400_000_000
@@ -150,14 +152,15 @@ def test_last_line_is_the_result() -> None:
 
 @pytest.fixture
 def small_cgroup() -> Any:
-    if reason := cgroup.refusal():
+    limits = Limits(memory=64 * 2**20)
+    if reason := cgroup.refusal(limits):
         pytest.skip(f"needs a memory cgroup: {reason}")
-    with cgroup.memory_cgroup(64 * 2**20) as group:
+    with cgroup.limited(limits) as group:
         yield group
-    assert not group.folder.exists()
+    assert not any(folder.exists() for folder in group.folders)
 
 
-def test_out_of_memory_in_a_cgroup(small_cgroup: cgroup.MemoryCgroup) -> None:
+def test_out_of_memory_in_a_cgroup(small_cgroup: cgroup.Group) -> None:
     run = run_process(python("x = b'x' * (256 << 20)"), small_cgroup)
     assert run.failure == "killed (out of memory)"
     assert small_cgroup.oom_kills() == 1
@@ -166,7 +169,7 @@ def test_out_of_memory_in_a_cgroup(small_cgroup: cgroup.MemoryCgroup) -> None:
 
 
 def test_other_kills_in_a_cgroup_are_not_blamed_on_memory(
-    small_cgroup: cgroup.MemoryCgroup,
+    small_cgroup: cgroup.Group,
 ) -> None:
     run = run_process(python("import os; os.kill(os.getpid(), 9)"), small_cgroup)
     assert run.failure == "killed (SIGKILL)"
@@ -178,9 +181,9 @@ def test_killed_row_is_shown_and_not_run_again(
     real: Callable[..., Run] = benches._run_row
     asked = []
 
-    def scripted(name: str, *rest: Any) -> Run:
-        asked.append(name)
-        return Run({}, "killed (out of memory)") if name == "stock-mmap" else real(name, *rest)
+    def scripted(spec: Spec, *rest: Any) -> Run:
+        asked.append(spec.policy or "stock-mmap")
+        return real(spec, *rest) if spec.policy else Run({}, "killed (out of memory)")
 
     monkeypatch.setattr(benches, "_run_row", scripted)
     outcome = bench(model, note=ignore, **{**OPTIONS, "repeat": 2})
@@ -269,14 +272,14 @@ def test_places(
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("\n".join(lines) + "\n")
     version, places = expected
-    assert cgroup.places(tmp_path) == (version, [base / place for place in places])
+    assert cgroup.places("memory", tmp_path) == (version, [base / place for place in places])
 
 
 def test_no_cgroups(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n")
     with pytest.raises(OSError, match="no memory cgroups"):
-        cgroup.places(tmp_path)
+        cgroup.places("memory", tmp_path)
 
 
 def test_a_cgroup_that_offers_no_limit_is_not_used(tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_a_cgroup_that_offers_no_limit_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "proc/self/cgroup").write_text("0::/user\n")
     with (
         pytest.raises(FileNotFoundError),
-        cgroup.memory_cgroup(2**20, tmp_path),
+        cgroup.limited(Limits(memory=2**20), tmp_path),
     ):
         pass
     assert list((tmp_path / "sys/fs/cgroup/user").iterdir()) == []
