@@ -76,6 +76,7 @@ def _bars(document: dict[str, Any], path: Path) -> None:
 def _lines(document: dict[str, Any], path: Path) -> None:
     """Decode speed against the cap; a row without one is a dashed line across."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     every = points(document)
     caps = [point["memory_bytes"] / GB for point in every]
@@ -113,11 +114,19 @@ def _lines(document: dict[str, Any], path: Path) -> None:
                 color=colour, alpha=0.13, linewidth=0,
             )  # fmt: skip
         ends.append((medians[-1], row["row"], colour))
-    axes.set_ylim(bottom=0)
+    speeds_seen = [run["decode_tps"] for point in every for r in point["rows"] for run in r["runs"]]
+    if speeds_seen and max(speeds_seen) > 10 * min(speeds_seen):
+        axes.set_yscale("log")  # or the slow rows would be one line
+        axes.set_ylim(0.8 * min(speeds_seen), 1.25 * max(speeds_seen))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
     for (_, name, colour), at in zip(ends, _apart([y for y, *_ in ends], axes), strict=True):
         axes.annotate(
-            name, (1.0, at), xytext=(6, 0), xycoords=("axes fraction", "data"),
+            name, (1.0, at), xytext=(6, 0), xycoords="axes fraction",
             textcoords="offset points", va="center", color=colour, fontsize=9,
         )  # fmt: skip
     what = _runs(document).replace("whiskers", "bands")
@@ -139,15 +148,15 @@ def layers(document: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     every = points(document)
-    figure = Figure(figsize=(4.6 + 3.4 * len(every), 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.0 + 3.6 * len(every), 6.0), dpi=150, layout="constrained")
     grid = figure.subplots(2, len(every), sharex=True, sharey="row", squeeze=False)
-    kinds = (("hit_rate", "hits"), ("recall", "recall of the guesses"))
+    kinds = (("hit_rate", "hits"), ("recall", "recall"))
     for column, point in enumerate(every):
-        rows = [row for row in point["rows"] if row["policy"] is not None]
+        ours = [row for row in point["rows"] if row["policy"] is not None]
         for (key, what), axes in zip(kinds, grid[:, column], strict=True):
             drawn = False
-            for n, row in enumerate(rows):
-                curve = _by_layer(row, key)
+            for n, row in enumerate(ours):
+                curve = _by_layer(row, key) if row["capped"] else {}
                 if curve:
                     drawn = True
                     axes.plot(
@@ -157,7 +166,7 @@ def layers(document: dict[str, Any], path: Path) -> None:
                     )  # fmt: skip
             if not drawn:
                 axes.text(
-                    0.5, 0.5, f"no row reports its {what} by layer", transform=axes.transAxes,
+                    0.5, 0.5, f"no row tells its {what} by layer", transform=axes.transAxes,
                     ha="center", color=_INK, fontsize=9,
                 )  # fmt: skip
             axes.set_ylim(0, 1)
@@ -171,10 +180,12 @@ def layers(document: dict[str, Any], path: Path) -> None:
             grid[0, column].set_title(format_size(point["memory_bytes"]), fontsize=10)
     handles, names = grid[0, 0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=9
+        )
     where = "by memory" if len(every) > 1 else f"in {format_size(every[0]['memory_bytes'])}"
     figure.suptitle(
-        f"{document['model']['name']}, experts by layer {where} ({_middle(document)})",
+        f"{document['model']['name']}, hits and recall by layer {where} ({_middle(document)})",
         x=0.01, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     figure.savefig(path, format="png")
@@ -191,13 +202,11 @@ def _by_layer(row: dict[str, Any], key: str) -> dict[int, float]:
 
 
 def _apart(wanted: Sequence[float], axes: Axes) -> list[float]:
-    """Heights for labels as near to ``wanted`` as lines of text allow."""
-    low, high = axes.get_ylim()
-    gap = 0.048 * (high - low)
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    heights = list(wanted)
-    for below, i in itertools.pairwise(order):
-        heights[i] = max(heights[i], heights[below] + gap)
+    """Heights for labels, as shares of the axes, as near to ``wanted`` as lines of text allow."""
+    to_axes = axes.transScale + axes.transLimits  # 0 at the bottom, 1 at the top
+    heights = [float(to_axes.transform((1.0, y))[1]) for y in wanted]
+    for below, i in itertools.pairwise(sorted(range(len(heights)), key=heights.__getitem__)):
+        heights[i] = max(heights[i], heights[below] + 0.048)
     return heights
 
 
@@ -220,9 +229,11 @@ def _plain(axes: Axes) -> None:
 def _title(axes: Axes, document: dict[str, Any], where: str) -> None:
     model, machine = document["model"], document["machine"]
     limit = document["disk_limit"]
-    throttled = "" if limit is None else f", disk {format_size(limit['bytes_per_s'])}/s"
+    throttled = (
+        "" if limit is None else f", disk throttled to {format_size(limit['bytes_per_s'])}/s"
+    )
     axes.set_title(
-        f"{model['name']}, {format_size(model['file_bytes'])}, {where}{throttled}",
+        f"{model['name']}, {format_size(model['file_bytes'])}, {where}",
         loc="left",
         fontsize=12,
         fontweight="bold",
@@ -231,7 +242,7 @@ def _title(axes: Axes, document: dict[str, Any], where: str) -> None:
     axes.text(
         0,
         1.0,
-        f"{machine['cpu']}, {points(document)[0]['threads']} threads; experts "
+        f"{machine['cpu']}, {points(document)[0]['threads']} threads{throttled}; experts "
         f"{'+'.join(model['expert_types'])}; moe-gguf {document['moe_gguf']}, commit "
         f"{(document['commit'] or 'unknown')[:12]}",
         transform=axes.transAxes,

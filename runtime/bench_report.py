@@ -47,6 +47,10 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
 )
 
 
+# A throttle was kept to if a probe of a second saw no more than this multiple of it.
+HELD = 1.25
+
+
 def points(document: dict[str, Any]) -> list[dict[str, Any]]:
     """One document per cap."""
     return (
@@ -168,7 +172,7 @@ def remarks(document: dict[str, Any]) -> list[str]:
         )
         lines.append(f"bound: the slower of {compute} and the row's reads at the disk's ceiling")
     limit, measured = document["disk_limit"], document["disk_bytes_per_s"]
-    if limit is not None and measured is not None and measured > 1.25 * limit["bytes_per_s"]:
+    if limit is not None and measured is not None and measured > HELD * limit["bytes_per_s"]:
         lines.append("the throttle did NOT hold: the disk's ceiling is above it")
     drawn = next(
         (run["timeline"] for row in rows for run in row["runs"][-1:] if "timeline" in run), None
