@@ -97,8 +97,8 @@ def quality(
             mine = _chunks(llama, text)
             if reference is not None and (mine, llama.n_vocab()) != (chunks, n_vocab):
                 raise UserError(
-                    f"{path} and {against} see the text as different tokens: --against wants a model "
-                    "with the same vocabulary"
+                    f"{path} and {against} see different tokens in the text: --against wants a "
+                    "model with the same vocabulary"
                 )
             kept.seek(0)
             with progress("pass" if reference is None else "pass to compare") as report:

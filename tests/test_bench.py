@@ -138,21 +138,21 @@ def test_a_timeline_of_a_named_row(model: Path, tmp_path: Path) -> None:
 
 def test_reads_are_throttled_or_refused_in_words(model: Path) -> None:
     """The disk under the model allows it or not; either way no run goes at another speed."""
-    change = {"disk_bw": "5MB/s", "rows": "lru"}
+    change = {"disk_bw": "50MB/s", "rows": "lru"}
     try:
-        limits = Limits(disk=cgroup.DiskLimit(cgroup.disks_of([model]), 5_000_000))
+        limits = Limits(disk=cgroup.DiskLimit(cgroup.disks_of([model]), 50_000_000))
         reason = cgroup.refusal(limits)
     except OSError as error:
         reason = str(error)
     if reason is not None:
-        with pytest.raises(UserError, match="--disk-bw cannot be kept to .*leave it out"):
+        with pytest.raises(UserError, match=r"--disk-bw cannot be kept to .*leave it out"):
             bench(model, note=pytest.fail, **{**OPTIONS, **change})
         return
     document = bench(model, note=ignore, **{**OPTIONS, **change}).document
-    assert document["disk_limit"]["bytes_per_s"] == 5_000_000
-    assert document["disk_bytes_per_s"] <= 5_000_000
-    assert max(document["disk_probe"]["bytes_per_s"]) < 2 * 5_000_000  # bursts of a short probe
-    assert "reads throttled to 5.0 MB/s by a cgroup" in table(document)
+    assert document["disk_limit"]["bytes_per_s"] == 50_000_000
+    assert document["disk_bytes_per_s"] <= 50_000_000
+    assert max(document["disk_probe"]["bytes_per_s"]) < 2 * 50_000_000  # bursts of a short probe
+    assert "reads throttled to 50.0 MB/s by a cgroup" in table(document)
 
 
 # --- refused before the first run ---------------------------------------------------------------
