@@ -13,6 +13,11 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+Inputs = NDArray[np.float32]
+
 
 class RouteEvent(NamedTuple):
     """What one MoE layer asked for in one step.
@@ -58,11 +63,25 @@ class CachePolicy(Protocol):
     def __iter__(self) -> Iterator[int]: ...
 
 
+class Guess(NamedTuple):
+    """A key a later layer may ask for, and the probability that it will."""
+
+    key: int
+    confidence: float
+
+
 class Predictor(Protocol):
     """Which experts a later layer will ask for. Guesses change time, never output."""
 
-    def guess(self, event: RouteEvent) -> Sequence[int]:
-        """Keys worth reading ahead after ``event``, best first; may be empty."""
+    def observe(self, event: RouteEvent) -> None:
+        """What a layer really asked for; called for every event, before ``guess``."""
+
+    def guess(self, event: RouteEvent, x: Inputs | None) -> Sequence[Guess]:
+        """Keys worth reading ahead after ``event``, best first; may be empty.
+
+        ``x`` is the layer's gate input, [n_tokens, n_embd], valid during the call; None in the
+        simulator.
+        """
 
 
 class LoadOrder(Protocol):

@@ -8,20 +8,25 @@ from typing import NamedTuple
 from moe_gguf.policies.base import CachePolicy, LoadOrder, Predictor
 from moe_gguf.policies.cache import LFU, LRU, LoadOnDemand
 from moe_gguf.policies.order import Popularity
+from moe_gguf.policies.pace import IdleDisk, Pace
 
 
 class Policy(NamedTuple):
-    """The three decisions of a policy, fresh: each has state and serves one ``Residency``."""
+    """The decisions of a policy, fresh: each has state and serves one model.
+
+    ``pace`` says how many of the predictor's guesses are read.
+    """
 
     cache: CachePolicy
     order: LoadOrder
     predictor: Predictor | None
+    pace: Pace
 
 
 POLICIES: Mapping[str, Callable[[], Policy]] = {
-    "load-on-demand": lambda: Policy(LoadOnDemand(), Popularity(), None),
-    "lru": lambda: Policy(LRU(), Popularity(), None),
-    "lfu": lambda: Policy(LFU(), Popularity(), None),
+    "load-on-demand": lambda: Policy(LoadOnDemand(), Popularity(), None, IdleDisk()),
+    "lru": lambda: Policy(LRU(), Popularity(), None, IdleDisk()),
+    "lfu": lambda: Policy(LFU(), Popularity(), None, IdleDisk()),
 }
 
 

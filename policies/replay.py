@@ -1,7 +1,7 @@
 """The simulator: a recorded run again, under any policy and arena size, without weights.
 
 Drives the classes the engine drives. Counts hits and bytes; knows no time, so a better hit rate
-here is not yet a faster engine.
+here is not yet a faster engine, and guesses, which depend on time, are not made.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from moe_gguf.policies.base import RouteEvent
 from moe_gguf.policies.cache import Belady
 from moe_gguf.policies.order import FirstSeen
+from moe_gguf.policies.pace import Everything
 from moe_gguf.policies.presets import Policy, policy
 from moe_gguf.policies.residency import Residency
 from moe_gguf.policies.trace import Trace, route_event
@@ -22,7 +23,7 @@ BELADY = "belady"  # a row like the others, but no policy to run: it needs the f
 class ReplayResult(NamedTuple):
     """One row of a replay; the counts are those the engine would have reported.
 
-    ``bytes_read`` counts every load, also the loads of continuations and of guesses.
+    ``bytes_read`` counts every load, also the loads of continuations.
     """
 
     policy: str
@@ -72,8 +73,8 @@ def _replay(
     if name == BELADY:
         events = [(event, False) for event, continuation in events if not continuation]
         belady = Belady([e.layer * n_experts + x for e, _ in events for x in e.experts])
-    chosen = policy(name) if belady is None else Policy(belady, FirstSeen(), None)
-    residency = Residency(n_slots, n_experts, *chosen)
+    chosen = policy(name) if belady is None else Policy(belady, FirstSeen(), None, Everything())
+    residency = Residency(n_slots, n_experts, chosen.cache, chosen.order)
     layer_hits = dict.fromkeys(sorted({event.layer for event, _ in events}), 0)
     layer_misses = layer_hits.copy()
     bytes_read = 0
@@ -83,7 +84,6 @@ def _replay(
         else:
             plan = residency.plan(event)
             n_hits = plan.n_hits
-            bytes_read += sum(blob_bytes[key // n_experts] for key, _ in plan.guesses)
         n_misses = len(event.experts) - n_hits
         bytes_read += n_misses * blob_bytes[event.layer]
         if not continuation:

@@ -7,10 +7,10 @@ threads or time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
-from moe_gguf.policies.base import CachePolicy, LoadOrder, Predictor, RouteEvent
+from moe_gguf.policies.base import CachePolicy, Guess, LoadOrder, RouteEvent
 
 
 class Plan(NamedTuple):
@@ -18,13 +18,12 @@ class Plan(NamedTuple):
 
     Resident experts come first. ``loads[i]`` is 1 when expert i must be read into ``slots[i]``
     first. A slot that appears twice is recycled inside the layer: its second expert is read
-    after its first was computed. ``guesses`` are (key, slot) pairs to read in idle time.
+    after its first was computed.
     """
 
     experts: list[int]
     slots: list[int]
     loads: list[int]
-    guesses: list[tuple[int, int]]
     n_hits: int
 
 
@@ -32,16 +31,12 @@ class Residency:
     """The slot table of one model: ``n_slots`` slots shared by all layers.
 
     Between two events ``slot_of`` maps exactly the resident keys to distinct slots, and every
-    other slot is free.
+    other slot is free. A guess is on probation: it has a slot, but the cache policy learns of it
+    when it is demanded. One that was wrong is ``stale``, the next to lose its slot.
     """
 
     def __init__(
-        self,
-        n_slots: int,
-        n_experts: int,
-        cache: CachePolicy,
-        order: LoadOrder | None = None,
-        predictor: Predictor | None = None,
+        self, n_slots: int, n_experts: int, cache: CachePolicy, order: LoadOrder | None = None
     ) -> None:
         assert n_slots >= 1
         assert n_experts >= 1
@@ -49,44 +44,56 @@ class Residency:
         self.n_experts = n_experts
         self.cache = cache
         self.order = order
-        self.predictor = predictor
         self.slot_of: dict[int, int] = {}
         self.free = list(range(n_slots - 1, -1, -1))
-        self.guessed: set[int] = set()  # resident because of a guess, not demanded yet
+        self.guessed: set[int] = set()  # not demanded yet
+        self.stale: dict[int, None] = {}  # in the order they turned out wrong
         self.guesses_used = 0
+        self._n_passed = 0  # free slots, the last ones, that the last plan still computes on
+        self._in_turns = False  # the last plan recycles slots
 
     def plan(self, event: RouteEvent) -> Plan:
-        """Decide hits, loads, victims and guesses of one event and update the table.
+        """Decide hits, loads and victims of one event and update the table.
 
         An event that needs more experts than there are slots is served in turns: once every
         resident key is pinned by the event itself, slots are reused in execution order.
         """
         base = event.layer * self.n_experts
-        slot_of, cache = self.slot_of, self.cache
+        slot_of, cache, guessed, stale = self.slot_of, self.cache, self.guessed, self.stale
+        probation = bool(guessed or stale)
         experts: list[int] = []
         slots: list[int] = []
         missing: list[int] = []
+        passing: list[int] = []
         for i, expert in enumerate(event.experts):
             key = base + expert
             slot = slot_of.get(key)
             if slot is None:
                 missing.append(i)
+                continue
+            experts.append(expert)
+            slots.append(slot)
+            if probation and (key in guessed or key in stale):
+                self.guesses_used += key in guessed
+                guessed.discard(key)
+                stale.pop(key, None)
+                if not cache.admit(key):
+                    passing.append(key)
             else:
                 cache.touch(key)
-                experts.append(expert)
-                slots.append(slot)
         n_hits = len(experts)
-        if self.guessed:
-            used = self.guessed.intersection(base + expert for expert in experts)
-            self.guesses_used += len(used)
-            self.guessed -= used
-        passing = self._place(event, base, missing, experts, slots) if missing else []
+        if guessed:  # of this layer or an earlier one, and not asked for
+            for key in [key for key in guessed if key // self.n_experts <= event.layer]:
+                guessed.remove(key)
+                stale[key] = None
+        self._in_turns = False
+        if missing:
+            self._place(event, base, missing, experts, slots, passing)
         loads = [0] * n_hits + [1] * len(missing)
-        guesses = self._guess(event) if self.predictor is not None else []
-        for key in passing:  # only now: until here their slots belong to this very plan
-            if key in slot_of:
-                self.free.append(slot_of.pop(key))
-        return Plan(experts, slots, loads, guesses, n_hits)
+        passed = [slot_of.pop(key) for key in passing if key in slot_of]
+        self.free += passed  # only now: until here these slots belong to this very plan
+        self._n_passed = len(passed)
+        return Plan(experts, slots, loads, n_hits)
 
     def _place(
         self,
@@ -95,12 +102,13 @@ class Residency:
         missing: list[int],
         experts: list[int],
         slots: list[int],
-    ) -> list[int]:
+        passing: list[int],
+    ) -> None:
         """Give every missing expert a slot, appending to ``experts`` and ``slots``.
 
-        Returns the keys the policy does not want to keep.
+        Keys the policy does not want to keep go to ``passing``.
         """
-        slot_of, cache, free = self.slot_of, self.cache, self.free
+        slot_of, cache = self.slot_of, self.cache
         if self.order is not None and len(missing) > 1:
             rank = self.order.order(
                 [event.experts[i] for i in missing], [event.counts[i] for i in missing]
@@ -108,51 +116,79 @@ class Residency:
             missing = [missing[r] for r in rank]
         pinned = {base + expert for expert in event.experts}
         recycled = 0
-        passing: list[int] = []
         for i in missing:
             expert = event.experts[i]
             key = base + expert
-            if free:
-                slot = free.pop()
-            else:
-                victim = cache.evict(pinned)
-                if victim is None:
-                    old = base + experts[recycled]
-                    slot = slot_of.pop(old)
-                    if old in cache:
-                        cache.remove(old)
-                    recycled += 1
-                else:
-                    slot = slot_of.pop(victim)
-                    self.guessed.discard(victim)
+            slot = self._take(pinned)
+            if slot is None:
+                slot = self._take_guess(pinned)
+            if slot is None:
+                old = base + experts[recycled]
+                slot = slot_of.pop(old)
+                if old in cache:
+                    cache.remove(old)
+                recycled += 1
+                self._in_turns = True
             slot_of[key] = slot
             if not cache.admit(key):
                 passing.append(key)
             experts.append(expert)
             slots.append(slot)
-        return passing
 
-    def _guess(self, event: RouteEvent) -> list[tuple[int, int]]:
-        """Slots for the predictor's keys. A guess takes a free slot only: it evicts nothing."""
-        assert self.predictor is not None
-        guesses: list[tuple[int, int]] = []
-        for key in self.predictor.guess(event):
+    def _take(self, pinned: Container[int]) -> int | None:
+        """A slot: a free one, a wrong guess's, or the policy's victim's."""
+        if self.free:
+            return self.free.pop()
+        for key in self.stale:
+            if key not in pinned:
+                del self.stale[key]
+                return self.slot_of.pop(key)
+        victim = self.cache.evict(pinned)
+        return None if victim is None else self.slot_of.pop(victim)
+
+    def _take_guess(self, pinned: Container[int]) -> int | None:
+        """The slot of a guess that may still come true: a demand needs it now."""
+        for key in self.guessed:
+            if key not in pinned:
+                self.guessed.remove(key)
+                return self.slot_of.pop(key)
+        return None
+
+    def guess(
+        self, event: RouteEvent, guesses: Sequence[Guess], keep: Iterable[int] = ()
+    ) -> list[tuple[int, int]]:
+        """(key, slot) for those guesses, made after ``event`` was planned, that get a slot.
+
+        None takes the slot of an expert that the event needs, that is a guess itself or in
+        ``keep``.
+        """
+        if self._in_turns:
+            return []
+        base = event.layer * self.n_experts
+        pinned = {base + expert for expert in event.experts}
+        pinned.update(keep)
+        placed: list[tuple[int, int]] = []
+        n_free = len(self.free) - self._n_passed
+        busy = self.free[n_free:]
+        del self.free[n_free:]
+        for key, _ in guesses:
             if key in self.slot_of:
                 continue
-            if not self.free:
+            slot = self._take(pinned)
+            if slot is None:
                 break
-            if self.cache.admit(key):
-                slot = self.free.pop()
-                self.slot_of[key] = slot
-                self.guessed.add(key)
-                guesses.append((key, slot))
-        return guesses
+            self.slot_of[key] = slot
+            self.guessed.add(key)
+            placed.append((key, slot))
+        self.free += busy
+        return placed
 
     def drop(self, keys: Iterable[int]) -> None:
         """Forget keys whose slots turned out not to hold them (a failed read, a cancelled step)."""
         for key in keys:
-            self.free.append(self.slot_of.pop(key))
+            self.free.insert(0, self.slot_of.pop(key))
             self.guessed.discard(key)
+            self.stale.pop(key, None)
             if key in self.cache:
                 self.cache.remove(key)
 
@@ -161,14 +197,19 @@ class Residency:
 
         ``held[slot]`` is the key a slot holds, -1 for none.
         """
+        probation = self.guessed | self.stale.keys()
         slot_of = {
-            key: s for key, s in self.slot_of.items() if held[s] == key and key in self.cache
+            key: s
+            for key, s in self.slot_of.items()
+            if held[s] == key and (key in self.cache or key in probation)
         }
         for key in [key for key in self.cache if key not in slot_of]:
             self.cache.remove(key)
         self.slot_of = slot_of
         self.guessed &= slot_of.keys()
+        self.stale = {key: None for key in self.stale if key in slot_of}
         used = set(slot_of.values())
+        self._n_passed = 0
         self.free = [slot for slot in range(self.n_slots - 1, -1, -1) if slot not in used]
 
     def resident(self, layer: int) -> Sequence[int]:
@@ -181,6 +222,7 @@ class Residency:
         used = list(self.slot_of.values())
         assert len(set(used)) == len(used), "two experts share a slot"
         assert sorted(used + self.free) == list(range(self.n_slots)), "a slot is lost"
-        assert set(self.slot_of) == set(self.cache), "the policy and the table disagree"
-        assert self.guessed <= set(self.slot_of), "a guess is counted that is not resident"
+        parts = [set(self.cache), self.guessed, set(self.stale)]
+        assert set(self.slot_of) == set().union(*parts), "the policy and the table disagree"
+        assert len(self.slot_of) == sum(map(len, parts)), "a key is on probation and kept"
         self.cache.check_integrity()

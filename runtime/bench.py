@@ -334,7 +334,7 @@ def _probe_disk(
 
 def _run_row(spec: Spec, limits: Limits, layout: ModelLayout) -> Run:
     if spec.fill:  # all of the model will be in memory
-        needed = sum(header.file_bytes for header in layout.headers)
+        needed = layout.file_bytes
         free = auto_size()
         if needed > free:
             return Run({}, f"{LEFT_OUT}: needs {format_size(needed)}, {format_size(free)} is free")
@@ -559,7 +559,7 @@ def _model(layout: ModelLayout) -> dict[str, Any]:
         "name": layout.name,
         "file": layout.path.name,
         "architecture": layout.architecture,
-        "file_bytes": sum(header.file_bytes for header in layout.headers),
+        "file_bytes": layout.file_bytes,
         "expert_bytes": layout.expert_bytes,
         "expert_types": sorted(types),
         "moe_layers": len(layout.layers),

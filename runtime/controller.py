@@ -1,16 +1,21 @@
-"""One route event in, one plan out: the Python end of the route callback.
+"""One route event in, one plan out: the Python end of the two callbacks.
 
 Owns the residency table, the hit counts and the exception a callback cannot raise through C.
 Runs once per MoE layer per step with the model waiting, so the common path makes a handful of
-list and dict operations per expert and nothing per token. Does not know files, bytes or threads.
+list and dict operations per expert and nothing per token. Guesses have a callback of their own,
+after the layer's reads are under way. Does not know files, bytes or threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
-from moe_gguf.policies.base import RouteEvent
+import numpy as np
+
+from moe_gguf.policies.base import Inputs, Predictor, RouteEvent
+from moe_gguf.policies.pace import Pace
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime.plugin import MAX_GUESSES, PluginModel, i32
 
@@ -23,17 +28,31 @@ class Recorder(Protocol):
     ) -> None: ...
 
 
+class Guessing(NamedTuple):
+    """What it takes to read ahead."""
+
+    predictor: Predictor
+    pace: Pace
+    blob_bytes: Mapping[int, int]  # by layer
+
+
 class Controller:
     """Answers the route events of one model."""
 
     def __init__(
-        self, plugin: PluginModel, residency: Residency, recorder: Recorder | None = None
+        self,
+        plugin: PluginModel,
+        residency: Residency,
+        recorder: Recorder | None = None,
+        guessing: Guessing | None = None,
     ) -> None:
         self.plugin = plugin
         self.residency = residency
         self.recorder = recorder
+        self.guessing = guessing
         self.hits = 0
         self.misses = 0
+        self._event = RouteEvent(-1, 0, (), ())
         self._failure: BaseException | None = None
         call, n = plugin.call, residency.n_experts
         self._call = call
@@ -45,12 +64,13 @@ class Controller:
         self._bind()
 
     def _bind(self) -> None:
-        answers = self._answers()
-        next(answers)
-        self.plugin.bind(answers.__next__)
+        routes, guesses = self._answers(self.on_route), self._answers(self.on_guess)
+        next(routes)
+        next(guesses)
+        self.plugin.bind(routes.__next__, guesses.__next__)
 
-    def _answers(self) -> Iterator[int]:
-        """Answer one event per item: 1 when the plan is filled, 0 when that raised.
+    def _answers(self, on_call: Callable[[], None]) -> Iterator[int]:
+        """Answer one call per item: 1 when it was served, 0 when that raised.
 
         ctypes would print and swallow an exception; this keeps it for whoever called decode. A
         generator, because Ctrl-C during a step is raised at the next bytecode of Python that runs:
@@ -62,7 +82,7 @@ class Controller:
                 while True:
                     yield answer
                     answer = 0
-                    self.on_route()
+                    on_call()
                     answer = 1
             except GeneratorExit:
                 return
@@ -71,8 +91,10 @@ class Controller:
 
     def on_route(self) -> None:
         call = self._call
+        if call.n_cancelled:
+            self.residency.drop(call.cancelled[: call.n_cancelled])
         n, n_tokens = call.n_experts, call.n_tokens
-        event = RouteEvent(call.layer, n_tokens, call.experts[:n], call.counts[:n])
+        self._event = event = RouteEvent(call.layer, n_tokens, call.experts[:n], call.counts[:n])
         if self.recorder is not None:
             n_used = call.n_used
             self.recorder.record(
@@ -86,15 +108,34 @@ class Controller:
         self._plan_experts[:n] = plan.experts
         self._plan_slots[:n] = plan.slots
         self._plan_loads[:n] = plan.loads
-        if plan.guesses:
-            n_guesses = min(len(plan.guesses), MAX_GUESSES)
-            self.residency.drop(key for key, _ in plan.guesses[n_guesses:])
-            self._guess_keys[:n_guesses] = [key for key, _ in plan.guesses[:n_guesses]]
-            self._guess_slots[:n_guesses] = [slot for _, slot in plan.guesses[:n_guesses]]
-            call.n_guesses = n_guesses
         if not call.continuation:
             self.hits += plan.n_hits
             self.misses += n - plan.n_hits
+            call.wants_guesses = self.guessing is not None
+
+    def on_guess(self) -> None:
+        assert self.guessing is not None
+        predictor, pace, blob_bytes = self.guessing
+        call, event, residency = self._call, self._event, self.residency
+        predictor.observe(event)
+        pace.event(event.layer, call.now_ns, call.disk_ns, call.read_bytes)
+        guesses = predictor.guess(event, self._inputs())
+        missing = [guess for guess in guesses if guess.key not in residency.slot_of]
+        if not missing:
+            return
+        chosen = pace.choose(missing, blob_bytes[missing[0].key // residency.n_experts])
+        placed = residency.guess(event, chosen[:MAX_GUESSES], (guess.key for guess in guesses))
+        n = len(placed)
+        self._guess_keys[:n] = [key for key, _ in placed]
+        self._guess_slots[:n] = [slot for _, slot in placed]
+        call.n_guesses = n
+
+    def _inputs(self) -> Inputs:
+        """The layer's gate input, [n_tokens, n_embd], over the plugin's memory."""
+        call = self._call
+        n, n_embd, stride = call.n_tokens, call.n_embd, call.x_stride
+        memory = (ctypes.c_char * ((n - 1) * stride + 4 * n_embd)).from_address(call.x)
+        return np.ndarray((n, n_embd), np.float32, memory, 0, (stride, 4))
 
     def cancel_guesses(self) -> None:
         """Drop every guess that no lane has started; only between steps."""

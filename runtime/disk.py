@@ -112,19 +112,18 @@ def speed(layout: ModelLayout, mode: ReadMode) -> float:
 
 
 class _Sampler:
-    """Times reads at random places of the first file's experts, never the same place twice."""
+    """Times reads at random places of one file's experts, never the same place twice."""
 
     def __init__(self, layout: ModelLayout, seconds: float = _PROBE_SECONDS) -> None:
         self.seconds = seconds
-        tensors = [t for layer in layout.layers for t in layer.tensors if t.file == 0]
-        tensors = tensors or [t for layer in layout.layers for t in layer.tensors]
-        self.path = layout.files[tensors[0].file]
-        self.n_bytes = min(_PROBE_BYTES, max(_PAGE, tensors[0].expert_bytes & -_PAGE))
-        self.offsets = [
-            (t.offset + expert * t.expert_bytes) & -_PAGE
-            for t in tensors
-            if t.file == tensors[0].file
-            for expert in range(t.ne[2])
+        pieces = [piece for layer in layout.layers for piece in layer.copies[0].pieces]
+        file = int(pieces[0].file[0])
+        self.path = layout.files[file]
+        self.n_bytes = min(_PROBE_BYTES, max(_PAGE, pieces[0].n_bytes & -_PAGE))
+        self.offsets: list[int] = [
+            offset
+            for piece in pieces
+            for offset in (piece.offset[piece.file == file] & -_PAGE).tolist()
         ]
         # Seeded: two starts of the same model must not differ in what they read.
         random.Random(0).shuffle(self.offsets)

@@ -47,7 +47,7 @@ class ValueType(IntEnum):
     FLOAT64 = 12
 
 
-_CODES: dict[ValueType, str] = {
+VALUE_CODES: dict[ValueType, str] = {
     ValueType.UINT8: "B",
     ValueType.INT8: "b",
     ValueType.UINT16: "H",
@@ -332,7 +332,7 @@ class _Reader:
     def items(self, item: ValueType, count: int) -> tuple[Scalar, ...]:
         if item is ValueType.STRING:
             return tuple(raw.decode("utf-8", "replace") for raw in self.strings(count))
-        code = f"<{count}{_CODES[item]}"
+        code = f"<{count}{VALUE_CODES[item]}"
         return struct.unpack(code, self.take(struct.calcsize(code)))
 
     def value_type(self, key: str) -> ValueType:
@@ -352,7 +352,7 @@ class _Reader:
             item, count = self.value_type(key), self.u64()
             if item is ValueType.ARRAY:
                 raise self.damaged(f"key {key} is an array of arrays")
-            each = 8 if item is ValueType.STRING else struct.calcsize("<" + _CODES[item])
+            each = 8 if item is ValueType.STRING else struct.calcsize("<" + VALUE_CODES[item])
             if count * each > self.file_bytes - self.at:
                 raise self.damaged(f"key {key} claims {count} items, more than the file can hold")
             payload = self.at

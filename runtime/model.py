@@ -7,28 +7,35 @@ does not know generation, sampling or the command line.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from moe_gguf.policies.presets import policy as policy_by_name
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime import budget as budgets
 from moe_gguf.runtime import disk, logs
 from moe_gguf.runtime.budget import Budget, Needs, format_size
-from moe_gguf.runtime.controller import Controller, Recorder
+from moe_gguf.runtime.controller import Controller, Guessing, Recorder
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.layout import ModelLayout, SlotLayout, read_layout, slot_layout
+from moe_gguf.runtime.layout import ModelLayout, MoeLayer, SlotLayout, read_layout, slot_layout
 from moe_gguf.runtime.plugin import (
     ABI,
+    COPIES,
+    PART,
     Config,
     PluginModel,
     Tensor,
+    Transform,
     TrunkTensor,
 )
+from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms, layout_name
 
 _MIB = 2**20
 # ggml-cpu's own work buffers of the trunk's matmuls and the tiled kernels' per-thread scratch.
@@ -78,7 +85,12 @@ class OpenModel:
         self.slots = slot_layout(self.layout, probe.offset_align)
         spare = budgets.auto_size() - self.total
         self.mode = disk.choose(self.layout, probe, options.reads, options.lanes, spare)
-        self.plugin = PluginModel(_config(self.layout, self.slots, self.mode))
+        transforms = Transforms(self.layout.metadata)
+        self._repacked = _repacked_trunk(self.layout, transforms)
+        self.plugin = PluginModel(
+            _config(self.layout, self.slots, self.mode, transforms, self._repacked)
+        )
+        self.foreign_layouts = tuple(transforms.rules)
         self._keep: list[Any] = []  # ctypes memory llama.cpp points into while loading
         self.needs: Needs | None = None  # once measured
         self.n_ctx = 0  # likewise
@@ -91,16 +103,20 @@ class OpenModel:
         """The caller's parameters with what the plugin needs."""
         names = {t.name.split(".", 2)[2] for layer in self.layout.layers for t in layer.tensors}
         pattern = r"^blk\.[0-9]+\.(" + "|".join(sorted(n.replace(".", r"\.") for n in names)) + ")$"
-        overrides = (BuftOverride * 3)(
-            BuftOverride(pattern.encode(), self.plugin.expert_buffer_type()),
-            BuftOverride(b".*", self.plugin.trunk_buffer_type()),
+        types = [(pattern, self.plugin.expert_buffer_type())]
+        if self._repacked:
+            names = {name.replace(".", r"\.") for name in self._repacked}
+            types.append((f"^({'|'.join(sorted(names))})$", self.plugin.repack_buffer_type()))
+        types.append((".*", self.plugin.trunk_buffer_type()))
+        overrides = (BuftOverride * (len(types) + 1))(
+            *(BuftOverride(pattern.encode(), buft) for pattern, buft in types),
             BuftOverride(None, None),
         )
         self._keep.append(overrides)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
         # Nothing is mapped (see open_stream in native/model.cpp): the trunk is anonymous memory.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
-        # Slots hold experts in the plain layout; repacked kernels sum in another order.
+        # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
         params.use_extra_bufts = False
         params.n_gpu_layers = 0
         return params
@@ -193,14 +209,13 @@ class OpenModel:
             self.needs = self.needs._replace(process=self.needs.process + surplus)
         budget = self.divide()
         self.plugin.allocate(budget.n_slots)
-        residency = Residency(
-            budget.n_slots,
-            self.layout.n_experts,
-            self.policy.cache,
-            self.policy.order,
-            self.policy.predictor,
-        )
-        self.controller = Controller(self.plugin, residency, recorder)
+        cache, order, predictor, pace = self.policy
+        residency = Residency(budget.n_slots, self.layout.n_experts, cache, order)
+        guessing = None
+        if predictor is not None:
+            blob_bytes = {layer.layer: layer.blob_bytes for layer in self.layout.layers}
+            guessing = Guessing(predictor, pace, blob_bytes)
+        self.controller = Controller(self.plugin, residency, recorder, guessing)
         return self.controller
 
     def free_slots(self) -> int:
@@ -262,34 +277,62 @@ def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
     return _WORK_BASE + 72 * n_all + max(whole, gathered + kept) + quantized
 
 
-def _config(layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode) -> Config:
-    tensors = [t for layer in layout.layers for t in layer.tensors]
-    mirrored = (Tensor * len(tensors))(
-        *(
-            Tensor(
-                t.name.encode(),
-                t.offset,
-                t.expert_bytes,
-                slots.offsets[t.layer, t.name],
-                t.layer,
-                t.file,
-            )
-            for t in tensors
-        )
-    )
-    experts = {t.name for t in tensors}
-    trunk = [t for t in layout.tensors if t.name not in experts]
-    trunk_tensors = (TrunkTensor * len(trunk))(
-        *(TrunkTensor(t.name.encode(), t.offset, t.n_bytes, t.file) for t in trunk)
-    )
-    paths = (ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files))
+# Matrices that llama.cpp multiplies with and, where it may, keeps repacked. Of a name that is
+# not here the plain kernel runs: as exact, slower.
+_REPACKABLE = re.compile(r"(output|blk\.\d+\.(attn|ffn|ssm)_\w+)\.weight")
 
+
+def _repacked_trunk(layout: ModelLayout, transforms: Transforms) -> list[str]:
+    """Trunk tensors to hold repacked, as stock llama.cpp does; none unless the experts are."""
+    codes = [
+        transforms.code(name, kind, t.ne[:2])[0]
+        for layer in layout.layers
+        for t, name, kind in zip(
+            layer.tensors, layer.copies[0].layouts, layer.copies[0].types, strict=True
+        )
+    ]
+    if LAYOUT_REPACKED not in codes:
+        return []
+    return [
+        t.name
+        for t in layout.trunk
+        if len(t.ne) == 2
+        and _REPACKABLE.fullmatch(t.name)
+        and layout_name(t.ggml_type, (t.ne[0], t.ne[1]))
+    ]
+
+
+def _config(
+    layout: ModelLayout,
+    slots: SlotLayout,
+    mode: disk.ReadMode,
+    transforms: Transforms,
+    repacked: Collection[str],
+) -> Config:
+    tensors = [
+        _mirror(layer, i, slots, transforms)
+        for layer in layout.layers
+        for i in range(len(layer.tensors))
+    ]
+    trunk = layout.trunk
+    parts = _parts(layout, slots)
+    rules = [
+        Transform(
+            rule.rows,
+            len(rule.flip) // rule.rows,
+            rule.source.ctypes.data,
+            rule.flip.ctypes.data,
+        )
+        for rule in transforms.rules.values()
+    ]
     config = Config(
         abi=ABI,
         n_experts=layout.n_experts,
         n_files=len(layout.files),
         n_trunk_tensors=len(trunk),
         n_tensors=len(tensors),
+        n_parts=len(parts),
+        n_transforms=len(rules),
         lanes=mode.lanes,
         direct=mode.direct,
         offset_align=mode.offset_align,
@@ -297,9 +340,51 @@ def _config(layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode) -> Conf
         slot_bytes=slots.slot_bytes,
         header_bytes=len(layout.header),
         stream_bytes=layout.stream_bytes,
-        paths=paths,
-        trunk_tensors=trunk_tensors,
-        tensors=mirrored,
+        paths=(ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files)),
+        trunk_tensors=(TrunkTensor * len(trunk))(
+            *(
+                TrunkTensor(t.name.encode(), t.offset, t.n_bytes, t.file, t.name in repacked)
+                for t in trunk
+            )
+        ),
+        tensors=(Tensor * len(tensors))(*tensors),
+        parts=parts.ctypes.data,
+        transforms=(Transform * len(rules))(*rules),
         header=layout.header,
     )
+    config.keep = parts  # the struct holds its address only
     return config
+
+
+def _mirror(layer: MoeLayer, i: int, slots: SlotLayout, transforms: Transforms) -> Tensor:
+    tensor = layer.tensors[i]
+    mirror = Tensor(name=tensor.name.encode(), layer=layer.layer, type=(-1,) * COPIES)
+    mirror.ne[:] = tensor.ne[:2]
+    for c, copy in enumerate(layer.copies):
+        mirror.type[c] = copy.types[i]
+        mirror.slot_offset[c] = slots.matrix(layer, c, i)
+        mirror.layout[c], mirror.transform[c] = transforms.code(
+            copy.layouts[i], copy.types[i], tensor.ne[:2]
+        )
+    return mirror
+
+
+def _parts(layout: ModelLayout, slots: SlotLayout) -> NDArray[Any]:
+    """The plugin's table of what to read for each key, in the order of keys."""
+    n_experts, n_layers = layout.n_experts, layout.layers[-1].layer + 1
+    tables = []
+    for c in range(COPIES):
+        for layer in layout.layers:
+            if c >= len(layer.copies):
+                continue
+            pieces = layer.copies[c].pieces
+            table = np.zeros((n_experts, len(pieces)), PART)
+            first = (c * n_layers + layer.layer) * n_experts
+            table["key"] = (first + np.arange(n_experts))[:, None]
+            for i, piece in enumerate(pieces):
+                table["file"][:, i] = piece.file
+                table["offset"][:, i] = piece.offset
+                table["n_bytes"][:, i] = piece.n_bytes
+                table["slot_offset"][:, i] = slots.offsets[layer.layer, c][i]
+            tables.append(table.reshape(-1))
+    return np.concatenate(tables)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp
+import numpy as np
 
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.errors import ExpertReadError, UserError
 
-ABI = 2
+ABI = 3
 MAX_GUESSES = 256
+COPIES = 2
 LIBRARY = "libggml-moe.so"
 
 i32, i64 = ctypes.c_int32, ctypes.c_int64
@@ -30,11 +32,35 @@ i32_array = ctypes.POINTER(i32)
 class Tensor(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char * 64),
-        ("offset", i64),
-        ("expert_bytes", i64),
-        ("slot_offset", i64),
+        ("slot_offset", i64 * COPIES),
+        ("ne", i64 * 2),
+        ("type", i32 * COPIES),
+        ("layout", i32 * COPIES),
+        ("transform", i32 * COPIES),
         ("layer", i32),
+        ("reserved", i32),
+    ]
+
+
+class Part(ctypes.Structure):
+    _fields_ = [
+        ("offset", i64),
+        ("n_bytes", i64),
+        ("slot_offset", i64),
+        ("key", i32),
         ("file", i32),
+    ]
+
+
+PART = np.dtype(Part)  # tens of thousands of them are filled at once
+
+
+class Transform(ctypes.Structure):
+    _fields_ = [
+        ("rows", i32),
+        ("block_bytes", i32),
+        ("source", ctypes.c_void_p),
+        ("flip", ctypes.c_void_p),
     ]
 
 
@@ -44,7 +70,7 @@ class TrunkTensor(ctypes.Structure):
         ("offset", i64),
         ("n_bytes", i64),
         ("file", i32),
-        ("reserved", i32),
+        ("repacked", i32),
     ]
 
 
@@ -55,17 +81,20 @@ class Config(ctypes.Structure):
         ("n_files", i32),
         ("n_trunk_tensors", i32),
         ("n_tensors", i32),
+        ("n_parts", i32),
+        ("n_transforms", i32),
         ("lanes", i32),
         ("direct", i32),
         ("offset_align", i32),
         ("memory_align", i32),
-        ("reserved", i32),
         ("slot_bytes", i64),
         ("header_bytes", i64),
         ("stream_bytes", i64),
         ("paths", ctypes.POINTER(ctypes.c_char_p)),
         ("trunk_tensors", ctypes.POINTER(TrunkTensor)),
         ("tensors", ctypes.POINTER(Tensor)),
+        ("parts", ctypes.c_void_p),
+        ("transforms", ctypes.POINTER(Transform)),
         ("header", ctypes.c_char_p),
     ]
 
@@ -81,10 +110,16 @@ class Call(ctypes.Structure):
         ("continuation", i32),
         ("n_embd", i32),
         ("x_stride", i64),
+        ("now_ns", i64),
+        ("disk_ns", i64),
+        ("read_bytes", i64),
         ("x", ctypes.c_void_p),
         ("ids", i32_array),
         ("experts", i32_array),
         ("counts", i32_array),
+        ("cancelled", i32_array),
+        ("n_cancelled", i32),
+        ("wants_guesses", i32),
         ("plan_experts", ctypes.c_void_p),
         ("plan_slots", ctypes.c_void_p),
         ("plan_loads", ctypes.c_void_p),
@@ -100,11 +135,14 @@ class Stats(ctypes.Structure):
         (name, i64)
         for name in (
             "read_bytes",
+            "guess_bytes",
+            "disk_ns",
             "reads",
             "bounced",
             "stall_ns",
             "compute_ns",
             "route_ns",
+            "guess_ns",
             "events",
             "whole",
             "rounds",
@@ -148,7 +186,8 @@ ROUTE_FN = ctypes.CFUNCTYPE(i32)
 ERROR_NONE, ERROR_READ, ERROR_OTHER = 0, 1, 2
 
 # The kinds of ``Event``: moe_event_kind in moe.h.
-EVENT_LAYER, EVENT_ROUTE, EVENT_COMPUTE, EVENT_STALL, EVENT_DEMAND, EVENT_GUESS = range(6)
+EVENT_LAYER, EVENT_ROUTE, EVENT_COMPUTE, EVENT_STALL = range(4)
+EVENT_DEMAND, EVENT_GUESS, EVENT_PREDICT = range(4, 7)
 
 
 def library_path() -> Path:
@@ -189,10 +228,11 @@ def load() -> ctypes.CDLL:
         ("moe_model_free", None, [handle]),
         ("moe_model_expert_buffer_type", handle, [handle]),
         ("moe_model_trunk_buffer_type", handle, [handle]),
+        ("moe_model_repack_buffer_type", handle, [handle]),
         ("moe_model_stream", handle, [handle]),
         ("fclose", ctypes.c_int, [handle]),  # the C library's, for that stream
         ("moe_model_arena", i32, [handle, i32]),
-        ("moe_model_bind", None, [handle, ROUTE_FN]),
+        ("moe_model_bind", None, [handle, ROUTE_FN, ROUTE_FN]),
         ("moe_model_call", ctypes.POINTER(Call), [handle]),
         ("moe_model_stats", None, [handle, ctypes.POINTER(Stats), i32]),
         ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),
@@ -201,6 +241,8 @@ def load() -> ctypes.CDLL:
         ("moe_model_timeline", None, [handle, i32]),
         ("moe_model_timeline_read", i32, [handle, ctypes.POINTER(Event), i32]),
         ("moe_model_inject", None, [handle, i32, i32]),
+        ("moe_repack_supported", i32, [i32, i64, i64]),
+        ("moe_repack", None, [i32, i64, i64, handle, handle]),
         ("moe_probe_direct", None, [ctypes.c_char_p, ctypes.POINTER(Probe)]),
         (
             "moe_probe_speed",
@@ -239,7 +281,7 @@ class PluginModel:
         self._handle = self._lib.moe_model_new(ctypes.byref(config), error, len(error))
         if not self._handle:
             raise UserError(error.value.decode(errors="replace"))
-        self._route: Any = None  # the ctypes thunk must outlive the binding
+        self._bound: Any = None  # the ctypes thunks must outlive the binding
         self.n_slots = 0
         self.call: Call = self._lib.moe_model_call(self._handle).contents
 
@@ -254,6 +296,10 @@ class PluginModel:
 
     def trunk_buffer_type(self) -> int:
         return int(self._lib.moe_model_trunk_buffer_type(self._open))
+
+    def repack_buffer_type(self) -> int:
+        """Only where ``moe_repack_supported`` said yes to something."""
+        return int(self._lib.moe_model_repack_buffer_type(self._open))
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[int]:
@@ -271,9 +317,9 @@ class PluginModel:
             raise UserError(f"the system refused the memory for {n_slots} slots: lower --memory")
         self.n_slots = n_slots
 
-    def bind(self, route: Callable[[], int]) -> None:
-        self._route = ROUTE_FN(route)
-        self._lib.moe_model_bind(self._open, self._route)
+    def bind(self, route: Callable[[], int], guess: Callable[[], int]) -> None:
+        self._bound = ROUTE_FN(route), ROUTE_FN(guess)
+        self._lib.moe_model_bind(self._open, *self._bound)
 
     def stats(self, reset: bool = False) -> Stats:
         stats = Stats()

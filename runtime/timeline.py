@@ -2,7 +2,7 @@
 
 Owns turning the plugin's events into slices; the plugin records them, ``Llama`` says when its last
 step began and ended. One track shows the model: the trunk between the layers, and inside each
-layer the route callback, the expert graphs and the stalls. One track per lane shows its reads.
+layer the callbacks, the expert graphs and the stalls. One track per lane shows its reads.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _PIECE = 1024  # events taken at once: as Python objects they are four times as 
 _MODEL_TRACK, _FIRST_LANE_TRACK = 0, 1
 _NAMES = {
     plugin.EVENT_ROUTE: "route",
+    plugin.EVENT_PREDICT: "predict",
     plugin.EVENT_COMPUTE: "compute",
     plugin.EVENT_STALL: "stall",
     plugin.EVENT_DEMAND: "demand",
@@ -87,7 +88,7 @@ def trace(events: Iterable[plugin.Event], step: Step, n_experts: int) -> dict[st
             }
         )
 
-    sums = dict.fromkeys(("trunk", "route", "compute", "stall"), 0)
+    sums = dict.fromkeys(("trunk", "route", "predict", "compute", "stall"), 0)
     lanes = set()
     at, layers_ns = step.start_ns, 0
     for event in sorted(events, key=lambda e: (e.start_ns, -e.end_ns)):
@@ -111,7 +112,7 @@ def trace(events: Iterable[plugin.Event], step: Step, n_experts: int) -> dict[st
             sums[name] += event.end_ns - event.start_ns
     put("trunk to the output", "trunk", _MODEL_TRACK, at, step.end_ns)
     sums["trunk"] += step.end_ns - at
-    sums["other"] = layers_ns - sums["route"] - sums["compute"] - sums["stall"]
+    sums["other"] = layers_ns - sum(ns for name, ns in sums.items() if name != "trunk")
     tracks = {_MODEL_TRACK: "model"} | {_FIRST_LANE_TRACK + n: f"lane {n}" for n in sorted(lanes)}
     names = [_label("process_name", 0, "moe-gguf")]
     names += [_label("thread_name", track, name) for track, name in tracks.items()]

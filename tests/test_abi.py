@@ -29,6 +29,8 @@ INCLUDE = Path(str(importlib.metadata.distribution("llama-cpp-python").locate_fi
 
 MIRRORS: dict[str, type[ctypes.Structure]] = {
     "moe_tensor": plugin.Tensor,
+    "moe_part": plugin.Part,
+    "moe_transform": plugin.Transform,
     "moe_trunk_tensor": plugin.TrunkTensor,
     "moe_config": plugin.Config,
     "moe_call": plugin.Call,
@@ -79,7 +81,9 @@ def show(name: str, expression: str) -> str:
 
 def test_the_mirror_equals_the_header(tmp_path: Path) -> None:
     lines = [show("MOE_ABI", "MOE_ABI"), show("MOE_MAX_GUESSES", "MOE_MAX_GUESSES")]
+    lines.append(show("MOE_COPIES", "MOE_COPIES"))
     expected = {"MOE_ABI": plugin.ABI, "MOE_MAX_GUESSES": plugin.MAX_GUESSES}
+    expected["MOE_COPIES"] = plugin.COPIES
     for name, mirror in MIRRORS.items():
         lines.append(show(name, f"sizeof(struct {name})"))
         expected[name] = ctypes.sizeof(mirror)
@@ -254,7 +258,7 @@ def test_another_abi_is_refused(abi: int) -> None:
     config = plugin.Config(abi=abi, n_experts=-1, n_files=10**6, n_trunk_tensors=10**6)
     config.n_tensors, config.lanes = 10**6, 10**6
     config.header_bytes = config.stream_bytes = 2**40
-    for name in ("paths", "trunk_tensors", "tensors", "header"):
+    for name in ("paths", "trunk_tensors", "tensors", "parts", "transforms", "header"):
         kind = dict(plugin.Config._fields_)[name]
         setattr(config, name, ctypes.cast(nowhere, kind))
     with pytest.raises(UserError, match="reinstall moe-gguf"):

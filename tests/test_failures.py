@@ -49,7 +49,7 @@ from harness import (
 
 import moe_gguf
 from moe_gguf import ExpertReadError
-from moe_gguf.policies.base import RouteEvent
+from moe_gguf.policies.base import Guess, RouteEvent
 from moe_gguf.policies.cache import LFU
 from moe_gguf.policies.residency import Plan
 from moe_gguf.runtime import cgroup
@@ -268,7 +268,10 @@ class FusedPart:
     def __init__(self, fuse: Fuse) -> None:
         self.fuse = fuse
 
-    def guess(self, event: RouteEvent) -> Sequence[int]:
+    def observe(self, event: RouteEvent) -> None:
+        pass
+
+    def guess(self, event: RouteEvent, x: Any) -> Sequence[Guess]:
         self.fuse.burn()
         return []
 
@@ -405,22 +408,6 @@ LIES: dict[str, tuple[Lie, str]] = {
         lambda event, plan: plan._replace(experts=[-1] * len(plan.experts)),
         "was not asked for",
     ),
-    "a guess of no expert": (
-        lambda event, plan: plan._replace(guesses=[(3 * 16, 0)]),
-        "guesses an expert that does not exist",
-    ),
-    "a negative guess": (
-        lambda event, plan: plan._replace(guesses=[(-1, 0)]),
-        "guesses an expert that does not exist",
-    ),
-    "a guess outside the arena": (
-        lambda event, plan: plan._replace(guesses=[(0, N_SLOTS)]),
-        "in use",
-    ),
-    "a guess into a slot in use": (
-        lambda event, plan: plan._replace(guesses=[(47, plan.slots[0])]),
-        "in use",
-    ),
     # Slow, but right for once: what is wrong afterwards is the table.
     "one slot for all": (
         lambda event, plan: plan._replace(slots=[plan.slots[0]] * len(plan.slots)),
@@ -449,6 +436,40 @@ def test_lying_plan(
         assert np.array_equal(play(model), expected("qwen3moe"))
 
 
+# What a residency that lies about guesses answers, and the sentence that must come of it.
+FALSE_GUESSES = {
+    "of no expert": (3 * 16, 0),
+    "negative": (-1, 0),
+    "outside the arena": (0, N_SLOTS),
+    "into a slot in use": (47, None),
+}
+
+
+@pytest.mark.parametrize("lie", FALSE_GUESSES)
+def test_lying_guess(
+    lie: str,
+    tiny_file: TinyFile,
+    expected: Callable[[str], Logits],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    predictor = RandomGuesses([0, 1, 2], 16, n=1)
+    with ours(tiny_file("qwen3moe"), N_SLOTS, predictor=predictor) as model:
+        assert np.array_equal(play(model), expected("qwen3moe"))
+        residency = model.controller.residency
+
+        def guess(event: RouteEvent, *_: Any) -> list[tuple[int, int]]:
+            key, slot = FALSE_GUESSES[lie]
+            in_use = residency.slot_of[event.layer * 16 + event.experts[-1]]
+            return [(key, in_use if slot is None else slot)]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(residency, "guess", guess)
+            with pytest.raises(RuntimeError, match="does not exist or into a slot that is in use"):
+                play_singly(model)
+        model.check()
+        assert np.array_equal(play(model), expected("qwen3moe"))
+
+
 def play_singly(model: Ours) -> None:
     """Token by token, so that no slot is used twice in an event."""
     context = model.context()
@@ -460,7 +481,7 @@ def test_plan_of_another_step_is_refused(tiny_file: TinyFile) -> None:
     """A callback that returns without an answer (as ctypes does when it raises) fails the step."""
     with ours(tiny_file("qwen3moe"), N_SLOTS) as model:
         play(model)
-        model.opened.plugin.bind(lambda: 0)
+        model.opened.plugin.bind(lambda: 0, lambda: 0)
         with pytest.raises(RuntimeError, match="could not compute"):
             play(model)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from mutant import Field, Mutant
 from tiny import LAYOUTS, write_tiny
@@ -53,9 +54,12 @@ def test_experts_are_found_where_they_are(name: str, split: bool, tmp_path: Path
         roles = [t.role for t in layer.tensors]
         assert roles == sorted(roles, key=ROLES.index)
         assert layer.blob_bytes == sum(t.expert_bytes for t in layer.tensors)
-        for tensor in layer.tensors:
-            other = theirs[tensor.file, tensor.name]
-            assert tensor.offset == other.data_offset
+        (copy,) = layer.copies
+        assert copy.types == tuple(t.ggml_type for t in layer.tensors)
+        for tensor, piece in zip(layer.tensors, copy.pieces, strict=True):
+            other = theirs[piece.file[0], tensor.name]
+            assert piece.offset[0] == other.data_offset
+            assert (np.diff(piece.offset) == tensor.expert_bytes).all()
             assert list(tensor.ne) == other.shape.tolist()
             assert tensor.expert_bytes * layout.n_experts == other.n_bytes
             assert tensor.ggml_type == int(other.tensor_type)
@@ -204,11 +208,12 @@ def test_slot_regions_keep_their_distance(name: str, align: int, tmp_path: Path)
     assert slots.slot_bytes % max(PAGE, align) == 0
     for layer in layout.layers:
         end = 0
-        for tensor in layer.tensors:
-            at = slots.offsets[layer.layer, tensor.name]
-            assert at % align == tensor.offset % align
+        for i, piece in enumerate(layer.copies[0].pieces):
+            at = slots.offsets[layer.layer, 0][i]
+            assert at == slots.matrix(layer, 0, i)
+            assert at % align == piece.offset[0] % align
             assert at - end >= align
-            end = at + tensor.expert_bytes
+            end = at + piece.n_bytes
         assert end + align <= slots.slot_bytes
     widest = max(layer.blob_bytes + 2 * align * len(layer.tensors) for layer in layout.layers)
     assert slots.slot_bytes < widest + align + max(PAGE, align)
@@ -221,16 +226,17 @@ def test_direct_read_lands_in_place_and_harms_no_neighbour(tmp_path: Path) -> No
     slots = slot_layout(layout, align)
     raw = layout.path.read_bytes()
     layer = layout.layers[0]
-    for order in (layer.tensors, layer.tensors[::-1]):
+    pieces = list(zip(layer.copies[0].pieces, slots.offsets[layer.layer, 0], strict=True))
+    for order in (pieces, pieces[::-1]):
         slot = bytearray(slots.slot_bytes)
-        for tensor in order:
-            start = tensor.offset // align * align
-            end = -(-(tensor.offset + tensor.expert_bytes) // align) * align
-            at = slots.offsets[layer.layer, tensor.name] - (tensor.offset - start)
+        for piece, place in order:
+            offset = int(piece.offset[0])
+            start = offset // align * align
+            end = -(-(offset + piece.n_bytes) // align) * align
+            at = place - (offset - start)
             assert at % align == 0
             slot[at : at + end - start] = raw[start:end]
         assert len(slot) == slots.slot_bytes
-        for tensor in layer.tensors:
-            at = slots.offsets[layer.layer, tensor.name]
-            blob = raw[tensor.offset : tensor.offset + tensor.expert_bytes]
-            assert slot[at : at + tensor.expert_bytes] == blob
+        for piece, place in pieces:
+            blob = raw[piece.offset[0] :][: piece.n_bytes]
+            assert slot[place : place + piece.n_bytes] == blob

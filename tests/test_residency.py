@@ -8,21 +8,11 @@ from collections.abc import Sequence
 import pytest
 
 from moe_gguf.policies import POLICIES, Plan, Residency, policy
-from moe_gguf.policies.base import RouteEvent
-from moe_gguf.policies.cache import LRU, LoadOnDemand
+from moe_gguf.policies.base import Guess, RouteEvent
+from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.order import Popularity
 
 N_LAYERS, N_EXPERTS = 4, 12
-
-
-class Script:
-    """A predictor that says what it is told."""
-
-    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
-        self.answers = list(answers)
-
-    def guess(self, event: RouteEvent) -> Sequence[int]:
-        return self.answers.pop(0)
 
 
 class Slots:
@@ -33,6 +23,7 @@ class Slots:
         self.held: list[int | None] = [None] * residency.n_slots
 
     def run(self, event: RouteEvent) -> Plan:
+        """Plan an event and do what the plan says."""
         before = dict(self.residency.slot_of)
         plan = self.residency.plan(event)
         base = event.layer * N_EXPERTS
@@ -46,17 +37,29 @@ class Slots:
             assert self.held[slot] == base + expert, "a slot holds another expert than planned"
         if len(event.experts) <= self.residency.n_slots:
             assert len(set(plan.slots)) == len(plan.slots), "a slot is recycled without need"
-        for key, slot in plan.guesses:
+        self.check()
+        return plan
+
+    def guess(self, event: RouteEvent, plan: Plan, keys: Sequence[int]) -> list[int]:
+        """Read these guesses after an event; which of them found a slot."""
+        needed = {event.layer * N_EXPERTS + e for e in event.experts} & set(self.residency.slot_of)
+        placed = self.residency.guess(event, [Guess(key, 1.0) for key in keys], keys)
+        for key, slot in placed:
             assert slot not in plan.slots, "a guess overwrites a slot in use"
             self.held[slot] = key
+        assert needed <= set(self.residency.slot_of), "a guess evicts what is needed now"
+        self.check()
+        return [key for key, _ in placed]
+
+    def check(self) -> None:
         for key, slot in self.residency.slot_of.items():
             assert self.held[slot] == key, "the table promises an expert that is not there"
         self.residency.check_integrity()
-        return plan
 
 
 def make(n_slots: int, name: str = "lru") -> Slots:
-    return Slots(Residency(n_slots, N_EXPERTS, *policy(name)))
+    cache, order, *_ = policy(name)
+    return Slots(Residency(n_slots, N_EXPERTS, cache, order))
 
 
 def event(layer: int, *experts: int, counts: Sequence[int] | None = None) -> RouteEvent:
@@ -139,43 +142,68 @@ def test_nothing_stays_under_load_on_demand() -> None:
         assert len(slots.residency.free) == 4
 
 
-def test_guesses_take_free_slots_only() -> None:
+def test_a_guess_is_on_probation() -> None:
+    slots = Slots(Residency(5, N_EXPERTS, LRU(), Popularity()))
     ahead = [N_EXPERTS + e for e in (1, 2, 3, 4)]
-    script = Script([[*ahead[:2], ahead[0]], ahead, ahead, []])
-    slots = Slots(Residency(5, N_EXPERTS, LRU(), Popularity(), script))
-    assert [key for key, _ in slots.run(event(0, 0)).guesses] == ahead[:2]  # no key twice
-    # Two slots are free and one is demanded, so one guess fits: the best that is not there yet.
-    assert [key for key, _ in slots.run(event(0, 0, 5)).guesses] == ahead[2:3]
-    before = set(slots.residency.slot_of)
-    assert slots.run(event(0, 0)).guesses == []  # full: nothing is evicted for a guess
-    assert set(slots.residency.slot_of) == before
-    assert slots.run(event(1, 1, 2)).n_hits == 2  # the guesses came true
+    demanded = event(0, 0, 5)
+    plan = slots.run(demanded)
+    assert slots.guess(demanded, plan, [*ahead[:2], ahead[0]]) == ahead[:2]  # no key twice
+    # One slot is free. The fourth guess finds none: everything resident is needed or guessed.
+    assert slots.guess(demanded, plan, ahead) == ahead[2:3]
+    residency = slots.residency
+    assert not set(ahead) & set(residency.cache), "the policy learns of a guess before its use"
+    assert slots.run(event(1, 1, 2)).n_hits == 2  # two came true
+    assert residency.guesses_used == 2
+    assert set(ahead[:2]) <= set(residency.cache)
+    # The third was wrong, so it goes first: the policy's own victim, 0 of layer 0, stays.
+    assert ahead[2] in residency.stale
+    slots.run(event(0, 7))
+    assert ahead[2] not in residency.slot_of
+    assert 0 in residency.slot_of
+
+
+def test_a_stale_guess_may_still_come_true() -> None:
+    slots = make(5)
+    first = event(0, 0)
+    slots.guess(first, slots.run(first), [N_EXPERTS + 3])
+    slots.run(event(1, 1))
+    assert slots.run(event(1, 3)).n_hits == 1
+    assert slots.residency.guesses_used == 0
+    assert not slots.residency.stale
+
+
+def test_a_guess_evicts_what_the_policy_gives_but_nothing_needed() -> None:
+    slots = make(3)
+    slots.run(event(1, 7))
+    demanded = event(0, 1, 2)
+    plan = slots.run(demanded)
+    ahead = [N_EXPERTS + e for e in (4, 5)]
+    assert slots.guess(demanded, plan, ahead) == ahead[:1]  # in the place of 7
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_random_guesses_evict_nothing(name: str) -> None:
+def test_random_guesses(name: str) -> None:
     rng = random.Random(4)
     keys = range(N_LAYERS * N_EXPERTS)
-    script = Script([rng.sample(keys, 6) for _ in range(300)])
-    cache, order, _ = policy(name)
-    slots = Slots(Residency(15, N_EXPERTS, cache, order, script))
+    slots = make(15, name)
     for _ in range(300):
         demanded = random_event(rng)
-        before = set(slots.residency.slot_of)
         plan = slots.run(demanded)
-        wanted = {demanded.layer * N_EXPERTS + e for e in demanded.experts}
-        lost = before - set(slots.residency.slot_of)
-        assert len(lost) <= sum(plan.loads), "more was evicted than demanded"
-        assert not {key for key, _ in plan.guesses} & (before | wanted)
+        before = set(slots.residency.slot_of)
+        placed = slots.guess(demanded, plan, rng.sample(keys, 6))
+        assert not set(placed) & before
         if rng.random() < 0.2:
-            slots.residency.drop([key for key, _ in plan.guesses])
-            slots.residency.drop(rng.sample(sorted(slots.residency.slot_of), 0))
-            slots.residency.check_integrity()
+            slots.residency.drop(placed)  # as when the plugin cancelled them
+            slots.check()
 
 
-def test_load_on_demand_takes_no_guess() -> None:
-    slots = Slots(Residency(4, N_EXPERTS, LoadOnDemand(), None, Script([[20, 21]])))
-    assert slots.run(event(0, 1)).guesses == []
+def test_guesses_under_load_on_demand() -> None:
+    """They find the slots that are not in use, and are used once like everything else."""
+    slots = make(4, "load-on-demand")
+    first = event(0, 1)
+    assert slots.guess(first, slots.run(first), [N_EXPERTS + 1]) in ([], [N_EXPERTS + 1])
+    slots.run(event(1, 1))
+    assert not slots.residency.slot_of
 
 
 def test_a_dropped_expert_is_loaded_again() -> None:

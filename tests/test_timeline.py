@@ -49,7 +49,7 @@ def test_events_agree_with_the_counters(tiny_file: TinyFile) -> None:
         context.decode(rows([4], pos=3))
         events = model.opened.plugin.timeline_read(10_000)
         stats = model.stats()
-        count = {kind: sum(e.kind == kind for e in events) for kind in range(6)}
+        count = {kind: sum(e.kind == kind for e in events) for kind in range(7)}
         assert count[plugin.EVENT_LAYER] == count[plugin.EVENT_ROUTE] == stats.events
         assert count[plugin.EVENT_DEMAND] == stats.reads > 0
         assert count[plugin.EVENT_GUESS] == 0
@@ -93,7 +93,7 @@ def test_trace_by_hand() -> None:
         "demand layer 0 expert 7": (2, 13, 17),
         "guess layer 1 expert 3": (1, -10, 22),
     }
-    sums = {"trunk": 30, "route": 2, "compute": 8, "stall": 15, "other": 45}
+    sums = {"trunk": 30, "route": 2, "predict": 0, "compute": 8, "stall": 15, "other": 45}
     assert document["otherData"]["ms"] == {name: us / 1000 for name, us in sums.items()}
     assert sum(sums.values()) == 100
     names = [e["args"]["name"] for e in document["traceEvents"] if e["ph"] == "M"]

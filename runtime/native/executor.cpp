@@ -40,13 +40,15 @@ ggml_tensor * executor::clone(const ggml_tensor * t, int64_t ne1, int64_t ne2, v
     return r;
 }
 
-ggml_tensor * executor::slot_view(const ggml_tensor * weight) {
-    const moe_model &  model = *c_.model;
-    const moe_tensor * where = model.find(weight);
-    ggml_tensor *      r     = ggml_new_tensor_3d(meta_, weight->type, weight->ne[0], weight->ne[1], model.n_slots);
-    r->nb[2]                 = model.slot_bytes;
-    r->nb[3]                 = model.slot_bytes * model.n_slots;
-    r->data                  = model.arena + where->slot_offset;
+ggml_tensor * executor::slot_view(const ggml_tensor * weight, int copy) {
+    const moe_model & model = *c_.model;
+    const auto        where = model.in_slots(*model.find(weight), copy);
+    ggml_tensor *     r     = ggml_new_tensor_3d(meta_, where.type, weight->ne[0], weight->ne[1], model.n_slots);
+    r->nb[2]                = model.slot_bytes;
+    r->nb[3]                = model.slot_bytes * model.n_slots;
+    r->data                 = where.data;
+    r->buffer               = where.buffer;
+    r->extra                = where.extra;
     return r;
 }
 
@@ -175,24 +177,42 @@ bool executor::ask() {
             model.last_seen.push_back(model.find(t->src[0]));
         }
     }
-    call.layer     = c.layer;
-    call.n_tokens  = c.n_tokens;
-    call.n_used    = c.n_used;
-    call.n_embd    = (int)c.x->ne[0];
-    call.x         = (const float *)c.x->data;
-    call.x_stride  = (int64_t)c.x->nb[2];
-    call.ids       = ids_.data();
-    call.n_guesses = 0;
+    call.layer         = c.layer;
+    call.n_tokens      = c.n_tokens;
+    call.n_used        = c.n_used;
+    call.n_embd        = (int)c.x->ne[0];
+    call.x             = (const float *)c.x->data;
+    call.x_stride      = (int64_t)c.x->nb[2];
+    call.ids           = ids_.data();
+    call.n_guesses     = 0;
+    call.wants_guesses = 0;
     if (model.route == nullptr || model.arena == nullptr) {
         model.fail(ERROR_OTHER, "the model has no controller or no arena");
         return false;
     }
+    drop_wrong_guesses();
     const int64_t t0 = now_ns();
+    call.now_ns      = t0;
+    call.disk_ns     = model.reads->disk_ns();
+    call.read_bytes  = model.reads->count.bytes;
     const int32_t rc = model.route();
     model.stats.route_ns += now_ns() - t0;
     record(MOE_EVENT_ROUTE, t0);
     model.stats.events++;
     return rc == 1 && read_plan();
+}
+
+// Guesses for this layer that it did not ask for, and those of layers already passed.
+void executor::drop_wrong_guesses() {
+    moe_model & model = *c_.model;
+    const auto  wrong = [&](int key) {
+        const int layer = key / model.n_experts % model.n_layers;
+        return layer < c_.layer || (layer == c_.layer && index_of_[key % model.n_experts] < 0);
+    };
+    dropped_.clear();
+    model.reads->drop_guesses(wrong, dropped_, MOE_MAX_GUESSES);
+    std::copy(dropped_.begin(), dropped_.end(), model.call.cancelled);
+    model.call.n_cancelled = (int32_t)dropped_.size();
 }
 
 // Turns the callback's answer into entries_. A wrong plan would compute with wrong weights, so
@@ -210,27 +230,26 @@ bool executor::read_plan() {
         } else if (slot < 0 || slot >= model.n_slots) {
             wrong = "names a slot that does not exist";
         } else {
-            const int key  = c_.layer * model.n_experts + expert;
-            bool      load = call.plan_loads[i] != 0;
-            if (!load && (model.reads->key_of(slot) != key || occupant_[slot] >= 0)) {
-                wrong = "takes an expert for resident that is not";
-                break;
-            }
+            bool load = call.plan_loads[i] != 0;
+            int  copy = call.plan_loads[i] - 1;
             if (!load) {
+                const int key = model.reads->key_of(slot);
+                copy          = key == model.key_of(0, c_.layer, expert) ? 0 : key == model.key_of(1, c_.layer, expert) ? 1 : -1;
+                if (copy < 0 || occupant_[slot] >= 0) {
+                    wrong = "takes an expert for resident that is not";
+                    break;
+                }
                 model.reads->promote(slot);
-                load = model.reads->state(slot) == slot_state::FAILED;  // a guess that could not be read
+                load = !model.reads->coming(slot);  // a guess that failed or was given up
+            } else if (copy < 0 || copy >= MOE_COPIES || !model.is_key(model.key_of(copy, c_.layer, expert))) {
+                wrong = "loads a copy that does not exist";
+                break;
             }
             const int index   = index_of_[expert];
             index_of_[expert] = -1;  // so that naming it again is caught
-            entries_.push_back({expert, slot, first_of_[index], call.counts[index], occupant_[slot], load, false, false});
+            entries_.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], load, false, false});
             model.stats.recycled += occupant_[slot] >= 0;
             occupant_[slot] = i;
-        }
-    }
-    for (int i = 0; i < call.n_guesses && !wrong; i++) {
-        const int key = call.guess_keys[i], slot = call.guess_slots[i];
-        if (key < 0 || !model.has_layer(key / model.n_experts) || slot < 0 || slot >= model.n_slots || occupant_[slot] >= 0) {
-            wrong = "guesses an expert that does not exist or into a slot that is in use";
         }
     }
     for (const entry & e : entries_) {
@@ -240,6 +259,31 @@ bool executor::read_plan() {
         model.fail(ERROR_OTHER, std::string("the controller's plan ") + wrong);
     }
     return wrong == nullptr;
+}
+
+// Asks for guesses, now that the disk has what this layer waits for, and submits them.
+bool executor::read_guesses() {
+    moe_model & model = *c_.model;
+    moe_call &  call  = model.call;
+    if (call.wants_guesses && model.guess) {
+        const int64_t t0 = now_ns();
+        const int32_t rc = model.guess();
+        model.stats.guess_ns += now_ns() - t0;
+        record(MOE_EVENT_PREDICT, t0);
+        if (rc != 1) {
+            return false;
+        }
+    }
+    for (int i = 0; i < call.n_guesses; i++) {
+        const int  key = call.guess_keys[i], slot = call.guess_slots[i];
+        const auto uses = [slot](const entry & e) { return e.slot == slot; };
+        if (!model.is_key(key) || slot < 0 || slot >= model.n_slots || std::any_of(entries_.begin(), entries_.end(), uses)) {
+            model.fail(ERROR_OTHER, "the controller guesses an expert that does not exist or into a slot that is in use");
+            return false;
+        }
+        model.load(slot, key, true);
+    }
+    return true;
 }
 
 ggml_status executor::run_chain() {
@@ -270,7 +314,7 @@ void executor::submit_ready_loads() {
     moe_model & model = *c_.model;
     for (entry & e : entries_) {
         if (e.load && !e.submitted && (e.waits_for < 0 || entries_[e.waits_for].done)) {
-            model.reads->submit(e.slot, c_.layer * model.n_experts + e.expert, model.parts_of(c_.layer, e.expert, e.slot), false);
+            model.load(e.slot, model.key_of(e.copy, c_.layer, e.expert), false);
             e.submitted = true;
         }
     }
@@ -280,13 +324,12 @@ ggml_status executor::run_entries() {
     moe_model &   model = *c_.model;
     const int64_t pairs = (int64_t)c_.n_used * c_.n_tokens;
     submit_ready_loads();
-    for (int i = 0; i < model.call.n_guesses; i++) {
-        const int key = model.call.guess_keys[i], slot = model.call.guess_slots[i];
-        model.reads->submit(slot, key, model.parts_of(key / model.n_experts, key % model.n_experts, slot), true);
+    if (!read_guesses()) {
+        return GGML_STATUS_FAILED;
     }
     bool whole = pairs * model.n_slots * 8 <= WORK_BYTES;
     for (const entry & e : entries_) {
-        whole = whole && model.reads->state(e.slot) == slot_state::READY && e.waits_for < 0;
+        whole = whole && model.reads->state(e.slot) == slot_state::READY && e.waits_for < 0 && e.copy == 0;
     }
     if (whole) {
         model.stats.whole++;
@@ -300,6 +343,7 @@ ggml_status executor::run_entries() {
         ready_.clear();
         waiting_.clear();
         int64_t taken = 0;
+        int     copy  = 0;
         for (size_t i = 0; i < entries_.size(); i++) {
             const entry & e = entries_[i];
             if (e.done || (e.load && !e.submitted)) {
@@ -312,9 +356,10 @@ ggml_status executor::run_entries() {
             }
             if (state == slot_state::LOADING) {
                 waiting_.push_back(e.slot);
-            } else if (taken == 0 || taken + e.count <= limit) {
+            } else if (taken == 0 || (taken + e.count <= limit && e.copy == copy)) {
                 ready_.push_back((int)i);
                 taken += e.count;
+                copy = e.copy;
             }
         }
         if (ready_.empty()) {
@@ -324,7 +369,7 @@ ggml_status executor::run_entries() {
             record(MOE_EVENT_STALL, t0);
             continue;
         }
-        const ggml_status status = run_round(ready_);
+        const ggml_status status = run_round(ready_, copy);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
@@ -356,7 +401,7 @@ ggml_status executor::run_whole() {
         }
         ggml_tensor * r = clone(t, t->ne[1], t->ne[2], t->data);
         memcpy(r->nb, t->nb, sizeof(r->nb));
-        r->src[0] = slot_view(t->src[0]);
+        r->src[0] = slot_view(t->src[0], 0);
         r->src[2] = ids;
         ggml_graph_add_node(graph, r);
     }
@@ -437,7 +482,7 @@ ggml_tensor * executor::rows_of(const ggml_tensor * input, const std::vector<int
     return r;
 }
 
-ggml_status executor::run_round(const std::vector<int> & chosen) {
+ggml_status executor::run_round(const std::vector<int> & chosen, int copy) {
     round_pairs_.clear();
     round_slots_.clear();
     round_experts_.clear();
@@ -485,7 +530,7 @@ ggml_status executor::run_round(const std::vector<int> & chosen) {
         } else {
             for (int j = 0; j < GGML_MAX_SRC && t->src[j]; j++) {
                 if (t->op == GGML_OP_MUL_MAT_ID) {
-                    last->src[j] = j == 0 ? slot_view(t->src[0]) : j == 1 ? find(t->src[1]) : slots;
+                    last->src[j] = j == 0 ? slot_view(t->src[0], copy) : j == 1 ? find(t->src[1]) : slots;
                 } else if (t->op == GGML_OP_ADD_ID && j > 0) {
                     last->src[j] = j == 2 ? experts : t->src[j];
                 } else {

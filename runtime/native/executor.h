@@ -8,7 +8,8 @@
 // token order (ggml picks kernels by the number of rows per expert).
 //
 //   whole   every expert is resident: the original nodes and geometry in one graph
-//   rounds  the resident experts' pairs first, then those of each expert as its read completes
+//   rounds  the resident experts' pairs first, then those of each expert as its read completes;
+//           experts in their smaller copy have rounds of their own
 #pragma once
 
 #include <vector>
@@ -33,6 +34,7 @@ class executor {
     // One expert of the running event, in execution order.
     struct entry {
         int  expert;
+        int  copy;
         int  slot;
         int  first;  // its pairs are pairs_[first .. first + count)
         int  count;
@@ -47,16 +49,18 @@ class executor {
     bool          group_pairs();
     bool          ask();
     bool          read_plan();
+    bool          read_guesses();
+    void          drop_wrong_guesses();
     void          submit_ready_loads();
     ggml_status   run_entries();
     ggml_status   run_whole();
-    ggml_status   run_round(const std::vector<int> & chosen);
+    ggml_status   run_round(const std::vector<int> & chosen, int copy);
     ggml_status   keep_inputs();
     ggml_status   submit(ggml_cgraph * graph);
     void          record(int kind, int64_t start_ns);  // on the timeline, for the running layer
     ggml_cgraph * begin(size_t n_nodes);
     ggml_tensor * clone(const ggml_tensor * t, int64_t ne1, int64_t ne2, void * data);
-    ggml_tensor * slot_view(const ggml_tensor * weight);
+    ggml_tensor * slot_view(const ggml_tensor * weight, int copy);
     ggml_tensor * rows_of(const ggml_tensor * input, const std::vector<int32_t> & pairs, int64_t ne1, int64_t ne2);
 
     ggml_backend_t                                           inner_;
@@ -72,6 +76,7 @@ class executor {
     std::vector<entry>                                       entries_;
     std::vector<int32_t>                                     occupant_;  // slot -> last entry planned for it; -1 between events
     std::vector<int>                                         ready_, waiting_;
+    std::vector<int32_t>                                     dropped_;
     std::vector<int32_t>                                     round_pairs_, round_slots_, round_experts_;
     std::vector<std::pair<const ggml_tensor *, ggml_tensor>> copies_;  // of c_.inputs
 };

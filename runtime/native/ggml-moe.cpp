@@ -9,6 +9,7 @@
 #include "executor.h"
 #include "ggml-iface.h"
 #include "model.h"
+#include "repack.h"
 
 // ---- buffer: address space without memory; weights never arrive here
 
@@ -124,6 +125,65 @@ static const ggml_backend_buffer_type_i trunk_buffer_type_iface = {
     /* .get_max_size   = */ nullptr,
     /* .get_alloc_size = */ nullptr,
     /* .is_host        = */ trunk_buffer_type_is_host,
+};
+
+// ---- repacked trunk buffer: what ggml-cpu takes for its own CPU_REPACK buffer, filled by us
+
+struct repacked_trunk {
+    ggml_backend_buffer_t inner;
+    moe_model *           model;
+};
+
+static repacked_trunk & repacked(ggml_backend_buffer_t buffer) { return *(repacked_trunk *)buffer->context; }
+
+static void repacked_buffer_free(ggml_backend_buffer_t buffer) {
+    ggml_backend_buffer_free(repacked(buffer).inner);
+    delete &repacked(buffer);
+}
+
+static void * repacked_buffer_base(ggml_backend_buffer_t buffer) { return ggml_backend_buffer_get_base(repacked(buffer).inner); }
+
+static ggml_status repacked_buffer_init(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    return repacked(buffer).inner->iface.init_tensor(repacked(buffer).inner, tensor);
+}
+
+static void repacked_buffer_set(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void *, size_t, size_t) {
+    if (!repacked(buffer).model->read_trunk(tensor)) {
+        GGML_ABORT("%s is not a tensor of this model", tensor->name);
+    }
+}
+
+static const ggml_backend_buffer_i repacked_buffer_iface = {
+    /* .free_buffer   = */ repacked_buffer_free,
+    /* .get_base      = */ repacked_buffer_base,
+    /* .init_tensor   = */ repacked_buffer_init,
+    /* .memset_tensor = */ nullptr,
+    /* .set_tensor    = */ repacked_buffer_set,
+    /* .get_tensor    = */ nullptr,
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ nullptr,
+    /* .clear         = */ nullptr,
+    /* .reset         = */ nullptr,
+};
+
+static const char * repacked_buffer_type_name(ggml_backend_buffer_type_t) { return "MOE_TRUNK_REPACK"; }
+
+// ggml-cpu knows its repacked tensors by their buffer's type, so the buffer has to carry that type.
+static ggml_backend_buffer_t repacked_buffer_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(moe::repack_type(), size);
+    return inner ? ggml_backend_buffer_init(moe::repack_type(), repacked_buffer_iface,
+                                            new repacked_trunk{inner, (moe_model *)buft->context}, size)
+                 : nullptr;
+}
+
+static const ggml_backend_buffer_type_i repacked_buffer_type_iface = {
+    /* .get_name       = */ repacked_buffer_type_name,
+    /* .alloc_buffer   = */ repacked_buffer_type_alloc,
+    /* .get_alignment  = */ trunk_buffer_type_alignment,
+    /* .get_max_size   = */ nullptr,
+    /* .get_alloc_size = */ nullptr,
+    /* .is_host        = */ nullptr,
 };
 
 static bool is_moe_buffer_type(ggml_backend_buffer_type_t buft) { return buft->iface.get_name == moe_buffer_type_name; }
@@ -299,9 +359,11 @@ moe_model * moe_model_new(const moe_config * config, char * error, size_t n_erro
         if (config->abi != MOE_ABI) {  // before anything else of it is believed
             throw std::runtime_error("the plugin and the Python package are of different versions; reinstall moe-gguf");
         }
-        auto * model       = new moe_model(*config);
-        model->expert_buft = {moe_buffer_type_iface, &moe_device, model};
-        model->trunk_buft  = {trunk_buffer_type_iface, ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), model};
+        auto * model           = new moe_model(*config);
+        model->expert_buft     = {moe_buffer_type_iface, &moe_device, model};
+        ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        model->trunk_buft      = {trunk_buffer_type_iface, cpu, model};
+        model->repack_buft     = {repacked_buffer_type_iface, cpu, model};
         return model;
     } catch (const std::exception & e) {
         put(e.what(), error, n_error);
@@ -309,12 +371,16 @@ moe_model * moe_model_new(const moe_config * config, char * error, size_t n_erro
     }
 }
 
-void       moe_model_free(moe_model * model) { delete model; }
-void *     moe_model_expert_buffer_type(moe_model * model) { return &model->expert_buft; }
-void *     moe_model_trunk_buffer_type(moe_model * model) { return &model->trunk_buft; }
-FILE *     moe_model_stream(moe_model * model) { return model->open_stream(); }
-int32_t    moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate_arena(n_slots) ? 0 : -1; }
-void       moe_model_bind(moe_model * model, moe_route_fn route) { model->route = route; }
+void    moe_model_free(moe_model * model) { delete model; }
+void *  moe_model_expert_buffer_type(moe_model * model) { return &model->expert_buft; }
+void *  moe_model_trunk_buffer_type(moe_model * model) { return &model->trunk_buft; }
+void *  moe_model_repack_buffer_type(moe_model * model) { return moe::repack_type() ? &model->repack_buft : nullptr; }
+FILE *  moe_model_stream(moe_model * model) { return model->open_stream(); }
+int32_t moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate_arena(n_slots) ? 0 : -1; }
+void    moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
+    model->route = route;
+    model->guess = guess;
+}
 moe_call * moe_model_call(moe_model * model) { return &model->call; }
 
 void moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
@@ -322,6 +388,8 @@ void moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
     auto &                      count = model->reads->count;
     *stats                            = model->stats;
     stats->read_bytes                 = count.bytes;
+    stats->guess_bytes                = count.guess_bytes;
+    stats->disk_ns                    = model->reads->disk_ns() - model->disk_ns_at_reset;
     stats->reads                      = count.reads;
     stats->bounced                    = count.bounced;
     stats->guess_loads                = count.guess_loads;
@@ -329,7 +397,9 @@ void moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
     stats->guess_cancelled            = count.guess_cancelled;
     if (reset) {
         model->stats = {};
-        for (auto * c : {&count.bytes, &count.reads, &count.bounced, &count.guess_loads, &count.guess_promoted, &count.guess_cancelled}) {
+        model->disk_ns_at_reset += stats->disk_ns;
+        for (auto * c : {&count.bytes, &count.guess_bytes, &count.reads, &count.bounced, &count.guess_loads, &count.guess_promoted,
+                         &count.guess_cancelled}) {
             c->store(0);
         }
     }

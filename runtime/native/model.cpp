@@ -9,6 +9,13 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "repack.h"
+
+// A repacked trunk tensor is read in pieces of this size, so that the biggest one does not count twice.
+static constexpr int64_t TRUNK_PIECE_BYTES = 4 << 20;
+// No repacked layout interleaves more rows.
+static constexpr int64_t MAX_INTERLEAVE = 16;
+
 moe_model::moe_model(const moe_config & config)
     : n_experts(config.n_experts),
       slot_bytes(config.slot_bytes),
@@ -22,23 +29,52 @@ moe_model::moe_model(const moe_config & config)
     for (size_t i = 0; i < trunk_.size(); i++) {
         trunk_by_name_[trunk_[i].name] = (int)i;
     }
-    int max_layer = 0;
+    n_layers = 0;
     for (const auto & t : tensors_) {
-        max_layer = std::max(max_layer, t.layer);
+        n_layers = std::max(n_layers, t.layer + 1);
     }
-    by_layer_.resize(max_layer + 1);
+    by_layer_.resize(n_layers);
     for (size_t i = 0; i < tensors_.size(); i++) {
-        by_name_[tensors_[i].name] = (int)i;
-        by_layer_[tensors_[i].layer].push_back(&tensors_[i]);
+        const moe_tensor & t = tensors_[i];
+        by_name_[t.name]     = (int)i;
+        by_layer_[t.layer].push_back(&t);
+        for (int copy = 0; copy < MOE_COPIES; copy++) {
+            const bool repacked = t.type[copy] >= 0 && t.layout[copy] == MOE_LAYOUT_REPACKED;
+            traits_.push_back(repacked ? moe::repack_traits((enum ggml_type)t.type[copy], t.ne[0], t.ne[1]) : nullptr);
+            if (repacked && traits_.back() == nullptr) {
+                throw std::runtime_error(std::string(t.name) + " is in a kernel layout that this machine does not have");
+            }
+        }
+    }
+    table_.assign(config.parts, config.parts + config.n_parts);
+    first_part_.resize(MOE_COPIES * (size_t)n_layers * n_experts + 1);
+    for (size_t key = 0, i = 0; key < first_part_.size(); key++) {
+        first_part_[key] = (int32_t)i;
+        while (i < table_.size() && table_[i].key == (int32_t)key) {
+            i++;
+        }
+    }
+    transforms_.resize(config.n_transforms);
+    for (int i = 0; i < config.n_transforms; i++) {
+        transform &  t     = transforms_[i];
+        const size_t bytes = (size_t)config.transforms[i].rows * config.transforms[i].block_bytes;
+        t.how              = config.transforms[i];
+        t.source.assign(t.how.source, t.how.source + 8 * bytes);
+        t.flip.assign(t.how.flip, t.how.flip + bytes);
+        t.how.source = t.source.data();
+        t.how.flip   = t.flip.data();
     }
     moe::read_options options;
     options.lanes        = config.lanes;
     options.direct       = config.direct != 0;
     options.offset_align = config.offset_align;
     options.memory_align = config.memory_align;
-    reads                = std::make_unique<moe::reads>(paths_, options);
+    if (!transforms_.empty()) {
+        options.finish = [this](int slot, int key) { make_plain(slot, key); };
+    }
+    reads = std::make_unique<moe::reads>(paths_, options);
 
-    arrays_.resize(5 * (size_t)n_experts + 2 * MOE_MAX_GUESSES);
+    arrays_.resize(5 * (size_t)n_experts + 3 * MOE_MAX_GUESSES);
     int32_t * p       = arrays_.data();
     call.experts      = p;
     call.counts       = p + n_experts;
@@ -47,10 +83,14 @@ moe_model::moe_model(const moe_config & config)
     call.plan_loads   = p + 4 * n_experts;
     call.guess_keys   = p + 5 * n_experts;
     call.guess_slots  = p + 5 * n_experts + MOE_MAX_GUESSES;
+    call.cancelled    = p + 5 * n_experts + 2 * MOE_MAX_GUESSES;
 }
 
 moe_model::~moe_model() {
     reads.reset();  // joins the lanes before their destinations go
+    if (repacked_) {
+        ggml_backend_buffer_free(repacked_);
+    }
     if (arena) {
         munmap(arena, (size_t)n_slots * slot_bytes);
     }
@@ -66,7 +106,15 @@ bool moe_model::allocate_arena(int n) {
     arena   = (char *)p;
     n_slots = n;
     reads->resize(n);
+    if (std::any_of(traits_.begin(), traits_.end(), [](void * t) { return t != nullptr; })) {
+        repacked_ = moe::repack_buffer_over(arena, bytes);
+    }
     return true;
+}
+
+moe_model::slot_tensor moe_model::in_slots(const moe_tensor & tensor, int copy) const {
+    void * traits = traits_[MOE_COPIES * (&tensor - tensors_.data()) + copy];
+    return {arena + tensor.slot_offset[copy], (enum ggml_type)tensor.type[copy], traits ? repacked_ : nullptr, traits};
 }
 
 const moe_tensor * moe_model::find(const ggml_tensor * weight) const {
@@ -74,12 +122,29 @@ const moe_tensor * moe_model::find(const ggml_tensor * weight) const {
     return it == by_name_.end() ? nullptr : &tensors_[it->second];
 }
 
-const std::vector<moe::part> & moe_model::parts_of(int layer, int expert, int slot) {
+void moe_model::load(int slot, int key, bool guess) {
     parts_.clear();
-    for (const moe_tensor * t : by_layer_[layer]) {
-        parts_.push_back({t->file, t->offset + expert * t->expert_bytes, t->expert_bytes, arena + slot * slot_bytes + t->slot_offset});
+    for (int i = first_part_[key]; i < first_part_[key + 1]; i++) {
+        const moe_part & p = table_[i];
+        parts_.push_back({p.file, p.offset, p.n_bytes, arena + slot * slot_bytes + p.slot_offset});
     }
-    return parts_;
+    reads->submit(slot, key, parts_, guess);
+}
+
+// Runs on the lane that read the last byte.
+void moe_model::make_plain(int slot, int key) {
+    thread_local std::vector<uint8_t> scratch;
+
+    const int copy = key / (n_layers * n_experts), layer = key / n_experts % n_layers;
+    for (const moe_tensor * t : by_layer_[layer]) {
+        if (t->layout[copy] != MOE_LAYOUT_FOREIGN) {
+            continue;
+        }
+        const auto type = (enum ggml_type)t->type[copy];
+        scratch.resize(ggml_row_size(type, t->ne[0]) * t->ne[1]);
+        moe::unpack(transforms_[t->transform[copy]].how, t->ne[0] / ggml_blck_size(type), t->ne[1],
+                    (uint8_t *)arena + slot * slot_bytes + t->slot_offset[copy], scratch.data());
+    }
 }
 
 void moe_model::fail(moe::error_kind kind, const std::string & sentence) {
@@ -88,27 +153,54 @@ void moe_model::fail(moe::error_kind kind, const std::string & sentence) {
     error      = sentence;
 }
 
-bool moe_model::read_trunk(const ggml_tensor * tensor) {
+// The rows of a matrix that one read brings; all of anything else.
+static int64_t rows_at_once(const moe_trunk_tensor & where, const ggml_tensor * tensor) {
+    const int64_t rows = ggml_nrows(tensor);
+    return where.repacked ? std::min(rows, std::max<int64_t>(1, TRUNK_PIECE_BYTES / tensor->nb[1] / MAX_INTERLEAVE) * MAX_INTERLEAVE)
+                          : rows;
+}
+
+static int read_exactly(int fd, char * to, int64_t n_bytes, int64_t offset) {
+    for (int64_t done = 0; done < n_bytes;) {
+        const ssize_t n = pread(fd, to + done, n_bytes - done, offset + done);
+        if (n == 0) {
+            return ENODATA;
+        }
+        if (n < 0 && errno != EINTR) {
+            return errno;
+        }
+        done += std::max<ssize_t>(n, 0);
+    }
+    return 0;
+}
+
+bool moe_model::read_trunk(ggml_tensor * tensor) {
     const auto it = trunk_by_name_.find(tensor->name);
     if (it == trunk_by_name_.end()) {
         return false;
     }
-    const moe_trunk_tensor & t    = trunk_[it->second];
-    const std::string &      path = paths_[t.file];
-    const int                fd   = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    ssize_t                  n    = fd < 0 ? -1 : 0;
-    for (int64_t done = 0; done < t.n_bytes && n >= 0; done += n) {
-        do {
-            n = pread(fd, (char *)tensor->data + done, t.n_bytes - done, t.offset + done);
-        } while (n < 0 && errno == EINTR);
-        if (n == 0) {
-            errno = ENODATA;
-            n     = -1;
+    const moe_trunk_tensor & t      = trunk_[it->second];
+    const std::string &      path   = paths_[t.file];
+    const int64_t            n_rows = ggml_nrows(tensor), row_bytes = t.n_bytes / n_rows;
+    const int                fd    = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    int                      error = fd < 0 ? errno : 0;
+    std::vector<char>        plain;
+    for (int64_t row = 0, n = rows_at_once(t, tensor); row < n_rows && error == 0; row += n) {
+        n               = std::min(n, n_rows - row);
+        char * const to = (char *)tensor->data + row * row_bytes;
+        if (!t.repacked) {
+            error = read_exactly(fd, to, n * row_bytes, t.offset + row * row_bytes);
+            continue;
+        }
+        plain.resize(n * row_bytes);
+        error = read_exactly(fd, plain.data(), n * row_bytes, t.offset + row * row_bytes);
+        if (error == 0) {
+            moe::repack(tensor->type, tensor->ne[0], n, plain.data(), to);
         }
     }
-    if (n < 0) {  // set_tensor cannot fail: whoever loads asks for the error afterwards
+    if (error != 0) {  // set_tensor cannot fail: whoever loads asks for the error afterwards
         fail(moe::ERROR_READ,
-             "cannot read " + std::string(t.name) + " from " + path + ": " + (errno == ENODATA ? "the file ended early" : strerror(errno)));
+             "cannot read " + std::string(t.name) + " from " + path + ": " + (error == ENODATA ? "the file ended early" : strerror(error)));
     }
     if (fd >= 0) {
         close(fd);

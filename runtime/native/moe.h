@@ -3,7 +3,8 @@
 // MOE_ABI and the expected sizes follow.
 //
 // Units: *_bytes in bytes, *_ns in nanoseconds. Layers, experts, slots and files are indices.
-// A key is layer * n_experts + expert.
+// A key is (copy * n_layers + layer) * n_experts + expert, where n_layers is the highest MoE layer
+// plus one: the first copy's keys are layer * n_experts + expert.
 #pragma once
 
 #include <stdint.h>
@@ -19,20 +20,48 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 2
+#define MOE_ABI 3
 #define MOE_MAX_GUESSES 256
+// An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
+#define MOE_COPIES 2
 
 struct moe_model;
 
-// One routed-expert tensor: expert e lies at offset + e * expert_bytes and is read to
-// slot_offset within its slot.
+// How a matrix lies in its slot.
+enum moe_layout {
+    MOE_LAYOUT_PLAIN = 0,
+    MOE_LAYOUT_REPACKED,  // as ggml-cpu's repacked kernels of this machine want it
+    MOE_LAYOUT_FOREIGN,   // stored as another machine's kernels want it: made plain after each read
+};
+
+// One routed-expert tensor. The arrays are per copy; type -1: there is no such copy.
 struct moe_tensor {
     char    name[64];
-    int64_t offset;
-    int64_t expert_bytes;
-    int64_t slot_offset;
+    int64_t slot_offset[MOE_COPIES];
+    int64_t ne[2];  // of one expert's matrix
+    int32_t type[MOE_COPIES];
+    int32_t layout[MOE_COPIES];
+    int32_t transform[MOE_COPIES];  // of a foreign layout: index in moe_config.transforms
     int32_t layer;
+    int32_t reserved;
+};
+
+// A contiguous piece of one expert on disk and where in the slot it goes. Sorted by key.
+struct moe_part {
+    int64_t offset;
+    int64_t n_bytes;
+    int64_t slot_offset;
+    int32_t key;
     int32_t file;
+};
+
+// Undoes an interleaving of `rows` rows: of each group of rows * block_bytes bytes, bit i of the
+// plain blocks (one after the other) is bit source[i] of the group, flipped where flip says so.
+struct moe_transform {
+    int32_t         rows;
+    int32_t         block_bytes;
+    const int32_t * source;  // [8 * rows * block_bytes]
+    const uint8_t * flip;    // [rows * block_bytes]
 };
 
 // One tensor of the trunk, read whole into the memory llama.cpp computes on.
@@ -41,7 +70,7 @@ struct moe_trunk_tensor {
     int64_t offset;
     int64_t n_bytes;
     int32_t file;
-    int32_t reserved;
+    int32_t repacked;  // 1: llama.cpp computes on it in ggml-cpu's repacked layout
 };
 
 struct moe_config {
@@ -50,23 +79,27 @@ struct moe_config {
     int32_t                         n_files;
     int32_t                         n_trunk_tensors;
     int32_t                         n_tensors;
+    int32_t                         n_parts;
+    int32_t                         n_transforms;
     int32_t                         lanes;         // reader threads
     int32_t                         direct;        // 1: O_DIRECT
     int32_t                         offset_align;  // of file offsets in direct reads
     int32_t                         memory_align;  // of destinations in direct reads
-    int32_t                         reserved;
-    int64_t                         slot_bytes;  // distance between two slots
+    int64_t                         slot_bytes;    // distance between two slots
     int64_t                         header_bytes;
     int64_t                         stream_bytes;  // size of the GGUF the header describes
     const char * const *            paths;
     const struct moe_trunk_tensor * trunk_tensors;
     const struct moe_tensor *       tensors;
+    const struct moe_part *         parts;
+    const struct moe_transform *    transforms;
     const uint8_t *                 header;
 };
 
 // One route event and its answer, in memory shared with the callback. The plugin fills the first
-// half before the call, the callback fills the second half. All pointers are valid during the
-// call only, except the arrays, whose addresses never change.
+// half before the call, the route callback fills the plan. Where it sets wants_guesses, the guess
+// callback runs once the plan's reads are under way and fills the guesses. All pointers are valid
+// during the calls only, except the arrays, whose addresses never change.
 struct moe_call {
     int32_t         layer;
     int32_t         n_tokens;
@@ -74,32 +107,41 @@ struct moe_call {
     int32_t         n_experts;     // distinct experts in this event
     int32_t         continuation;  // 1: further tensors of the layer and step of the previous event
     int32_t         n_embd;
-    int64_t         x_stride;  // bytes from one token's row of x to the next
-    const float *   x;         // input of the expert FFN, [n_tokens][n_embd] (Fate's gate input)
-    const int32_t * ids;       // [n_tokens][n_used]
-    int32_t *       experts;   // [n_experts] distinct, in first-seen order
-    int32_t *       counts;    // [n_experts] (token, rank) pairs per expert
+    int64_t         x_stride;    // bytes from one token's row of x to the next
+    int64_t         now_ns;      // a steady clock
+    int64_t         disk_ns;     // of it so far, some lane was reading
+    int64_t         read_bytes;  // so far
+    const float *   x;           // input of the expert FFN, [n_tokens][n_embd] (Fate's gate input)
+    const int32_t * ids;         // [n_tokens][n_used]
+    int32_t *       experts;     // [n_experts] distinct, in first-seen order
+    int32_t *       counts;      // [n_experts] (token, rank) pairs per expert
+    int32_t *       cancelled;   // [n_cancelled] keys of guesses that will not arrive any more
+    int32_t         n_cancelled;
+    int32_t         wants_guesses;
 
     int32_t * plan_experts;  // [n_experts] in execution order
     int32_t * plan_slots;
-    int32_t * plan_loads;  // 1: read the expert into the slot first; 0: it is there or on its way
+    int32_t * plan_loads;  // 0: it is there or on its way; 1 + copy: read that copy into the slot first
     int32_t * guess_keys;  // [n_guesses]
     int32_t * guess_slots;
     int32_t   n_guesses;
     int32_t   reserved;
 };
 
-// Returns 1 when the plan is filled; anything else fails the step. Not 0 for success: that is what
+// Returns 1 when its part is filled; anything else fails the step. Not 0 for success: that is what
 // ctypes returns when the callback raised.
 typedef int32_t (*moe_route_fn)(void);
 
 struct moe_stats {
     int64_t read_bytes;
-    int64_t reads;       // positional reads issued
-    int64_t bounced;     // of them through an aligned bounce buffer
-    int64_t stall_ns;    // layers waiting with nothing to compute
-    int64_t compute_ns;  // inner device at work on experts
-    int64_t route_ns;    // inside the route callback
+    int64_t guess_bytes;  // of them for guesses
+    int64_t disk_ns;      // some lane was reading
+    int64_t reads;        // positional reads issued
+    int64_t bounced;      // of them through an aligned bounce buffer
+    int64_t stall_ns;     // layers waiting with nothing to compute
+    int64_t compute_ns;   // inner device at work on experts
+    int64_t route_ns;     // inside the route callback
+    int64_t guess_ns;     // inside the guess callback
     int64_t events;
     int64_t whole;     // events run as one graph on the original nodes
     int64_t rounds;    // graphs run over a subset of the (token, expert) pairs
@@ -118,6 +160,7 @@ enum moe_event_kind {
     MOE_EVENT_STALL   = 3,  // nothing to compute: waiting for a read
     MOE_EVENT_DEMAND  = 4,  // one positional read of an expert that a layer waits for
     MOE_EVENT_GUESS   = 5,  // likewise of one that was guessed
+    MOE_EVENT_PREDICT = 6,  // the guess callback
 };
 
 // One event of the timeline; times are of the monotonic clock.
@@ -144,12 +187,14 @@ MOE_API void moe_model_free(struct moe_model * model);
 // The ggml_backend_buffer_type_t for tensor_buft_overrides: of the experts, and of all the rest.
 MOE_API void * moe_model_expert_buffer_type(struct moe_model * model);
 MOE_API void * moe_model_trunk_buffer_type(struct moe_model * model);
+// For trunk tensors marked repacked. NULL where this machine's ggml-cpu repacks nothing.
+MOE_API void * moe_model_repack_buffer_type(struct moe_model * model);
 // A FILE * that llama.cpp takes for the complete model: it reads the header from it and maps the
 // rest, of which nothing is ever touched. The caller closes it with fclose.
 MOE_API FILE * moe_model_stream(struct moe_model * model);
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
 MOE_API int32_t           moe_model_arena(struct moe_model * model, int32_t n_slots);
-MOE_API void              moe_model_bind(struct moe_model * model, moe_route_fn route);
+MOE_API void              moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
 MOE_API struct moe_call * moe_model_call(struct moe_model * model);
 MOE_API void              moe_model_stats(struct moe_model * model, struct moe_stats * stats, int32_t reset);
 // The sentence of the last failed step, and clears it: 0 none, 1 a read failed, 2 anything else.
@@ -165,6 +210,11 @@ MOE_API int32_t moe_model_timeline_read(struct moe_model * model, struct moe_eve
 // Tests only: the read after `skip` further ones fails with error number err (0: reads short;
 // negative: takes -err milliseconds longer).
 MOE_API void moe_model_inject(struct moe_model * model, int32_t skip, int32_t err);
+
+// 1: ggml-cpu has a repacked layout for matrices of this type and shape on this machine.
+MOE_API int32_t moe_repack_supported(int32_t type, int64_t ne0, int64_t ne1);
+// Brings one plain matrix into that layout; both are of the type's plain size.
+MOE_API void moe_repack(int32_t type, int64_t ne0, int64_t ne1, const uint8_t * plain, uint8_t * repacked);
 
 // Tries O_DIRECT on a file and finds the smallest alignments that work.
 MOE_API void moe_probe_direct(const char * path, struct moe_probe * probe);

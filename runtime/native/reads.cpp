@@ -67,9 +67,10 @@ void reads::submit(int slot, int key, const std::vector<part> & parts, bool gues
     if (s.state == slot_state::LOADING) {
         cancel_locked(lock, slot);
     }
-    s.key    = key;
-    s.guess  = guess;
-    s.failed = false;
+    s.key     = key;
+    s.guess   = guess;
+    s.failed  = false;
+    s.dropped = false;
     s.state.store(slot_state::LOADING, std::memory_order_release);
     auto & queue = guess ? guess_ : demand_;
     for (const part & p : parts) {
@@ -82,6 +83,7 @@ void reads::submit(int slot, int key, const std::vector<part> & parts, bool gues
         }
     }
     if (guess) {
+        guessing_.push_back(slot);
         count.guess_loads++;
     }
     lock.unlock();
@@ -108,6 +110,34 @@ void reads::promote(int slot) {
         }
     }
     work_.notify_all();
+}
+
+void reads::drop_guesses(const std::function<bool(int)> & is_wrong, std::vector<int32_t> & keys, size_t limit) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    size_t                      kept = 0;
+    for (size_t i = 0; i < guessing_.size(); i++) {
+        const int   slot = guessing_[i];
+        slot_info & s    = slots_[slot];
+        if (!s.guess || s.state == slot_state::READY || s.state == slot_state::FAILED) {
+            continue;  // demanded, or past giving up: the slot table knows it
+        }
+        if (s.state == slot_state::LOADING && !s.dropped && is_wrong(s.key)) {
+            remove_queued(guess_, slot);
+            s.dropped = true;
+            count.guess_cancelled++;
+            if (s.in_flight == 0 && !s.finishing) {
+                s.state.store(slot_state::EMPTY, std::memory_order_release);
+            }
+        }
+        if (s.state == slot_state::EMPTY && keys.size() < limit) {
+            keys.push_back(s.key);
+            s.guess = false;
+            s.key   = -1;
+            continue;
+        }
+        guessing_[kept++] = slot;
+    }
+    guessing_.resize(kept);
 }
 
 int reads::cancel_guesses() {
@@ -142,8 +172,9 @@ void reads::cancel_locked(std::unique_lock<std::mutex> & lock, int slot) {
     if (s.guess) {
         count.guess_cancelled++;
     }
-    done_.wait(lock, [&] { return s.in_flight == 0; });
+    done_.wait(lock, [&] { return s.in_flight == 0 && !s.finishing; });
     s.cancelled = false;
+    s.dropped   = false;
     s.key       = -1;
     s.guess     = false;
     s.state.store(slot_state::EMPTY, std::memory_order_release);
@@ -177,9 +208,17 @@ void reads::abandon(const std::vector<int> & wanted) {
 void reads::keys(int32_t * out) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < slots_.size(); i++) {
-        const slot_state state = slots_[i].state;
-        out[i]                 = state == slot_state::READY || state == slot_state::LOADING ? slots_[i].key : -1;
+        slot_info & s = slots_[i];
+        out[i]        = coming((int)i) ? s.key : -1;
+        if (out[i] < 0) {
+            s.guess = false;  // whoever asks has now been told: drop_guesses need not say it again
+        }
     }
+}
+
+int64_t reads::disk_ns() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return disk_ns_ + (active_ > 0 ? now_ns() - active_since_ns_ : 0);
 }
 
 std::string reads::last_error() {
@@ -193,10 +232,31 @@ void reads::inject(int skip, int err) {
     inject_skip_.store(skip);
 }
 
-void reads::finish_if_done(slot_info & s) {
-    if (s.queued == 0 && s.in_flight == 0 && !s.cancelled) {
-        s.state.store(s.failed ? slot_state::FAILED : slot_state::READY, std::memory_order_release);
+// The lock is released while options.finish runs.
+void reads::finish_if_done(std::unique_lock<std::mutex> & lock, int slot) {
+    slot_info & s = slots_[slot];
+    if (s.queued != 0 || s.in_flight != 0 || s.cancelled) {
+        return;
     }
+    if (s.dropped) {
+        s.state.store(slot_state::EMPTY, std::memory_order_release);
+        return;
+    }
+    if (options_.finish && !s.failed) {
+        s.finishing = true;
+        lock.unlock();
+        options_.finish(slot, s.key);
+        lock.lock();
+        s.finishing = false;
+        if (s.cancelled) {
+            return;
+        }
+        if (s.dropped) {
+            s.state.store(slot_state::EMPTY, std::memory_order_release);
+            return;
+        }
+    }
+    s.state.store(s.failed ? slot_state::FAILED : slot_state::READY, std::memory_order_release);
 }
 
 void reads::lane(int number) {
@@ -218,19 +278,29 @@ void reads::lane(int number) {
         slot_info & s = slots_[c.slot];
         s.queued--;
         s.in_flight++;
-        const bool skip = s.failed;  // the job is lost already: do not spend disk time on its rest
-        const int  kind = s.guess ? MOE_EVENT_GUESS : MOE_EVENT_DEMAND, key = s.key;
+        const bool skip  = s.failed;  // the job is lost already: do not spend disk time on its rest
+        const bool guess = s.guess;
+        const int  kind = guess ? MOE_EVENT_GUESS : MOE_EVENT_DEMAND, key = s.key;
+        if (active_++ == 0) {
+            active_since_ns_ = now_ns();
+        }
         lock.unlock();
         const int64_t     t0    = history.start();
         const std::string error = skip ? std::string() : read_chunk(c, bounce);
         history.add(kind, number, key, t0);
         lock.lock();
         s.in_flight--;
+        if (--active_ == 0) {
+            disk_ns_ += now_ns() - active_since_ns_;
+        }
+        if (guess) {
+            count.guess_bytes += c.bytes;
+        }
         if (!error.empty()) {
             s.failed = true;
             error_   = error;
         }
-        finish_if_done(s);
+        finish_if_done(lock, c.slot);
         if (s.in_flight == 0) {
             done_.notify_all();
         }

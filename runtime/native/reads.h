@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -27,6 +28,8 @@ struct read_options {
     bool direct       = false;
     int  offset_align = 4096;
     int  memory_align = 4096;
+    // Called by a lane when the last byte of a slot is there, before anyone is told: (slot, key).
+    std::function<void(int, int)> finish;
 };
 
 struct part {
@@ -52,12 +55,21 @@ class reads {
     void submit(int slot, int key, const std::vector<part> & parts, bool guess);
     // A guess that is demanded now: its queued chunks move to the demand queue.
     void promote(int slot);
-    // Drops guesses that no lane has started; returns how many slots became empty.
+    // Drops guesses that no lane is reading at this moment; returns how many slots became empty.
     int cancel_guesses();
+    // Gives up guesses that turned out wrong: nothing more of them is read. Appends the keys of those
+    // whose slots are empty now, also of earlier ones that a lane was still reading then.
+    void drop_guesses(const std::function<bool(int)> & is_wrong, std::vector<int32_t> & keys, size_t limit);
 
+    // Time in which some lane was reading, up to now.
+    int64_t    disk_ns();
     int        key_of(int slot) const { return slots_[slot].key; }
     slot_state state(int slot) const { return slots_[slot].state.load(std::memory_order_acquire); }
-    bool       is_guess(int slot) const { return slots_[slot].guess; }
+    // Whether the slot holds its key or will without being asked again.
+    bool coming(int slot) const {
+        const slot_state s = state(slot);
+        return s == slot_state::READY || (s == slot_state::LOADING && !slots_[slot].dropped);
+    }
 
     // Blocks until a slot of `wanted` is no longer LOADING.
     void wait_any(const std::vector<int> & wanted);
@@ -69,7 +81,8 @@ class reads {
     void        inject(int skip, int err);
 
     struct counters {
-        std::atomic<int64_t> bytes{0}, reads{0}, bounced{0}, guess_loads{0}, guess_promoted{0}, guess_cancelled{0};
+        std::atomic<int64_t> bytes{0}, guess_bytes{0}, reads{0}, bounced{0};
+        std::atomic<int64_t> guess_loads{0}, guess_promoted{0}, guess_cancelled{0};
     } count;
     timeline history;
 
@@ -89,13 +102,15 @@ class reads {
         bool                    guess     = false;
         bool                    failed    = false;
         bool                    cancelled = false;
+        bool                    dropped   = false;  // a wrong guess: becomes EMPTY when its last read returns
+        bool                    finishing = false;  // a lane is in options.finish
     };
 
     void        lane(int number);
     std::string read_chunk(const chunk & c, char * bounce);
     void        cancel_locked(std::unique_lock<std::mutex> & lock, int slot);
     void        remove_queued(std::deque<chunk> & queue, int slot);
-    void        finish_if_done(slot_info & s);
+    void        finish_if_done(std::unique_lock<std::mutex> & lock, int slot);
 
     std::vector<std::string> paths_;
     std::vector<int>         fds_;
@@ -103,7 +118,10 @@ class reads {
     std::mutex               mutex_;
     std::condition_variable  work_, done_;
     std::deque<chunk>        demand_, guess_;
-    std::deque<slot_info>    slots_;  // deque: atomics do not move
+    std::deque<slot_info>    slots_;                // deque: atomics do not move
+    std::vector<int>         guessing_;             // slots that hold or await a guess nobody demanded
+    int                      active_          = 0;  // lanes reading
+    int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;
     std::string              error_;
     bool                     stop_ = false;
