@@ -1,8 +1,9 @@
-"""Benchmark rows, turn about: stock llama.cpp against our policies under one memory cap.
+"""Benchmark rows, turn about: stock llama.cpp against our policies under memory caps.
 
 Owns the rounds and the result document. Each run is a fresh process (``bench_row``) behind a
-dropped page cache, capped rows in a memory cgroup of their own, each where permitted; the
-document says what was. Knows neither the terminal nor how results are shown (``bench_report``).
+dropped page cache, capped rows in a memory cgroup of their own, each where permitted, all at the
+disk speed asked for; the document says what was. Knows neither the terminal nor how results are
+shown (``bench_report``, ``bench_plot``).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -25,19 +26,22 @@ from typing import Any, NamedTuple
 import psutil
 
 from moe_gguf.policies.presets import POLICIES
-from moe_gguf.runtime import bench_report, cgroup
+from moe_gguf.runtime import bench_plot, bench_report, cgroup
+from moe_gguf.runtime.bench_report import HELD
 from moe_gguf.runtime.bench_row import DECODE_LIMIT_S, N_BATCH, Spec
 from moe_gguf.runtime.budget import MARGIN_BYTES, auto_size, format_size, parse_size
+from moe_gguf.runtime.cgroup import Limits
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES
 from moe_gguf.runtime.layout import PAGE, ModelLayout, read_layout, slot_layout
 
-SCHEMA = 1
+SCHEMA = 2
 # A run that takes longer hangs, or thrashes beyond what is worth measuring.
 RUN_LIMIT_S = 1800.0
 LEFT_OUT = "left out"  # how the failure of a row that was never tried begins
 # Of a process beside its weights; only decides whether an uncapped row may be tried at all.
 _PROCESS_BYTES = 2 * 10**9
+_CGROUP_PROBE_BYTES = 64 * 2**20
 
 
 class Row(NamedTuple):
@@ -65,6 +69,13 @@ class Outcome:
     interrupted: bool
 
 
+class Case(NamedTuple):
+    """One row under one cap; None for the rows that have none and run once for all caps."""
+
+    name: str
+    cap: int | None
+
+
 class Run(NamedTuple):
     """What came of one process: its result, or why there is none."""
 
@@ -84,25 +95,33 @@ def bench(
     threads: int | None,
     reads: str,
     lanes: int | None,
-    json_file: str | None,
-    plot_file: str | None,
+    disk_bw: str | None = None,
+    json_file: str | None = None,
+    plot_file: str | None = None,
+    layers_file: str | None = None,
+    timeline_file: str | None = None,
+    timeline_row: str | None = None,
     note: Callable[[str], None],
 ) -> Outcome:
-    """Run every row ``repeat`` times, in turn, and write the files asked for.
+    """Run every row ``repeat`` times under every cap, in turn, and write the files asked for.
+
+    With one cap the document holds its results (see ``_results``); with several they are the items
+    of ``sweep``, and each of them merged into the document is what one cap alone would give.
 
     ``note`` receives progress, a line at a time. Whatever cannot work is a UserError before the
     first run: names, sizes, a cap too small for our engine, files that cannot be written. Ctrl-C
     keeps the runs that finished; before the first it is raised.
     """
     names = _row_names(rows)
-    cap = _cap(memory)
+    caps = _caps(memory)
     if repeat < 1 or n_predict < 1 or prompt_tokens < 1:
         raise UserError("--repeat, -n and --prompt-tokens must be at least 1")
-    for file in (json_file, plot_file):
+    for file in (json_file, plot_file, layers_file, timeline_file):
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise UserError(f"cannot write {file}: its folder does not exist")
-    if plot_file is not None:
-        bench_report.require_plot()
+    if plot_file is not None or layers_file is not None:
+        bench_plot.require()
+    timeline_of = None if timeline_file is None else _timeline_row(timeline_row, names)
     layout = read_layout(path)
     n_ctx = n_ctx or layout.n_ctx_train
     if prompt_tokens + n_predict > n_ctx:
@@ -111,13 +130,14 @@ def bench(
             f"{n_ctx}: raise --ctx"
         )
 
-    def spec(name: str) -> Spec:
-        row = ROWS[name]
+    def spec(case: Case) -> Spec:
+        row = ROWS[case.name]
+        drawn = case.name == timeline_of and case.cap in (caps[0], None)
         return Spec(
             model=str(path.absolute()),
             policy=row.policy,
             mmap=row.mmap,
-            memory=cap if row.capped else _memory_for_all(layout),
+            memory=case.cap or _memory_for_all(layout),
             n_predict=n_predict,
             prompt_tokens=prompt_tokens,
             n_ctx=n_ctx,
@@ -125,21 +145,25 @@ def bench(
             reads=reads,
             lanes=lanes,
             fill=not row.capped,
+            timeline=str(Path(timeline_file).absolute()) if drawn and timeline_file else None,
         )
 
-    specs = {name: spec(name) for name in names}
-    no_cgroup = cgroup.refusal()
+    specs = {case: spec(case) for case in _cases(names, caps)}
+    no_cgroup = cgroup.refusal(Limits(memory=_CGROUP_PROBE_BYTES))
+    disk_limit = _disk_limit(disk_bw, layout.files)
     page_cache = drop_page_cache(layout.files)
-    _check_opens(names, specs)
+    _check_opens(specs)
     document = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **_versions(),
         "machine": _machine(),
         "model": _model(layout),
-        "memory_bytes": cap,
         "cgroup": f"v{cgroup.places()[0]}" if no_cgroup is None else None,
         "cgroup_refusal": no_cgroup,
+        "disk_limit": None
+        if disk_limit is None
+        else {**disk_limit._asdict(), "cgroup": f"v{cgroup.places('disk')[0]}"},
         "page_cache": page_cache,
         "stock": "use_extra_bufts=False (weight repacking off, as ours)",
         "settings": {
@@ -153,31 +177,42 @@ def bench(
             "decode_limit_s": DECODE_LIMIT_S,
         },
     }
-    runs: dict[str, list[Run]] = {name: [] for name in names}
+    runs: dict[Case, list[Run]] = {case: [] for case in specs}
+    probes: list[Run] = []
     interrupted = False
     try:
         for turn in range(repeat):
-            for i, name in enumerate(names):
-                if any(run.failure for run in runs[name]):
+            drop_page_cache(layout.files)
+            probes.append(_probe_disk(specs, probes, disk_limit))
+            for i, case in enumerate(specs):
+                if any(run.failure for run in runs[case]):
                     continue  # it would fail again
                 drop_page_cache(layout.files)
-                group_bytes = cap if ROWS[name].capped and no_cgroup is None else None
-                run = _run_row(name, specs[name], group_bytes, layout)
-                runs[name].append(run)
+                limits = Limits(case.cap if no_cgroup is None else None, disk_limit)
+                run = _run_row(specs[case], limits, layout)
+                runs[case].append(run)
                 said = run.failure or f"{run.result['decode_tps']:.2f} tok/s"
-                note(f"round {turn + 1} of {repeat}, row {i + 1} of {len(names)}: {name}: {said}")
+                at = f" in {format_size(case.cap)}" if len(caps) > 1 and case.cap else ""
+                where = f"round {turn + 1} of {repeat}, row {i + 1} of {len(specs)}"
+                note(f"{where}: {case.name}{at}: {said}")
     except KeyboardInterrupt:
         if not any(runs.values()):
             raise
         interrupted = True
     document["interrupted"] = interrupted
-    document.update(_results(runs, cap))
-    outcome = Outcome(document, _errors(document), interrupted)
+    document |= _probed(probes, disk_limit)
+    points = []
+    for cap in caps:
+        of_cap = {name: runs[Case(name, cap if ROWS[name].capped else None)] for name in names}
+        points.append(_results(of_cap, cap, document["disk_bytes_per_s"]))
+    document |= {"sweep": points} if len(points) > 1 else points[0]
     if json_file is not None:
         Path(json_file).write_text(json.dumps(document, indent=1) + "\n")
     if plot_file is not None:
-        bench_report.plot(document, Path(plot_file))
-    return outcome
+        bench_plot.speed(document, Path(plot_file))
+    if layers_file is not None:
+        bench_plot.layers(document, Path(layers_file))
+    return Outcome(document, _errors(document), interrupted)
 
 
 # --- before the first run -----------------------------------------------------------------------
@@ -192,10 +227,47 @@ def _row_names(rows: str) -> list[str]:
     return names
 
 
-def _cap(memory: str) -> int:
-    if memory.strip() == "auto":
-        raise UserError("bench compares under one fixed cap: give --memory a size like 2.4GB")
-    return parse_size(memory)
+def _caps(memory: str) -> list[int]:
+    texts = [text.strip() for text in memory.split(",") if text.strip()]
+    if not texts or "auto" in texts:
+        raise UserError("bench compares under a fixed cap: give --memory a size like 2.4GB")
+    return list(dict.fromkeys(parse_size(text) for text in texts))
+
+
+def _cases(names: Sequence[str], caps: Sequence[int]) -> list[Case]:
+    """In the order of a round; rows without a cap come up with the first one."""
+    return list(
+        dict.fromkeys(
+            Case(name, cap if ROWS[name].capped else None) for cap in caps for name in names
+        )
+    )
+
+
+def _timeline_row(asked: str | None, names: Sequence[str]) -> str:
+    """The row to draw: the last of ours unless one is named."""
+    ours = [name for name in names if ROWS[name].policy is not None]
+    if asked is not None and asked not in ours:
+        raise UserError(f"--timeline-row {asked}: name a row of ours that runs ({', '.join(ours)})")
+    if not ours:
+        raise UserError("--timeline shows our engine: add a row of it to --rows")
+    return asked or ours[-1]
+
+
+def _disk_limit(disk_bw: str | None, files: Sequence[Path]) -> cgroup.DiskLimit | None:
+    """The limit asked for, tried out: a run at another speed than the table says is worthless."""
+    if disk_bw is None:
+        return None
+    speed = parse_size(disk_bw.removesuffix("/s"), "a disk speed")
+    try:
+        limit = cgroup.DiskLimit(cgroup.disks_of(files), speed)
+    except OSError as error:
+        raise UserError(f"--disk-bw cannot be kept to ({error}): leave it out") from None
+    if reason := cgroup.refusal(Limits(disk=limit)):
+        raise UserError(
+            f"--disk-bw cannot be kept to (no disk cgroup can be made: {reason}): run as root, or "
+            "leave it out"
+        )
+    return limit
 
 
 def _memory_for_all(layout: ModelLayout) -> int:
@@ -205,13 +277,13 @@ def _memory_for_all(layout: ModelLayout) -> int:
     return layout.trunk_bytes + slots + _PROCESS_BYTES + MARGIN_BYTES
 
 
-def _check_opens(names: Sequence[str], specs: dict[str, Spec]) -> None:
-    """Raise what our engine says to the cap, before hours are spent on the other rows."""
-    name = next((n for n in names if ROWS[n].capped and ROWS[n].policy is not None), None)
-    if name is None:
+def _check_opens(specs: Mapping[Case, Spec]) -> None:
+    """Raise what our engine says to the smallest cap, before hours are spent on other rows."""
+    ours = [spec for case, spec in specs.items() if case.cap and spec.policy is not None]
+    if not ours:
         return
-    spec = Spec(**{**asdict(specs[name]), "open_only": True})
-    run = run_process(_command(spec), None)
+    smallest = min(ours, key=lambda spec: spec.memory)
+    run = run_process(_command(replace(smallest, open_only=True)), None)
     if "error" in run.result:
         raise UserError(run.result["error"])
 
@@ -250,18 +322,32 @@ def _command(spec: Spec) -> list[str]:
     return [sys.executable, "-m", "moe_gguf.runtime.bench_row", json.dumps(asdict(spec))]
 
 
-def _run_row(name: str, spec: Spec, group_bytes: int | None, layout: ModelLayout) -> Run:
-    if not ROWS[name].capped:
+def _probe_disk(
+    specs: Mapping[Case, Spec], before: Sequence[Run], limit: cgroup.DiskLimit | None
+) -> Run:
+    """What the disk gives now, with the lanes of the first probe; see ``disk.ceiling``."""
+    lanes = next((run.result["lanes"] for run in before if run.failure is None), None)
+    spec = next(iter(specs.values()))
+    spec = replace(spec, probe_only=True, lanes=lanes or spec.lanes)
+    return _run_limited(_command(spec), Limits(disk=limit))
+
+
+def _run_row(spec: Spec, limits: Limits, layout: ModelLayout) -> Run:
+    if spec.fill:  # all of the model will be in memory
         needed = layout.file_bytes
         free = auto_size()
         if needed > free:
             return Run({}, f"{LEFT_OUT}: needs {format_size(needed)}, {format_size(free)} is free")
-    if group_bytes is None:
-        return run_process(_command(spec), None)
+    return _run_limited(_command(spec), limits)
+
+
+def _run_limited(command: Sequence[str], limits: Limits) -> Run:
+    if limits == Limits():
+        return run_process(command, None)
     try:
-        with cgroup.memory_cgroup(group_bytes) as group:
-            run = run_process(_command(spec), group)
-            if run.failure is None:
+        with cgroup.limited(limits) as group:
+            run = run_process(command, group)
+            if run.failure is None and limits.memory is not None:
                 run.result["cgroup_peak_bytes"] = group.peak_bytes()
             return run
     except OSError as error:
@@ -269,7 +355,7 @@ def _run_row(name: str, spec: Spec, group_bytes: int | None, layout: ModelLayout
 
 
 def run_process(
-    command: Sequence[str], group: cgroup.MemoryCgroup | None, limit_s: float = RUN_LIMIT_S
+    command: Sequence[str], group: cgroup.Group | None, limit_s: float = RUN_LIMIT_S
 ) -> Run:
     """Run ``command``; its last line of stdout is the result. Any end but a good one is a failure
     in words: the caller's other rows go on."""
@@ -316,8 +402,30 @@ def _signal_name(number: int) -> str:
 # --- the document -------------------------------------------------------------------------------
 
 
-def _results(runs: dict[str, list[Run]], cap: int) -> dict[str, Any]:
-    """The part of the document that follows from the runs."""
+def _probed(probes: Sequence[Run], limit: cgroup.DiskLimit | None) -> dict[str, Any]:
+    """The disk's ceiling: the median of the rounds' probes, and how it was measured."""
+    good = [run.result for run in probes if run.failure is None]
+    samples = [result["bytes_per_s"] for result in good]
+    ceiling = statistics.median(samples) if samples else None
+    if ceiling is not None and limit is not None and ceiling <= HELD * limit.bytes_per_s:
+        # A throttle lets short bursts pass, which a probe sees and a row does not live on.
+        ceiling = min(ceiling, float(limit.bytes_per_s))
+    return {
+        "disk_bytes_per_s": ceiling,
+        "disk_probe": {**good[0], "bytes_per_s": samples} if good else None,
+    }
+
+
+def _results(
+    runs: dict[str, list[Run]], cap: int, disk_bytes_per_s: float | None = None
+) -> dict[str, Any]:
+    """What follows from the runs under one cap.
+
+    ``bound_tps`` of a row is the decode speed that neither processor nor disk lets it pass,
+    1 / max(compute, bytes_per_token / disk_bytes_per_s), and ``of_bound`` how much of it the row
+    reached. Compute is the time per token of a row with every expert in memory (``bound_row``);
+    without one the disk alone bounds.
+    """
     tokens = {
         name: [run.result["tokens"] for run in done if run.failure is None]
         for name, done in runs.items()
@@ -346,9 +454,20 @@ def _results(runs: dict[str, list[Run]], cap: int) -> dict[str, Any]:
         for other, key in (("stock-mmap", "x_stock_mmap"), ("stock-resident", "of_stock_resident")):
             mine, base = speed.get(row["row"]), speed.get(other)
             row[key] = mine / base if mine and base else None
+    bound_row = next((name for name in ("resident", "stock-resident") if speed.get(name)), None)
+    compute_s = 1 / speed[bound_row] if bound_row else 0.0
+    for row in rows:
+        read = row["median"].get("bytes_per_token")
+        row["bound_tps"] = row["of_bound"] = None
+        if read is not None and disk_bytes_per_s and not row["failure"]:
+            token_s = max(compute_s, read / disk_bytes_per_s)
+            row["bound_tps"] = 1 / token_s if token_s else None
+            row["of_bound"] = row["median"]["decode_tps"] * token_s if token_s else None
     threads = next((r["threads"] for row in rows for r in row["runs"]), None)
     return {
+        "memory_bytes": cap,
         "threads": threads,
+        "bound_row": bound_row,
         "reference": reference,
         "reference_tokens": tokens[reference][0] if reference is not None else [],
         "rows": rows,
@@ -378,16 +497,19 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 def _errors(document: dict[str, Any]) -> list[str]:
     """Broken promises: same tokens, hard budget, our rows run. What stock suffers is a result."""
     errors = []
-    for row in document["rows"]:
-        name, failure, ours = row["row"], row["failure"], row["policy"] is not None
-        if row["identical"] is False:
-            errors.append(f"{name} generated other tokens than {document['reference']}")
-        if ours and row.get("within_cap") is False:
-            peak = format_size(row["median"]["rss_peak_bytes"])
-            errors.append(f"{name} peaked at {peak}, over the cap")
-        if ours and failure and not failure.startswith(LEFT_OUT):
-            errors.append(f"{name}: {failure}")
-    return errors
+    for point in bench_report.points(document):
+        at = f" in {format_size(point['memory_bytes'])}" if "sweep" in document else ""
+        for row in point["rows"]:
+            name = row["row"] + at if row["capped"] else row["row"]
+            failure, ours = row["failure"], row["policy"] is not None
+            if row["identical"] is False:
+                errors.append(f"{name} generated other tokens than {point['reference']}")
+            if ours and row.get("within_cap") is False:
+                peak = format_size(row["median"]["rss_peak_bytes"])
+                errors.append(f"{name} peaked at {peak}, over the cap")
+            if ours and failure and not failure.startswith(LEFT_OUT):
+                errors.append(f"{name}: {failure}")
+    return list(dict.fromkeys(errors))  # rows without a cap stand under each
 
 
 def _versions() -> dict[str, Any]:

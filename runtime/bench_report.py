@@ -1,13 +1,11 @@
-"""How a result document of ``bench`` is shown: an aligned table, a plot."""
+"""How a result document of ``bench`` is shown as text: conditions, an aligned table, remarks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from moe_gguf.runtime.budget import format_size
-from moe_gguf.runtime.errors import UserError
 
 Cell = Callable[[dict[str, Any]], str]  # of a row of the document
 
@@ -24,13 +22,24 @@ def _ratio(key: str, form: str) -> Cell:
     return lambda row: "-" if row[key] is None else form.format(row[key])
 
 
+def _guesses(row: dict[str, Any]) -> str:
+    """Guesses made, those used, and of these the ones that were still being read when needed."""
+    numbers = [row["median"].get(key) for key in ("guesses", "guesses_used", "guesses_late")]
+    if not numbers[0]:
+        return "-"
+    return "/".join("-" if n is None else f"{n:.0f}" for n in numbers)
+
+
 COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("decode tok/s", _median("decode_tps", "{:.2f}".format)),
     ("x stock-mmap", _ratio("x_stock_mmap", "{:.1f}")),
     ("of resident", _ratio("of_stock_resident", "{:.0%}")),
+    ("of bound", _ratio("of_bound", "{:.0%}")),
     ("prefill tok/s", _median("prefill_tps", "{:.1f}".format)),
     ("start-up s", _median("startup_s", "{:.2f}".format)),
     ("hits", _median("hit_rate", "{:.1%}".format)),
+    ("guesses made/used/late", _guesses),
+    ("recall", _median("recall", "{:.1%}".format)),
     ("read/token", _median("bytes_per_token", format_size)),
     ("stalled", _median("stall_share", "{:.1%}".format)),
     ("controller", _median("controller_share", "{:.1%}".format)),
@@ -38,11 +47,35 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
 )
 
 
+# A throttle was kept to if a probe of a second saw no more than this multiple of it.
+HELD = 1.25
+
+
+def points(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """One document per cap."""
+    return (
+        [{**document, **point} for point in document["sweep"]]
+        if "sweep" in document
+        else [document]
+    )
+
+
 def table(document: dict[str, Any]) -> str:
-    """What was measured, under which conditions, and the rows."""
+    """What was measured, under which conditions, and the rows, cap by cap."""
+    parts = ["\n".join(conditions(document))]
+    for point in points(document):
+        if "sweep" in document:
+            parts.append(f"memory {format_size(point['memory_bytes'])}")
+        parts += [_rows(point), "\n".join(remarks(point))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rows(document: dict[str, Any]) -> str:
+    """The rows, aligned; a column in which no row has anything is left out."""
     rows = document["rows"]
-    cells = [[row["row"], *(cell(row) for _, cell in COLUMNS)] for row in rows]
-    heads = ["row", *(head for head, _ in COLUMNS)]
+    shown = [(head, cell) for head, cell in COLUMNS if any(cell(row) != "-" for row in rows)]
+    cells = [[row["row"], *(cell(row) for _, cell in shown)] for row in rows]
+    heads = ["row", *(head for head, _ in shown)]
     widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
 
     def line(parts: list[str]) -> str:
@@ -52,16 +85,18 @@ def table(document: dict[str, Any]) -> str:
         )
         return "  ".join([first, *others])
 
-    lines = [*conditions(document), "", line(heads)]
+    lines = [line(heads)]
     for row, parts in zip(rows, cells, strict=True):
         failure = row["failure"]
         lines.append(f"{parts[0].ljust(widths[0])}  {failure}" if failure else line(parts))
-    return "\n".join([*lines, "", *remarks(document)])
+    return "\n".join(lines)
 
 
 def conditions(document: dict[str, Any]) -> list[str]:
     """Model, cap, machine and versions: a number without these means nothing."""
     model, machine, settings = document["model"], document["machine"], document["settings"]
+    every = points(document)
+    caps = ", ".join(format_size(point["memory_bytes"]) for point in every)
     commit = document["commit"] or "unknown"
     repeat = settings["repeat"]
     runs = f"median of {repeat} runs" if repeat > 1 else "one run of each row"
@@ -69,10 +104,10 @@ def conditions(document: dict[str, Any]) -> list[str]:
         f"{model['name']}: {model['architecture']}, {model['moe_layers']} MoE layers x "
         f"{model['experts']} experts, top-{model['experts_used']}, experts "
         f"{'+'.join(model['expert_types'])}, {format_size(model['file_bytes'])}",
-        f"memory {format_size(document['memory_bytes'])}; {_enforced(document)}; "
-        f"page cache {document['page_cache']}",
+        f"memory {caps}; {_enforced(document)}; page cache {document['page_cache']}",
+        f"disk: {_disk(document)}",
         f"{machine['cpu']}, {machine['cores']} cores, {format_size(machine['ram_bytes'])} RAM, "
-        f"{machine['system']}; {document['threads']} threads, context {settings['n_ctx']}",
+        f"{machine['system']}; {every[0]['threads']} threads, context {settings['n_ctx']}",
         f"moe-gguf {document['moe_gguf']}, commit {commit}; llama-cpp-python "
         f"{document['llama_cpp_python']}, weight repacking off",
         f"{runs}, rows in turn; prefill of {settings['prompt_tokens']} tokens, cold in capped "
@@ -87,7 +122,24 @@ def _enforced(document: dict[str, Any]) -> str:
     return f"enforced by a memory cgroup ({document['cgroup']})"
 
 
-def _is_capped(document: dict[str, Any], row: dict[str, Any]) -> bool:
+def _disk(document: dict[str, Any]) -> str:
+    probe, limit = document["disk_probe"], document["disk_limit"]
+    parts = []
+    if limit is not None:
+        speed = format_size(limit["bytes_per_s"])
+        parts.append(f"reads throttled to {speed}/s by a cgroup ({limit['cgroup']})")
+    if probe is not None:
+        how = "direct" if probe["direct"] else "buffered, cold"
+        parts.append(
+            f"ceiling {format_size(document['disk_bytes_per_s'])}/s ({how} reads of "
+            f"{format_size(probe['read_bytes'])} in {probe['lanes']} lanes)"
+        )
+    else:
+        parts.append("ceiling not measured: the probe failed")
+    return "; ".join(parts)
+
+
+def is_capped(document: dict[str, Any], row: dict[str, Any]) -> bool:
     """Ours keep to a budget by themselves, stock only inside a cgroup."""
     return bool(row["capped"] and (document["cgroup"] or row["policy"]))
 
@@ -96,7 +148,7 @@ def remarks(document: dict[str, Any]) -> list[str]:
     """What the table does not say by itself."""
     rows = document["rows"]
     lines = []
-    free = [row["row"] for row in rows if row["runs"] and not _is_capped(document, row)]
+    free = [row["row"] for row in rows if row["runs"] and not is_capped(document, row)]
     if free:
         lines.append(f"without the cap: {', '.join(free)}")
     planned = document["settings"]["n_predict"]
@@ -114,76 +166,19 @@ def remarks(document: dict[str, Any]) -> list[str]:
     checked = [row["row"] for row in rows if row["identical"] and row["row"] != reference]
     if checked:
         lines.append(f"same greedy tokens as {reference}: {', '.join(checked)}")
+    if any(row["of_bound"] is not None for row in rows):
+        compute = (
+            f"{document['bound_row']}'s time per token" if document["bound_row"] else "nothing"
+        )
+        lines.append(f"bound: the slower of {compute} and the row's reads at the disk's ceiling")
+    limit, measured = document["disk_limit"], document["disk_bytes_per_s"]
+    if limit is not None and measured is not None and measured > HELD * limit["bytes_per_s"]:
+        lines.append("the throttle did NOT hold: the disk's ceiling is above it")
+    drawn = next(
+        (run["timeline"] for row in rows for run in row["runs"][-1:] if "timeline" in run), None
+    )
+    if drawn is not None:
+        lines.append(f"timeline: {drawn}")
     if document["interrupted"]:
         lines.append("interrupted: rows have fewer runs than planned")
     return lines
-
-
-def require_plot() -> None:
-    """UserError unless matplotlib is there."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--plot needs matplotlib: install it with pip install 'moe-gguf[plot]'"
-        ) from None
-
-
-_OURS, _STOCK, _INK = "#2f6fb0", "#9aa0a6", "#333333"
-
-
-def plot(document: dict[str, Any], path: Path) -> None:
-    """Decode speed as bars with the range of the runs, as a PNG."""
-    from matplotlib.figure import Figure
-
-    rows = document["rows"]
-    model, machine = document["model"], document["machine"]
-    figure = Figure(figsize=(8.0, 1.9 + 0.48 * len(rows)), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    top = max((run["decode_tps"] for row in rows for run in row["runs"]), default=1.0)
-    for at, row in enumerate(rows):
-        if row["failure"]:
-            axes.text(0.01 * top, at, row["failure"], va="center", color=_INK, fontsize=9)
-            continue
-        if not row["runs"]:
-            continue
-        speeds = [run["decode_tps"] for run in row["runs"]]
-        median = row["median"]["decode_tps"]
-        axes.barh(at, median, height=0.62, color=_STOCK if row["policy"] is None else _OURS)
-        if len(speeds) > 1:
-            low, high = median - min(speeds), max(speeds) - median
-            axes.errorbar(median, at, xerr=[[low], [high]], color=_INK, capsize=3, linewidth=1)
-        axes.text(
-            max(speeds) + 0.012 * top, at, f"{median:.2f}", va="center", color=_INK, fontsize=9
-        )
-    labels = [
-        row["row"] if _is_capped(document, row) else f"{row['row']}\n(no cap)" for row in rows
-    ]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 1.12 * top)
-    repeat = document["settings"]["repeat"]
-    what = f"median of {repeat} runs; whiskers: slowest and fastest" if repeat > 1 else "one run"
-    axes.set_xlabel(f"decode, tokens per second ({what})")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.set_title(
-        f"{model['name']}, {format_size(model['file_bytes'])}, "
-        f"in {format_size(document['memory_bytes'])} of memory",
-        loc="left",
-        fontsize=12,
-        fontweight="bold",
-        pad=22,
-    )
-    axes.text(
-        0,
-        1.0,
-        f"{machine['cpu']}, {document['threads']} threads; experts "
-        f"{'+'.join(model['expert_types'])}; moe-gguf {document['moe_gguf']}, commit "
-        f"{(document['commit'] or 'unknown')[:12]}",
-        transform=axes.transAxes,
-        va="bottom",
-        color=_INK,
-        fontsize=9,
-    )
-    figure.savefig(path, format="png")

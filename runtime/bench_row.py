@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_gguf.runtime.errors import UserError
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 N_BATCH = 512
 # Decoding is cut off here: a row that thrashes makes its point with few tokens.
 DECODE_LIMIT_S = 90.0
+# What a result takes from ``Llama.stats``; a policy that does not predict leaves some out.
+STATS = (
+    *("hits", "misses", "hit_rate", "hit_rate_in_time", "bytes_read", "bytes_per_token"),
+    *("guesses", "guesses_used", "guesses_late", "recall", "layers"),
+    *("stall_s", "route_s", "compute_s", "slots", "reads", "budget_bytes"),
+)
 
 # Plain prose, so that a trained router does what it does on text.
 PROSE = (
@@ -53,14 +60,20 @@ class Spec:
     reads: str
     lanes: int | None
     fill: bool  # touch every weight before anything is timed
+    timeline: str | None = None  # ours only: write one of a token after the counted ones
     open_only: bool = False  # stop once the model is open: does it fit?
+    probe_only: bool = False  # measure the disk, not the model
 
 
 def measure(spec: Spec) -> dict[str, Any]:
     """Times, rates and greedy tokens of one run; our own counters cover the counted tokens."""
+    from moe_gguf.runtime import disk, timeline
     from moe_gguf.runtime.budget import rss_peak
+    from moe_gguf.runtime.layout import read_layout
     from moe_gguf.runtime.llama import Llama
 
+    if spec.probe_only:
+        return disk.ceiling(read_layout(Path(spec.model)), spec.lanes)._asdict()
     start = time.perf_counter()
     llama = _open(spec)
     startup_s = time.perf_counter() - start
@@ -99,20 +112,14 @@ def measure(spec: Spec) -> dict[str, Any]:
     }
     if ours is not None:
         stats = ours.stats()
-        names = (
-            "hits",
-            "misses",
-            "hit_rate",
-            "bytes_read",
-            "bytes_per_token",
-            "stall_s",
-            "route_s",
-        )
-        result |= {name: stats[name] for name in names}
-        result |= {name: stats[name] for name in ("slots", "reads", "budget_bytes")}
+        result |= {name: stats.get(name) for name in STATS}
         result["stall_share"] = stats["stall_s"] / decode_s
         result["controller_share"] = stats["route_s"] / decode_s
         result["mode_line"] = ours.mode_line
+        if spec.timeline is not None:
+            timeline.record(ours)
+            _step(llama, tokens[-1:])
+            result["timeline"] = timeline.write(ours, Path(spec.timeline))
     llama.close()
     return result
 

@@ -44,7 +44,7 @@ MARGIN_BYTES = 32 * MB
 AUTO_HEADROOM = 0.10
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, what: str = "a memory budget") -> int:
     """Bytes of ``2.4GB``, ``4GiB``, ``512m`` or a plain number of bytes."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
@@ -52,7 +52,7 @@ def parse_size(text: str) -> int:
         raise UserError(f"{text!r} is not a size: write it like 2.4GB, 4GiB or auto")
     size = int(float(match[1]) * unit)
     if size < MB:
-        raise UserError(f"{text} is too small for any model: give it in MB or GB")
+        raise UserError(f"{what} of {text} is too small for any model: give it in MB or GB")
     return size
 
 

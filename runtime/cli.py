@@ -203,6 +203,12 @@ def cli(debug: bool) -> None:
 @click.option("--repeat-penalty", default=1.0, type=_Number(0.01, 100), show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), metavar="N", help="default: random")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of text")
+@click.option(
+    "--timeline",
+    "timeline_file",
+    type=click.Path(),
+    help="write what the last token's time went to, for ui.perfetto.dev",
+)
 def run(
     model: str,
     prompt: str | None,
@@ -211,12 +217,14 @@ def run(
     chat: bool,
     system: str | None,
     as_json: bool,
+    timeline_file: str | None,
     **options: Any,
 ) -> None:
     """Generate text with MODEL inside a memory budget.
 
     The prompt comes from -p, -f or a pipe; --chat without one starts a conversation.
     """
+    from moe_gguf.runtime import timeline
     from moe_gguf.runtime.generate import Sampling
 
     sampling = Sampling(
@@ -227,12 +235,18 @@ def run(
         raise UserError("--system belongs to --chat: give both or neither")
     if text is None and as_json:
         raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
+    if timeline_file is not None:
+        _check_writable(Path(timeline_file))
     llama = open_llama(model, **options)
     try:
+        if timeline_file is not None:
+            timeline.record(llama)
         if text is None:
             _converse(llama, system, n_predict, sampling)
         else:
             _complete(llama, text, chat, system, n_predict, sampling, as_json)
+        if timeline_file is not None:
+            note(f"moe-gguf: wrote {timeline_file}: {timeline.write(llama, Path(timeline_file))}")
     finally:
         llama.close()
 
@@ -589,7 +603,12 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 
 @cli.command()
 @click.argument("model", metavar="MODEL")
-@click.option("--memory", required=True, metavar="SIZE", help="the cap of every limited row")
+@click.option(
+    "--memory",
+    required=True,
+    metavar="SIZE,…",
+    help="the cap of every limited row; several are measured turn about",
+)
 @click.option(
     "--rows",
     default="stock-mmap,stock-resident,load-on-demand,lru,lfu",
@@ -603,8 +622,22 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 @click.option("--threads", type=int, metavar="N")
 @click.option("--reads", default="auto", metavar="MODE")
 @lanes_option
+@click.option("--disk-bw", metavar="SIZE", help="let every row read that much per second only")
 @click.option("--json", "json_file", type=click.Path(), help="write the results here")
-@click.option("--plot", "plot_file", type=click.Path(), help="write a PNG here")
+@click.option("--plot", "plot_file", type=click.Path(), help="write a PNG of decode speed here")
+@click.option(
+    "--plot-layers",
+    "layers_file",
+    type=click.Path(),
+    help="write a PNG of hits and recall by layer here",
+)
+@click.option(
+    "--timeline",
+    "timeline_file",
+    type=click.Path(),
+    help="write what one more token's time went to, for ui.perfetto.dev",
+)
+@click.option("--timeline-row", metavar="NAME", help="of which row; default: the last of ours")
 def bench(model: str, **options: Any) -> None:
     """Measure MODEL under a memory cap: stock llama.cpp against our policies, turn about."""
     from moe_gguf.runtime.bench import bench as run_bench
@@ -616,6 +649,54 @@ def bench(model: str, **options: Any) -> None:
         note(f"moe-gguf: ERROR: {error}")
     if outcome.interrupted or outcome.errors:
         sys.exit(130 if outcome.interrupted else 1)
+
+
+@cli.command()
+@model_options
+@click.option(
+    "-f", "--file", "text_file", type=click.Path(), help="the text; default: a piece of plain prose"
+)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="compare with this model's lossless run instead of MODEL's own",
+)
+@click.option(
+    "--batch",
+    "n_batch",
+    default=512,
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="tokens per step; 1 measures what generation does",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True)
+def quality(
+    model: str,
+    text_file: str | None,
+    against: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Score a text with MODEL: perplexity, and what a lossy setting costs against the lossless run.
+
+    The text is read in chunks of --ctx tokens (default 512).
+    """
+    from moe_gguf.runtime.bench_row import PROSE
+    from moe_gguf.runtime.progress import bar
+    from moe_gguf.runtime.quality import quality as run_quality
+    from moe_gguf.runtime.quality import quality_text
+
+    text = PROSE if text_file is None else _prompt_text(None, text_file, wants_terminal=False)
+    assert text is not None
+    path = resolve(model)
+    other = None if against is None else resolve(against)
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    document = run_quality(
+        path, text, against=other, open_model=open_llama, progress=bar, folder=folder, **options
+    )
+    click.echo(json.dumps(document) if as_json else quality_text(document))
 
 
 @cli.command(hidden=True)

@@ -18,6 +18,7 @@ LANE_CHOICES = (2, 4, 8)
 DEFAULT_LANES = 4
 _PROBE_BYTES = 1 << 20
 _PROBE_SECONDS = 0.06  # per setting: start-up may cost a second, this is a few of those slices
+_CEILING_SECONDS, _CEILING_TRIES = 0.4, 3
 _PAGE = 4096
 
 
@@ -80,6 +81,29 @@ def choose(
     return ReadMode(direct, lanes, probe.offset_align, probe.memory_align, reason)
 
 
+class Ceiling(NamedTuple):
+    """The fastest that expert reads were seen to go, and how they were read."""
+
+    bytes_per_s: float
+    read_bytes: int
+    lanes: int
+    direct: bool
+
+
+def ceiling(layout: ModelLayout, lanes: int | None) -> Ceiling:
+    """Measure what the disk gives to expert reads of the size and lanes the engine uses.
+
+    Direct where that works; ``lanes`` None as ``choose`` measures them. The best of a few tries,
+    since whatever disturbs one makes it slower.
+    """
+    probe = probe_all(layout.files)
+    mode = choose(layout, probe, "direct" if probe.direct else "buffered", lanes, 0)
+    sampler = _Sampler(layout, _CEILING_SECONDS)
+    sampler.speed(mode.lanes, mode.direct)  # sets the number of reads
+    best = max(sampler.speed(mode.lanes, mode.direct) for _ in range(_CEILING_TRIES))
+    return Ceiling(best, sampler.n_bytes, mode.lanes, mode.direct)
+
+
 def speed(layout: ModelLayout, mode: ReadMode) -> float:
     """Bytes per second of cold expert reads the way they will be done."""
     sampler = _Sampler(layout)
@@ -90,7 +114,8 @@ def speed(layout: ModelLayout, mode: ReadMode) -> float:
 class _Sampler:
     """Times reads at random places of one file's experts, never the same place twice."""
 
-    def __init__(self, layout: ModelLayout) -> None:
+    def __init__(self, layout: ModelLayout, seconds: float = _PROBE_SECONDS) -> None:
+        self.seconds = seconds
         pieces = [piece for layer in layout.layers for piece in layer.copies[0].pieces]
         file = int(pieces[0].file[0])
         self.path = layout.files[file]
@@ -111,7 +136,8 @@ class _Sampler:
         offsets = [self.offsets[(self.next + i) % len(self.offsets)] for i in range(self.n_reads)]
         self.next += self.n_reads
         speed = probe_speed(self.path, offsets, self.n_bytes, lanes, direct)
-        self.n_reads = max(8, min(128, int(speed * _PROBE_SECONDS / self.n_bytes)))
+        most = int(128 * self.seconds / _PROBE_SECONDS)  # in case the disk was not what answered
+        self.n_reads = max(8, min(most, int(speed * self.seconds / self.n_bytes)))
         return speed
 
     def best_lanes(self, direct: bool) -> int:

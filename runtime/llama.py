@@ -29,6 +29,7 @@ from moe_gguf.runtime.controller import Recorder
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import pad_up
 from moe_gguf.runtime.model import OpenModel, Options
+from moe_gguf.runtime.timeline import Step
 
 DEFAULT_CTX = 4096
 
@@ -183,6 +184,11 @@ class Llama(llama_cpp.Llama):
         self._timer.reset()
 
     @property
+    def last_step(self) -> Step | None:
+        """The newest step that was computed, for a timeline of it."""
+        return self._timer.last_step
+
+    @property
     def mode_line(self) -> str:
         """One line on what is in force: model, budget, reads, policy, device."""
         return self.opened.mode_line()
@@ -202,6 +208,7 @@ class _Timer:
         context = llama._ctx
         self._opened = llama.opened
         self._controller = llama._controller
+        self.last_step: Step | None = None
         self._decode, self._encode = context.decode, context.encode
         context.decode = self._timed(self._decode)
         context.encode = self._timed(self._encode)
@@ -219,7 +226,7 @@ class _Timer:
             phase = int(n_tokens == 1)
             plugin = self._opened.plugin
             before = plugin.stats().read_bytes
-            start = time.perf_counter()
+            start_ns = time.perf_counter_ns()
             try:
                 step(batch)
             except RuntimeError as error:
@@ -227,7 +234,8 @@ class _Timer:
                 if "returned -" not in str(error):
                     raise
                 raise self._controller.recover() from None
-            self._seconds[phase] += time.perf_counter() - start
+            self.last_step = Step(start_ns, time.perf_counter_ns(), n_tokens)
+            self._seconds[phase] += (self.last_step.end_ns - start_ns) / 1e9
             self._tokens[phase] += n_tokens
             self._bytes[phase] += plugin.stats().read_bytes - before
 

@@ -20,7 +20,7 @@ import numpy as np
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.errors import ExpertReadError, UserError
 
-ABI = 2
+ABI = 3
 MAX_GUESSES = 256
 COPIES = 2
 LIBRARY = "libggml-moe.so"
@@ -156,6 +156,19 @@ class Stats(ctypes.Structure):
     ]
 
 
+class Event(ctypes.Structure):
+    """One event of the timeline; times are those of ``time.perf_counter_ns`` on Linux."""
+
+    _fields_ = [
+        ("kind", i32),
+        ("lane", i32),
+        ("key", i32),
+        ("reserved", i32),
+        ("start_ns", i64),
+        ("end_ns", i64),
+    ]
+
+
 class Probe(ctypes.Structure):
     _fields_ = [("direct", i32), ("offset_align", i32), ("memory_align", i32), ("reserved", i32)]
 
@@ -171,6 +184,10 @@ class DirectProbe(NamedTuple):
 ROUTE_FN = ctypes.CFUNCTYPE(i32)
 
 ERROR_NONE, ERROR_READ, ERROR_OTHER = 0, 1, 2
+
+# The kinds of ``Event``: moe_event_kind in moe.h.
+EVENT_LAYER, EVENT_ROUTE, EVENT_COMPUTE, EVENT_STALL = range(4)
+EVENT_DEMAND, EVENT_GUESS, EVENT_PREDICT = range(4, 7)
 
 
 def library_path() -> Path:
@@ -222,6 +239,8 @@ def load() -> ctypes.CDLL:
         ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),
         ("moe_model_slots", None, [handle, i32_array]),
         ("moe_model_cancel_guesses", None, [handle]),
+        ("moe_model_timeline", None, [handle, i32]),
+        ("moe_model_timeline_read", i32, [handle, ctypes.POINTER(Event), i32]),
         ("moe_model_inject", None, [handle, i32, i32]),
         ("moe_repack_supported", i32, [i32, i64, i64]),
         ("moe_repack", None, [i32, i64, i64, handle, handle]),
@@ -330,6 +349,16 @@ class PluginModel:
 
     def cancel_guesses(self) -> None:
         self._lib.moe_model_cancel_guesses(self._open)
+
+    def timeline(self, capacity: int) -> None:
+        """Start recording events, keeping the newest ``capacity``; 0 stops and forgets."""
+        self._lib.moe_model_timeline(self._open, capacity)
+
+    def timeline_read(self, capacity: int) -> list[Event]:
+        """Take the oldest recorded events, at most ``capacity``, in the order they ended in."""
+        events = (Event * capacity)()
+        n = self._lib.moe_model_timeline_read(self._open, events, capacity)
+        return list(events[:n])
 
     def inject(self, skip: int, err: int) -> None:
         """Tests only: see moe.h."""

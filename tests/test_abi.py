@@ -35,6 +35,7 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "moe_config": plugin.Config,
     "moe_call": plugin.Call,
     "moe_stats": plugin.Stats,
+    "moe_event": plugin.Event,
     "moe_probe": plugin.Probe,
 }
 
@@ -117,6 +118,15 @@ def test_errors_have_the_numbers_of_the_header() -> None:
         plugin.ERROR_READ,
         plugin.ERROR_OTHER,
     )
+
+
+def test_event_kinds_have_the_numbers_of_the_header() -> None:
+    text = (NATIVE / "moe.h").read_text()
+    kinds = dict(re.findall(r"MOE_(EVENT_\w+)\s+= (\d)", text))
+    assert kinds
+    assert {name: int(n) for name, n in kinds.items()} == {
+        name: value for name, value in vars(plugin).items() if name.startswith("EVENT_")
+    }
 
 
 def test_the_pinned_release_is_installed() -> None:

@@ -6,6 +6,7 @@ Numbers are not judged here. What needs a memory cgroup is skipped, loudly, wher
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +17,11 @@ import pytest
 from tiny import write_tiny
 
 from moe_gguf.runtime import bench as benches
-from moe_gguf.runtime import cgroup
+from moe_gguf.runtime import bench_report, cgroup
 from moe_gguf.runtime.bench import Run, bench, run_process
 from moe_gguf.runtime.bench_report import table
+from moe_gguf.runtime.bench_row import Spec
+from moe_gguf.runtime.cgroup import Limits
 from moe_gguf.runtime.errors import UserError
 
 CAP = 400_000_000
@@ -99,6 +102,59 @@ def test_interrupt_keeps_finished_runs(model: Path) -> None:
     assert "interrupted" in table(outcome.document)
 
 
+def test_a_sweep_runs_uncapped_rows_once(model: Path, tmp_path: Path) -> None:
+    files = {key: str(tmp_path / key) for key in ("json_file", "plot_file", "layers_file")}
+    change = {"memory": "300MB,400MB", "rows": "resident,lru", **files}
+    said: list[str] = []
+    outcome = bench(model, note=said.append, **{**OPTIONS, **change})
+    assert not outcome.errors
+    assert [line.split(": ")[1] for line in said] == [
+        "resident",
+        "lru in 300.0 MB",
+        "lru in 400.0 MB",
+    ]
+    document = outcome.document
+    assert json.loads((tmp_path / "json_file").read_text()) == document
+    assert "rows" not in document
+    assert [point["memory_bytes"] for point in document["sweep"]] == [300_000_000, CAP]
+    first, second = (point["rows"] for point in document["sweep"])
+    assert first[0]["runs"] == second[0]["runs"]
+    assert [rows[1]["runs"][0]["budget_bytes"] for rows in (first, second)] == [300_000_000, CAP]
+    text = table(document)
+    assert text.count("\nmemory 300.0 MB\n") == text.count("\nmemory 400.0 MB\n") == 1
+    for name in ("plot_file", "layers_file"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_timeline_of_a_named_row(model: Path, tmp_path: Path) -> None:
+    change = {"rows": "lru,lfu", "timeline_file": str(tmp_path / "t.json"), "timeline_row": "lru"}
+    outcome = bench(model, note=ignore, **{**OPTIONS, **change})
+    other = json.loads((tmp_path / "t.json").read_text())["otherData"]
+    assert (other["policy"], other["tokens"]) == ("lru", 1)
+    lru, lfu = outcome.document["rows"]
+    assert lru["runs"][0]["timeline"] in table(outcome.document)
+    assert "timeline" not in lfu["runs"][0]
+
+
+def test_reads_are_throttled_or_refused_in_words(model: Path) -> None:
+    """The disk under the model allows it or not; either way no run goes at another speed."""
+    change = {"disk_bw": "50MB/s", "rows": "lru"}
+    try:
+        limits = Limits(disk=cgroup.DiskLimit(cgroup.disks_of([model]), 50_000_000))
+        reason = cgroup.refusal(limits)
+    except OSError as error:
+        reason = str(error)
+    if reason is not None:
+        with pytest.raises(UserError, match=r"--disk-bw cannot be kept to .*leave it out"):
+            bench(model, note=pytest.fail, **{**OPTIONS, **change})
+        return
+    document = bench(model, note=ignore, **{**OPTIONS, **change}).document
+    assert document["disk_limit"]["bytes_per_s"] == 50_000_000
+    assert document["disk_bytes_per_s"] <= 50_000_000
+    assert max(document["disk_probe"]["bytes_per_s"]) < 2 * 50_000_000  # bursts of a short probe
+    assert "reads throttled to 50.0 MB/s by a cgroup" in table(document)
+
+
 # --- refused before the first run ---------------------------------------------------------------
 
 
@@ -112,6 +168,12 @@ def test_interrupt_keeps_finished_runs(model: Path) -> None:
         ({"repeat": 0}, "--repeat"),
         ({"n_predict": 300}, "do not fit a context of 256: raise --ctx"),
         ({"json_file": "/nonexistent/r.json"}, "its folder does not exist"),
+        ({"memory": " , "}, "fixed cap: give --memory a size"),
+        ({"memory": "400MB,30MB"}, "30.0 MB of memory is too little"),
+        ({"disk_bw": "fast"}, "'fast' is not a size"),
+        ({"disk_bw": "3KB"}, "a disk speed of 3KB is too small"),
+        ({"timeline_file": "t.json", "timeline_row": "lfu"}, "name a row of ours that runs"),
+        ({"timeline_file": "t.json", "rows": "stock-mmap"}, "add a row of it to --rows"),
     ],
 )
 def test_refused(model: Path, change: dict[str, Any], sentence: str) -> None:
@@ -150,14 +212,15 @@ def test_last_line_is_the_result() -> None:
 
 @pytest.fixture
 def small_cgroup() -> Any:
-    if reason := cgroup.refusal():
+    limits = Limits(memory=64 * 2**20)
+    if reason := cgroup.refusal(limits):
         pytest.skip(f"needs a memory cgroup: {reason}")
-    with cgroup.memory_cgroup(64 * 2**20) as group:
+    with cgroup.limited(limits) as group:
         yield group
-    assert not group.folder.exists()
+    assert not any(folder.exists() for folder in group.folders)
 
 
-def test_out_of_memory_in_a_cgroup(small_cgroup: cgroup.MemoryCgroup) -> None:
+def test_out_of_memory_in_a_cgroup(small_cgroup: cgroup.Group) -> None:
     run = run_process(python("x = b'x' * (256 << 20)"), small_cgroup)
     assert run.failure == "killed (out of memory)"
     assert small_cgroup.oom_kills() == 1
@@ -166,7 +229,7 @@ def test_out_of_memory_in_a_cgroup(small_cgroup: cgroup.MemoryCgroup) -> None:
 
 
 def test_other_kills_in_a_cgroup_are_not_blamed_on_memory(
-    small_cgroup: cgroup.MemoryCgroup,
+    small_cgroup: cgroup.Group,
 ) -> None:
     run = run_process(python("import os; os.kill(os.getpid(), 9)"), small_cgroup)
     assert run.failure == "killed (SIGKILL)"
@@ -178,9 +241,9 @@ def test_killed_row_is_shown_and_not_run_again(
     real: Callable[..., Run] = benches._run_row
     asked = []
 
-    def scripted(name: str, *rest: Any) -> Run:
-        asked.append(name)
-        return Run({}, "killed (out of memory)") if name == "stock-mmap" else real(name, *rest)
+    def scripted(spec: Spec, *rest: Any) -> Run:
+        asked.append(spec.policy or "stock-mmap")
+        return real(spec, *rest) if spec.policy else Run({}, "killed (out of memory)")
 
     monkeypatch.setattr(benches, "_run_row", scripted)
     outcome = bench(model, note=ignore, **{**OPTIONS, "repeat": 2})
@@ -245,6 +308,51 @@ def test_medians_and_ratios() -> None:
     assert rows["lfu"]["identical"] is None
 
 
+def test_bound_is_the_slower_of_processor_and_disk() -> None:
+    def ours(tps: float, read: float) -> Run:
+        run = result([1], tps)
+        return Run({**run.result, "bytes_per_token": read}, None)
+
+    runs = {
+        "stock-resident": [result([1], 16.0)],
+        "resident": [ours(10.0, 0.0)],  # a tenth of a second per token, and this one counts
+        "lru": [ours(4.0, 20e6)],  # a fifth of a second on a disk of 100 MB/s
+        "lfu": [ours(8.0, 5e6)],  # a twentieth: the processor is slower
+    }
+    document = benches._results(runs, CAP, 100e6)
+    rows = {row["row"]: row for row in document["rows"]}
+    assert document["bound_row"] == "resident"
+    assert rows["stock-resident"]["bound_tps"] is None  # nobody counts its reads
+    assert rows["lru"]["bound_tps"] == pytest.approx(5.0)
+    assert rows["lru"]["of_bound"] == pytest.approx(0.8)
+    assert rows["lfu"]["bound_tps"] == pytest.approx(10.0)
+    assert rows["lfu"]["of_bound"] == pytest.approx(0.8)
+    alone = benches._results({"lru": runs["lru"], "lfu": runs["lfu"]}, CAP, 100e6)
+    assert alone["bound_row"] is None
+    assert alone["rows"][1]["bound_tps"] == pytest.approx(20.0)
+
+
+def test_a_burst_through_the_throttle_is_not_the_ceiling() -> None:
+    def probes(*speeds: float) -> list[Run]:
+        return [Run({"bytes_per_s": s, "lanes": 2}, None) for s in speeds]
+
+    limit = cgroup.DiskLimit(("8:0",), 100)
+    assert benches._probed(probes(90, 80, 110), limit)["disk_bytes_per_s"] == 90
+    assert benches._probed(probes(110), limit)["disk_bytes_per_s"] == 100
+    assert benches._probed(probes(300), limit)["disk_bytes_per_s"] == 300  # it did not hold
+    assert benches._probed(probes(300), None)["disk_bytes_per_s"] == 300
+    nothing = benches._probed([Run({}, "failed: no")], None)
+    assert nothing == {"disk_bytes_per_s": None, "disk_probe": None}
+
+
+def test_guesses_and_recall_are_shown_where_a_policy_tells() -> None:
+    told = {"guesses": 120.0, "guesses_used": 80.0, "recall": 0.75}
+    row = {"row": "fate", "median": told}
+    cells = {head: cell(row) for head, cell in bench_report.COLUMNS if head[0] in "gr"}
+    assert cells["guesses made/used/late"] == "120/80/-"
+    assert cells["recall"] == "75.0%"
+
+
 # --- where cgroups are --------------------------------------------------------------------------
 
 
@@ -269,14 +377,61 @@ def test_places(
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("\n".join(lines) + "\n")
     version, places = expected
-    assert cgroup.places(tmp_path) == (version, [base / place for place in places])
+    assert cgroup.places("memory", tmp_path) == (version, [base / place for place in places])
+
+
+@pytest.mark.parametrize(
+    ("lines", "made", "expected"),
+    [
+        (["4:memory:/", "7:blkio:/"], {"memory": "5", "blkio": "8:0 7"}, 2),
+        (["0::/"], {"": "8:0 rbps=7"}, 1),
+    ],
+)
+def test_one_folder_per_hierarchy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    lines: list[str], made: dict[str, str], expected: int,
+) -> None:  # fmt: skip
+    """Version 2 has one hierarchy, and a process is in one cgroup of it."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("\n".join(lines) + "\n")
+    for name in made:
+        (tmp_path / "sys/fs/cgroup" / name).mkdir(parents=True, exist_ok=True)
+    written: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        cgroup, "_write", lambda folder, setting: written.append((setting.file, setting.value))
+    )
+    limits = Limits(5, cgroup.DiskLimit(("8:0",), 7))
+    with cgroup.limited(limits, tmp_path) as group:
+        assert len(group.folders) == expected
+        procs = [f"{folder}/cgroup.procs" for folder in group.folders]
+        assert group.command(["true"])[4:] == [*procs, "true"]
+    disk = "blkio.throttle.read_bps_device" if expected == 2 else "io.max"
+    assert (disk, list(made.values())[-1]) in written
+    assert not any(folder.exists() for folder in group.folders)
+
+
+def test_a_partition_stands_for_its_disk(tmp_path: Path) -> None:
+    number = tmp_path.stat().st_dev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    with pytest.raises(OSError, match="without a block device"):
+        cgroup.disks_of([tmp_path], tmp_path)
+    part = tmp_path / "sys/devices/sda/sda1"
+    part.mkdir(parents=True)
+    (part / "partition").write_text("1\n")
+    (part / "dev").write_text(f"{name}\n")
+    (part.parent / "dev").write_text("8:0\n")
+    (tmp_path / "sys/dev/block").mkdir(parents=True)
+    (tmp_path / "sys/dev/block" / name).symlink_to(part)
+    assert cgroup.disks_of([tmp_path, tmp_path], tmp_path) == ("8:0",)
+    (part / "partition").unlink()  # a disk without partitions
+    assert cgroup.disks_of([tmp_path], tmp_path) == (name,)
 
 
 def test_no_cgroups(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n")
     with pytest.raises(OSError, match="no memory cgroups"):
-        cgroup.places(tmp_path)
+        cgroup.places("memory", tmp_path)
 
 
 def test_a_cgroup_that_offers_no_limit_is_not_used(tmp_path: Path) -> None:
@@ -286,7 +441,7 @@ def test_a_cgroup_that_offers_no_limit_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "proc/self/cgroup").write_text("0::/user\n")
     with (
         pytest.raises(FileNotFoundError),
-        cgroup.memory_cgroup(2**20, tmp_path),
+        cgroup.limited(Limits(memory=2**20), tmp_path),
     ):
         pass
     assert list((tmp_path / "sys/fs/cgroup/user").iterdir()) == []

@@ -122,6 +122,19 @@ def test_json_is_one_document(moe_gguf: Command, model: Path) -> None:
     assert document["stats"]["rss_peak_bytes"] > 0
 
 
+def test_run_writes_a_timeline(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
+    args = ("run", model, *ONE, "-p", "Hello", "--temp", 0)
+    file = tmp_path / "t.json"
+    result = moe_gguf(*args, "-n", 4, "--timeline", file)
+    assert result.out == moe_gguf(*args, "-n", 4).out
+    assert result.err.splitlines()[-1].startswith(f"moe-gguf: wrote {file}: 1 token(s) in ")
+    assert json.loads(file.read_text())["traceEvents"]
+    nothing = moe_gguf(*args, "-n", 0, "--timeline", file)
+    assert (nothing.code, "no token to draw" in nothing.err) == (2, True)
+    absent = moe_gguf(*args, "--timeline", tmp_path / "absent" / "t.json").error(2)
+    assert "its folder does not exist" in absent
+
+
 def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(
     moe_gguf: Command, model: Path, tmp_path: Path
 ) -> None:

@@ -590,7 +590,7 @@ print(out["usage"]["completion_tokens"], rss_peak(), llama.stats()["budget_bytes
 NAMED = re.compile(r"smallest budget that works is (\d+)MB")
 
 
-def child(path: Path, memory: str, group: cgroup.MemoryCgroup | None = None) -> Any:
+def child(path: Path, memory: str, group: cgroup.Group | None = None) -> Any:
     command = [sys.executable, "-c", CHILD, str(path), memory]
     if group is not None:
         command = group.command(command)
@@ -619,11 +619,12 @@ def test_refused_budget_names_one_that_works(layout: str, tiny_file: TinyFile) -
 
 @pytest.mark.parametrize("extra_mb", [0, 20])
 def test_process_lives_in_a_cgroup_of_its_budget(extra_mb: int, tiny_file: TinyFile) -> None:
-    if (reason := cgroup.refusal()) is not None:
-        missing(f"no memory cgroup can be made ({reason})")
     path = tiny_file("mixtral", mixed=True)
     n_bytes = (smallest(path) + extra_mb) * 10**6
-    with cgroup.memory_cgroup(n_bytes) as group:
+    limits = cgroup.Limits(memory=n_bytes)
+    if (reason := cgroup.refusal(limits)) is not None:
+        missing(f"no memory cgroup can be made ({reason})")
+    with cgroup.limited(limits) as group:
         done = child(path, str(n_bytes), group)
         assert group.oom_kills() == 0
     assert done.returncode == 0, done.stdout + done.stderr

@@ -57,8 +57,16 @@ ggml_status executor::submit(ggml_cgraph * graph) {
     const ggml_status status = ggml_backend_graph_compute(inner_, graph);
     if (c_.model) {
         c_.model->stats.compute_ns += now_ns() - t0;
+        record(MOE_EVENT_COMPUTE, t0);
     }
     return status;
+}
+
+void executor::record(int kind, int64_t start_ns) {
+    timeline & history = c_.model->reads->history;
+    if (history.on()) {
+        history.add(kind, -1, c_.layer, start_ns);
+    }
 }
 
 ggml_status executor::run_plain(ggml_tensor * const * nodes, int n) {
@@ -189,6 +197,7 @@ bool executor::ask() {
     call.read_bytes  = model.reads->count.bytes;
     const int32_t rc = model.route();
     model.stats.route_ns += now_ns() - t0;
+    record(MOE_EVENT_ROUTE, t0);
     model.stats.events++;
     return rc == 1 && read_plan();
 }
@@ -260,6 +269,7 @@ bool executor::read_guesses() {
         const int64_t t0 = now_ns();
         const int32_t rc = model.guess();
         model.stats.guess_ns += now_ns() - t0;
+        record(MOE_EVENT_PREDICT, t0);
         if (rc != 1) {
             return false;
         }
@@ -282,10 +292,12 @@ ggml_status executor::run_chain() {
         return GGML_STATUS_SUCCESS;
     }
     std::lock_guard<std::mutex> lock(model.step);
+    const int64_t               t0 = model.reads->history.start();
     entries_.clear();
     const bool  planned = group_pairs() && ask();
     ggml_status status  = planned ? run_entries() : GGML_STATUS_FAILED;
     std::fill(index_of_.begin(), index_of_.end(), -1);
+    record(MOE_EVENT_LAYER, t0);
     if (status != GGML_STATUS_SUCCESS) {
         waiting_.clear();
         for (const entry & e : entries_) {
@@ -354,6 +366,7 @@ ggml_status executor::run_entries() {
             const int64_t t0 = now_ns();
             model.reads->wait_any(waiting_);
             model.stats.stall_ns += now_ns() - t0;
+            record(MOE_EVENT_STALL, t0);
             continue;
         }
         const ggml_status status = run_round(ready_, copy);

@@ -57,6 +57,7 @@ class executor {
     ggml_status   run_round(const std::vector<int> & chosen, int copy);
     ggml_status   keep_inputs();
     ggml_status   submit(ggml_cgraph * graph);
+    void          record(int kind, int64_t start_ns);  // on the timeline, for the running layer
     ggml_cgraph * begin(size_t n_nodes);
     ggml_tensor * clone(const ggml_tensor * t, int64_t ne1, int64_t ne2, void * data);
     ggml_tensor * slot_view(const ggml_tensor * weight, int copy);

@@ -415,6 +415,10 @@ int32_t moe_model_error(moe_model * model, char * error, size_t n_error) {
     return kind;
 }
 
-void moe_model_slots(moe_model * model, int32_t * keys) { model->reads->keys(keys); }
-void moe_model_cancel_guesses(moe_model * model) { model->reads->cancel_guesses(); }
+void    moe_model_slots(moe_model * model, int32_t * keys) { model->reads->keys(keys); }
+void    moe_model_cancel_guesses(moe_model * model) { model->reads->cancel_guesses(); }
+void    moe_model_timeline(moe_model * model, int32_t capacity) { model->reads->history.resize(capacity); }
+int32_t moe_model_timeline_read(moe_model * model, moe_event * events, int32_t capacity) {
+    return model->reads->history.read(events, capacity);
+}
 void moe_model_inject(moe_model * model, int32_t skip, int32_t err) { model->reads->inject(skip, err); }

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 2
+#define MOE_ABI 3
 #define MOE_MAX_GUESSES 256
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
@@ -153,6 +153,26 @@ struct moe_stats {
     int64_t scratch_bytes;  // high-water mark of the executor's own buffers
 };
 
+enum moe_event_kind {
+    MOE_EVENT_LAYER   = 0,  // one event of a layer's experts, from asking to the last result
+    MOE_EVENT_ROUTE   = 1,  // the route callback
+    MOE_EVENT_COMPUTE = 2,  // the inner device at work on one graph
+    MOE_EVENT_STALL   = 3,  // nothing to compute: waiting for a read
+    MOE_EVENT_DEMAND  = 4,  // one positional read of an expert that a layer waits for
+    MOE_EVENT_GUESS   = 5,  // likewise of one that was guessed
+    MOE_EVENT_PREDICT = 6,  // the guess callback
+};
+
+// One event of the timeline; times are of the monotonic clock.
+struct moe_event {
+    int32_t kind;
+    int32_t lane;  // of a read; -1 otherwise
+    int32_t key;   // of a read; the layer otherwise
+    int32_t reserved;
+    int64_t start_ns;
+    int64_t end_ns;
+};
+
 struct moe_probe {
     int32_t direct;  // 1: O_DIRECT reads work on this file
     int32_t offset_align;
@@ -186,6 +206,10 @@ MOE_API int32_t moe_model_error(struct moe_model * model, char * error, size_t n
 MOE_API void moe_model_slots(struct moe_model * model, int32_t * keys);
 // Drops every guess that no lane has started.
 MOE_API void moe_model_cancel_guesses(struct moe_model * model);
+// Starts recording events into a ring of this many, of which the newest are kept; 0 stops.
+MOE_API void moe_model_timeline(struct moe_model * model, int32_t capacity);
+// Moves the oldest recorded events to events[capacity] and returns how many.
+MOE_API int32_t moe_model_timeline_read(struct moe_model * model, struct moe_event * events, int32_t capacity);
 // Tests only: the read after `skip` further ones fails with error number err (0: reads short;
 // negative: takes -err milliseconds longer).
 MOE_API void moe_model_inject(struct moe_model * model, int32_t skip, int32_t err);

@@ -17,10 +17,6 @@ namespace moe {
 static int64_t round_down(int64_t x, int64_t align) { return x & ~(align - 1); }
 static int64_t round_up(int64_t x, int64_t align) { return (x + align - 1) & ~(align - 1); }
 
-int64_t now_ns() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
 reads::reads(const std::vector<std::string> & paths, const read_options & options) : paths_(paths), options_(options) {
     for (const auto & path : paths_) {
         const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | (options_.direct ? O_DIRECT : 0));
@@ -41,7 +37,7 @@ reads::reads(const std::vector<std::string> & paths, const read_options & option
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int i = 0; i < options_.lanes; i++) {
-        lanes_.emplace_back([this] { lane(); });
+        lanes_.emplace_back([this, i] { lane(i); });
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
@@ -263,7 +259,7 @@ void reads::finish_if_done(std::unique_lock<std::mutex> & lock, int slot) {
     s.state.store(s.failed ? slot_state::FAILED : slot_state::READY, std::memory_order_release);
 }
 
-void reads::lane() {
+void reads::lane(int number) {
     char * bounce = nullptr;
     if (options_.direct) {
         if (posix_memalign((void **)&bounce, 4096, CHUNK_BYTES + 2 * (size_t)options_.offset_align) != 0) {
@@ -284,11 +280,14 @@ void reads::lane() {
         s.in_flight++;
         const bool skip  = s.failed;  // the job is lost already: do not spend disk time on its rest
         const bool guess = s.guess;
+        const int  kind = guess ? MOE_EVENT_GUESS : MOE_EVENT_DEMAND, key = s.key;
         if (active_++ == 0) {
             active_since_ns_ = now_ns();
         }
         lock.unlock();
+        const int64_t     t0    = history.start();
         const std::string error = skip ? std::string() : read_chunk(c, bounce);
+        history.add(kind, number, key, t0);
         lock.lock();
         s.in_flight--;
         if (--active_ == 0) {

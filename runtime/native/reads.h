@@ -15,13 +15,13 @@
 #include <thread>
 #include <vector>
 
+#include "timeline.h"
+
 namespace moe {
 
 // Read requests are flat in speed above about 256 KiB; a chunk is also the longest time a demand
 // can wait behind a guess that a lane has already started.
 constexpr int64_t CHUNK_BYTES = 1 << 20;
-
-int64_t now_ns();  // a steady clock
 
 struct read_options {
     int  lanes        = 4;
@@ -84,6 +84,7 @@ class reads {
         std::atomic<int64_t> bytes{0}, guess_bytes{0}, reads{0}, bounced{0};
         std::atomic<int64_t> guess_loads{0}, guess_promoted{0}, guess_cancelled{0};
     } count;
+    timeline history;
 
   private:
     struct chunk {
@@ -105,7 +106,7 @@ class reads {
         bool                    finishing = false;  // a lane is in options.finish
     };
 
-    void        lane();
+    void        lane(int number);
     std::string read_chunk(const chunk & c, char * bounce);
     void        cancel_locked(std::unique_lock<std::mutex> & lock, int slot);
     void        remove_queued(std::deque<chunk> & queue, int slot);

@@ -1,0 +1,131 @@
+"""Where the time of one token went, as a file in Chrome's trace format (Perfetto opens it).
+
+Owns turning the plugin's events into slices; the plugin records them, ``Llama`` says when its last
+step began and ended. One track shows the model: the trunk between the layers, and inside each
+layer the callbacks, the expert graphs and the stalls. One track per lane shows its reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moe_gguf.runtime import plugin
+from moe_gguf.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_gguf.runtime.llama import Llama
+
+# Some ten times what a token of a large model makes; 2 MB, which the budget's margin covers.
+CAPACITY = 1 << 16
+_PIECE = 1024  # events taken at once: as Python objects they are four times as large
+_MODEL_TRACK, _FIRST_LANE_TRACK = 0, 1
+_NAMES = {
+    plugin.EVENT_ROUTE: "route",
+    plugin.EVENT_PREDICT: "predict",
+    plugin.EVENT_COMPUTE: "compute",
+    plugin.EVENT_STALL: "stall",
+    plugin.EVENT_DEMAND: "demand",
+    plugin.EVENT_GUESS: "guess",
+}
+
+
+class Step(NamedTuple):
+    """One call of llama_decode, on the clock of ``time.perf_counter_ns``."""
+
+    start_ns: int
+    end_ns: int
+    n_tokens: int
+
+
+def record(llama: Llama) -> None:
+    """Record from now on; only the newest events are kept."""
+    llama.opened.plugin.timeline(CAPACITY)
+
+
+def write(llama: Llama, path: Path) -> str:
+    """Write the last step to ``path``, stop recording, and say in one line where its time went."""
+    step = llama.last_step
+    if step is None:
+        raise UserError("there is no token to draw a timeline of: generate at least one with -n")
+    layout = llama.opened.layout
+    document = trace(list(_events_of(llama, step)), step, layout.n_experts)
+    document["otherData"]["model"] = layout.name
+    document["otherData"]["policy"] = llama.opened.options.policy
+    llama.opened.plugin.timeline(0)
+    path.write_text(json.dumps(document) + "\n")
+    other = document["otherData"]
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in other["ms"].items())
+    return f"{other['tokens']} token(s) in {other['step_ms']:.1f} ms ({parts} ms)"
+
+
+def _events_of(llama: Llama, step: Step) -> Iterator[plugin.Event]:
+    while events := llama.opened.plugin.timeline_read(_PIECE):
+        yield from (e for e in events if e.end_ns > step.start_ns and e.start_ns < step.end_ns)
+
+
+def trace(events: Iterable[plugin.Event], step: Step, n_experts: int) -> dict[str, Any]:
+    """The trace document of one step; times in it are microseconds from the step's start.
+
+    A read that a guess began before the step has a negative start. ``otherData`` has the sums, in
+    milliseconds: trunk is what lies between layers, other what a layer took beside the rest.
+    """
+    slices: list[dict[str, Any]] = []
+
+    def put(name: str, kind: str, track: int, start_ns: int, end_ns: int, **args: int) -> None:
+        slices.append(
+            {
+                "name": name,
+                "cat": kind,
+                "ph": "X",
+                "ts": (start_ns - step.start_ns) / 1e3,
+                "dur": (end_ns - start_ns) / 1e3,
+                "pid": 1,
+                "tid": track,
+                "args": args,
+            }
+        )
+
+    sums = dict.fromkeys(("trunk", "route", "predict", "compute", "stall"), 0)
+    lanes = set()
+    at, layers_ns = step.start_ns, 0
+    for event in sorted(events, key=lambda e: (e.start_ns, -e.end_ns)):
+        span = event.start_ns, event.end_ns
+        if event.kind == plugin.EVENT_LAYER:
+            put(f"trunk before layer {event.key}", "trunk", _MODEL_TRACK, at, event.start_ns)
+            put(f"layer {event.key}", "layer", _MODEL_TRACK, *span, layer=event.key)
+            sums["trunk"] += event.start_ns - at
+            layers_ns += event.end_ns - event.start_ns
+            at = event.end_ns
+        elif event.kind in (plugin.EVENT_DEMAND, plugin.EVENT_GUESS):
+            layer, expert = divmod(event.key, n_experts)
+            kind = _NAMES[event.kind]
+            lanes.add(event.lane)
+            track = _FIRST_LANE_TRACK + event.lane
+            name = f"{kind} layer {layer} expert {expert}"
+            put(name, kind, track, *span, layer=layer, expert=expert)
+        else:
+            name = _NAMES[event.kind]
+            put(name, name, _MODEL_TRACK, *span, layer=event.key)
+            sums[name] += event.end_ns - event.start_ns
+    put("trunk to the output", "trunk", _MODEL_TRACK, at, step.end_ns)
+    sums["trunk"] += step.end_ns - at
+    sums["other"] = layers_ns - sum(ns for name, ns in sums.items() if name != "trunk")
+    tracks = {_MODEL_TRACK: "model"} | {_FIRST_LANE_TRACK + n: f"lane {n}" for n in sorted(lanes)}
+    names = [_label("process_name", 0, "moe-gguf")]
+    names += [_label("thread_name", track, name) for track, name in tracks.items()]
+    return {
+        "traceEvents": names + slices,
+        "displayTimeUnit": "ms",
+        "otherData": {
+            "tokens": step.n_tokens,
+            "step_ms": (step.end_ns - step.start_ns) / 1e6,
+            "ms": {name: ns / 1e6 for name, ns in sums.items()},
+        },
+    }
+
+
+def _label(what: str, track: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": 1, "tid": track, "args": {"name": name}}
