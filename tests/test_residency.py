@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from moe_gguf.policies import POLICIES, Plan, Residency, policy
-from moe_gguf.policies.base import RouteEvent
-from moe_gguf.policies.cache import LRU, LoadOnDemand
+from moe_gguf.policies.arc import ARC
+from moe_gguf.policies.base import CachePolicy, RouteEvent
+from moe_gguf.policies.cache import LFU, LRU, LoadOnDemand
+from moe_gguf.policies.eap import ExpertPaths, PathCache
+from moe_gguf.policies.layered import Layered, allocate, evenly
 from moe_gguf.policies.order import Popularity
 
 N_LAYERS, N_EXPERTS = 4, 12
+
+# Caches that must know the arena or the model.
+SIZED: dict[str, Callable[[int], CachePolicy]] = {
+    "arc": ARC,
+    "layered-arc": lambda n: Layered(
+        N_EXPERTS, allocate(n, N_EXPERTS, range(N_LAYERS), {2: 0.1}, 3), ARC
+    ),
+    "even-lfu": lambda n: Layered(
+        N_EXPERTS, evenly(n, N_EXPERTS, range(N_LAYERS)), lambda quota: LFU()
+    ),
+    "eap": lambda n: PathCache(ExpertPaths(range(N_LAYERS), N_EXPERTS)),
+}
 
 
 class Script:
@@ -56,6 +71,8 @@ class Slots:
 
 
 def make(n_slots: int, name: str = "lru") -> Slots:
+    if name in SIZED:
+        return Slots(Residency(n_slots, N_EXPERTS, SIZED[name](n_slots), Popularity()))
     return Slots(Residency(n_slots, N_EXPERTS, *policy(name)))
 
 
@@ -71,7 +88,7 @@ def random_event(rng: random.Random) -> RouteEvent:
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 5, 11, 12, 20, N_LAYERS * N_EXPERTS])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, *SIZED])
 def test_random_events_and_failures(name: str, n_slots: int) -> None:
     rng = random.Random(n_slots)
     slots = make(n_slots, name)
@@ -87,7 +104,7 @@ def test_random_events_and_failures(name: str, n_slots: int) -> None:
 
 
 def test_an_arena_for_everything_misses_each_expert_once() -> None:
-    for name in ("lru", "lfu"):
+    for name in ("lru", "lfu", *SIZED):
         rng = random.Random(3)
         slots = make(N_LAYERS * N_EXPERTS, name)
         events = [random_event(rng) for _ in range(200)]
