@@ -14,6 +14,15 @@ from moe_gguf.policies.base import CachePolicy
 BAD_RECALL = 0.5
 
 
+def evenly(n_slots: int, n_experts: int, layers: Sequence[int]) -> dict[int, int]:
+    """The same quota for all layers; what does not divide goes to the first ones."""
+    n_slots = min(n_slots, n_experts * len(layers))
+    return {
+        layer: n_slots // len(layers) + (i < n_slots % len(layers))
+        for i, layer in enumerate(layers)
+    }
+
+
 def allocate(
     n_slots: int,
     n_experts: int,
@@ -45,8 +54,8 @@ def allocate(
         quotas[layer] += more
         left -= more
     rest = [layer for layer in layers if layer not in full]
-    for i, layer in enumerate(rest):  # what does not divide goes to the shallow ones
-        quotas[layer] += left // len(rest) + (i < left % len(rest))
+    for layer, more in evenly(left, n_experts, rest).items():
+        quotas[layer] += more
     return quotas
 
 

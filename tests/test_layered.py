@@ -11,7 +11,7 @@ from moe_gguf.policies import Residency
 from moe_gguf.policies.arc import ARC
 from moe_gguf.policies.base import CachePolicy, RouteEvent
 from moe_gguf.policies.cache import LFU, LRU
-from moe_gguf.policies.layered import Layered, allocate
+from moe_gguf.policies.layered import Layered, allocate, evenly
 
 N_LAYERS, N_EXPERTS, USED = 5, 12, 3
 LAYERS = range(1, 1 + N_LAYERS)
@@ -34,6 +34,12 @@ def test_too_few_slots_fill_the_shallow_layers_but_starve_none() -> None:
     # Not even the floors fit.
     assert allocate(12, N_EXPERTS, LAYERS, recall, USED) == {1: 4, 2: 2, 3: 2, 4: 2, 5: 2}
     assert allocate(2, N_EXPERTS, LAYERS, recall, USED) == {1: 2, 2: 0, 3: 0, 4: 0, 5: 0}
+
+
+def test_even_quotas() -> None:
+    assert evenly(17, N_EXPERTS, LAYERS) == {1: 4, 2: 4, 3: 3, 4: 3, 5: 3}
+    assert evenly(100, N_EXPERTS, LAYERS) == dict.fromkeys(LAYERS, N_EXPERTS)
+    assert evenly(3, N_EXPERTS, []) == {}
 
 
 @pytest.mark.parametrize("seed", range(20))
