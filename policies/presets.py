@@ -10,10 +10,10 @@ from moe_gguf.policies.arc import ARC
 from moe_gguf.policies.base import CachePolicy, LoadOrder, Predictor
 from moe_gguf.policies.cache import LFU, LRU, LoadOnDemand
 from moe_gguf.policies.eap import ExpertPaths, PathCache, PathPredictor
-from moe_gguf.policies.layered import Layered, allocate
+from moe_gguf.policies.layered import Layered, allocate, evenly
 from moe_gguf.policies.order import Popularity
 from moe_gguf.policies.pace import Everything, IdleDisk, Pace
-from moe_gguf.policies.predict import GateGuesses, GatePredictor, Router
+from moe_gguf.policies.predict import GateGuesses, GatePredictor, Router, Variant
 
 
 class Policy(NamedTuple):
@@ -44,16 +44,23 @@ class Facts:
     recall: Mapping[int, float] = field(default_factory=dict)
 
 
-def _fate(facts: Facts, cache: CachePolicy) -> Policy:
+def _guessing(facts: Facts, cache: CachePolicy, variant: Variant) -> Policy:
+    """Guesses by the next layer's gate over this cache; none where no routers are known."""
     routers = facts.routers()
     if not routers:
         return Policy(cache, Popularity())
-    gates = GatePredictor(routers, facts.n_used)
+    gates = GatePredictor(routers, facts.n_used, variant)
     return Policy(cache, Popularity(), GateGuesses(gates, facts.n_experts), IdleDisk())
 
 
-def _layered(facts: Facts) -> Layered:
-    """The paper's cache: shallow-favoring quotas, one ARC per layer."""
+def _layered_lfu(facts: Facts) -> Layered:
+    """Every layer its share. Forgetting slowly is right where layers do not compete (LOG.md)."""
+    quotas = evenly(facts.n_slots, facts.n_experts, facts.layers)
+    return Layered(facts.n_experts, quotas, lambda quota: LFU(1.0))
+
+
+def _shallow_favoring(facts: Facts) -> Layered:
+    """Fate's cache: layers that predict badly hold all their experts, one ARC per layer."""
     quotas = allocate(facts.n_slots, facts.n_experts, facts.layers, facts.recall, facts.n_used)
     return Layered(facts.n_experts, quotas, ARC)
 
@@ -69,9 +76,10 @@ POLICIES: Mapping[str, Callable[[Facts], Policy]] = {
     "lfu": lambda facts: Policy(LFU(), Popularity()),
     "arc": lambda facts: Policy(ARC(facts.n_slots), Popularity()),
     "eap": _eap,
-    "fate": lambda facts: _fate(facts, LFU()),
-    "fate-lru": lambda facts: _fate(facts, LRU()),
-    "fate-layered": lambda facts: _fate(facts, _layered(facts)),
+    "layered-lfu": lambda facts: Policy(_layered_lfu(facts), Popularity()),
+    "fate": lambda facts: _guessing(facts, _layered_lfu(facts), "residual"),
+    "fate-raw": lambda facts: _guessing(facts, _layered_lfu(facts), "raw"),
+    "fate-paper": lambda facts: _guessing(facts, _shallow_favoring(facts), "raw"),
 }
 
 
