@@ -167,10 +167,10 @@ def remarks(document: dict[str, Any]) -> list[str]:
     if checked:
         lines.append(f"same greedy tokens as {reference}: {', '.join(checked)}")
     if any(row["of_bound"] is not None for row in rows):
-        compute = (
-            f"{document['bound_row']}'s time per token" if document["bound_row"] else "nothing"
-        )
-        lines.append(f"bound: the slower of {compute} and the row's reads at the disk's ceiling")
+        reads = "the row's reads at the disk's ceiling"
+        row_name = document["bound_row"]
+        both = f"the slower of {row_name}'s time per token and {reads}"
+        lines.append(f"bound: {both if row_name else reads}")
     limit, measured = document["disk_limit"], document["disk_bytes_per_s"]
     if limit is not None and measured is not None and measured > HELD * limit["bytes_per_s"]:
         lines.append("the throttle did NOT hold: the disk's ceiling is above it")

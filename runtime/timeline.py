@@ -51,7 +51,7 @@ def write(llama: Llama, path: Path) -> str:
     if step is None:
         raise UserError("there is no token to draw a timeline of: generate at least one with -n")
     layout = llama.opened.layout
-    document = trace(list(_events_of(llama, step)), step, layout.n_experts)
+    document = trace(_events_of(llama, step), step, layout.n_experts, layout.layers[-1].layer + 1)
     document["otherData"]["model"] = layout.name
     document["otherData"]["policy"] = llama.opened.options.policy
     llama.opened.plugin.timeline(0)
@@ -66,7 +66,9 @@ def _events_of(llama: Llama, step: Step) -> Iterator[plugin.Event]:
         yield from (e for e in events if e.end_ns > step.start_ns and e.start_ns < step.end_ns)
 
 
-def trace(events: Iterable[plugin.Event], step: Step, n_experts: int) -> dict[str, Any]:
+def trace(
+    events: Iterable[plugin.Event], step: Step, n_experts: int, n_layers: int
+) -> dict[str, Any]:
     """The trace document of one step; times in it are microseconds from the step's start.
 
     A read that a guess began before the step has a negative start. ``otherData`` has the sums, in
@@ -100,12 +102,13 @@ def trace(events: Iterable[plugin.Event], step: Step, n_experts: int) -> dict[st
             layers_ns += event.end_ns - event.start_ns
             at = event.end_ns
         elif event.kind in (plugin.EVENT_DEMAND, plugin.EVENT_GUESS):
-            layer, expert = divmod(event.key, n_experts)
+            row, expert = divmod(event.key, n_experts)
+            copy, layer = divmod(row, n_layers)
             kind = _NAMES[event.kind]
             lanes.add(event.lane)
             track = _FIRST_LANE_TRACK + event.lane
-            name = f"{kind} layer {layer} expert {expert}"
-            put(name, kind, track, *span, layer=layer, expert=expert)
+            name = f"{kind} layer {layer} expert {expert}" + (f" copy {copy}" if copy else "")
+            put(name, kind, track, *span, layer=layer, expert=expert, copy=copy)
         else:
             name = _NAMES[event.kind]
             put(name, name, _MODEL_TRACK, *span, layer=event.key)

@@ -76,10 +76,10 @@ def test_trace_by_hand() -> None:
         event(plugin.EVENT_STALL, 115, 130, 0),
         event(plugin.EVENT_COMPUTE, 130, 138, 0),
         event(plugin.EVENT_LAYER, 110, 140, 0),
-        event(plugin.EVENT_GUESS, 90, 112, 13, lane=0),
+        event(plugin.EVENT_GUESS, 90, 112, 33, lane=0),
         event(plugin.EVENT_LAYER, 150, 190, 1),
     ]
-    document = trace(events, Step(100_000, 200_000, 1), n_experts=10)
+    document = trace(events, Step(100_000, 200_000, 1), n_experts=10, n_layers=2)
     found = {e["name"]: (e["tid"], e["ts"], e["dur"]) for e in document["traceEvents"] if "ts" in e}
     assert found == {
         "trunk before layer 0": (0, 0, 10),
@@ -91,7 +91,7 @@ def test_trace_by_hand() -> None:
         "layer 1": (0, 50, 40),
         "trunk to the output": (0, 90, 10),
         "demand layer 0 expert 7": (2, 13, 17),
-        "guess layer 1 expert 3": (1, -10, 22),
+        "guess layer 1 expert 3 copy 1": (1, -10, 22),
     }
     sums = {"trunk": 30, "route": 2, "predict": 0, "compute": 8, "stall": 15, "other": 45}
     assert document["otherData"]["ms"] == {name: us / 1000 for name, us in sums.items()}
