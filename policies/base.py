@@ -10,7 +10,7 @@ times per token on the route callback, where a tuple costs three times as much.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -80,6 +80,10 @@ class Guess(NamedTuple):
 
 class Predictor(Protocol):
     """Which experts a later layer will ask for. Guesses change time, never output."""
+
+    @property
+    def recall(self) -> Mapping[int, float]:
+        """By layer: the share of the experts a token used that was guessed first, lately."""
 
     def observe(self, event: RouteEvent, ids: Ids) -> None:
         """What a layer really asked for, [n_tokens, n_used]; for every event, before ``guess``."""

@@ -119,9 +119,16 @@ class PathPredictor:
 
     def __init__(self, paths: ExpertPaths) -> None:
         self.paths = paths
+        self.recall: dict[int, float] = {}
+        self._guessed: set[int] = set()
 
     def observe(self, event: RouteEvent, ids: Ids) -> None:
         self.paths.observe(event)
+        if self._guessed and event.n_tokens == 1:
+            base = event.layer * self.paths.n_experts
+            now = sum(base + e in self._guessed for e in event.experts) / len(event.experts)
+            mean = self.recall.get(event.layer, now)
+            self.recall[event.layer] = mean + (now - mean) / 256
 
     def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         paths = self.paths
@@ -133,7 +140,9 @@ class PathPredictor:
         best = best[uses[best] > 0]
         base = paths.layers[paths.at + 1] * paths.n_experts
         chance = np.minimum(uses[best], 1.0).tolist()
-        return [Guess(base + e, p) for e, p in zip(best.tolist(), chance, strict=True)]
+        keys = [base + e for e in best.tolist()]
+        self._guessed = set(keys)
+        return [Guess(key, p) for key, p in zip(keys, chance, strict=True)]
 
 
 class PathCache:

@@ -234,6 +234,10 @@ class GateGuesses:
         self.gates = gates
         self.n_experts = n_experts
 
+    @property
+    def recall(self) -> Mapping[int, float]:
+        return self.gates.recall
+
     def observe(self, event: RouteEvent, ids: base.Ids) -> None:
         self.gates.observe(event.layer, ids)
 

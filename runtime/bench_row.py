@@ -28,6 +28,7 @@ DECODE_LIMIT_S = 90.0
 STATS = (
     *("hits", "misses", "hit_rate", "hit_rate_in_time", "bytes_read", "bytes_per_token"),
     *("guesses", "guesses_used", "guesses_late", "recall", "layers"),
+    *("disk_s", "guess_s"),
     *("stall_s", "route_s", "compute_s", "slots", "reads", "budget_bytes"),
 )
 
@@ -114,7 +115,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         stats = ours.stats()
         result |= {name: stats.get(name) for name in STATS}
         result["stall_share"] = stats["stall_s"] / decode_s
-        result["controller_share"] = stats["route_s"] / decode_s
+        result["controller_share"] = (stats["route_s"] + stats["guess_s"]) / decode_s
         result["mode_line"] = ours.mode_line
         if spec.timeline is not None:
             timeline.record(ours)

@@ -50,8 +50,9 @@ class Controller:
         self.residency = residency
         self.recorder = recorder
         self.guessing = guessing
-        self.hits = 0
-        self.misses = 0
+        # Demands by layer: found (in the slots or on their way), and not.
+        self.layer_hits: dict[int, int] = {}
+        self.layer_misses: dict[int, int] = {}
         self._event = RouteEvent(-1, 0, (), ())
         self._failure: BaseException | None = None
         call, n = plugin.call, residency.n_experts
@@ -109,8 +110,9 @@ class Controller:
         self._plan_slots[:n] = plan.slots
         self._plan_loads[:n] = plan.loads
         if not call.continuation:
-            self.hits += plan.n_hits
-            self.misses += n - plan.n_hits
+            layer, hits, misses = event.layer, self.layer_hits, self.layer_misses
+            hits[layer] = hits.get(layer, 0) + plan.n_hits
+            misses[layer] = misses.get(layer, 0) + n - plan.n_hits
             call.wants_guesses = self.guessing is not None
 
     def on_guess(self) -> None:
@@ -157,5 +159,15 @@ class Controller:
         native = self.plugin.take_error()
         return failure or native or RuntimeError("llama.cpp could not compute a step")
 
+    @property
+    def hits(self) -> int:
+        return sum(self.layer_hits.values())
+
+    @property
+    def misses(self) -> int:
+        return sum(self.layer_misses.values())
+
     def reset_stats(self) -> None:
-        self.hits = self.misses = self.residency.guesses_used = 0
+        self.layer_hits.clear()
+        self.layer_misses.clear()
+        self.residency.guesses_used = 0

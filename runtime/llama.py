@@ -244,7 +244,10 @@ class _Timer:
     def table(self) -> dict[str, Any]:
         native = self._opened.plugin.stats()
         controller = self._controller
-        demanded = controller.hits + controller.misses
+        hits, misses = controller.hits, controller.misses
+        demanded = hits + misses
+        late = native.guess_promoted
+        recall = self._opened.recall()
         budget = self._opened.budget
         assert budget is not None
 
@@ -256,17 +259,30 @@ class _Timer:
             "decode_tps": rate(1),
             "prefill_tokens": self._tokens[0],
             "decode_tokens": self._tokens[1],
-            "hits": controller.hits,
-            "misses": controller.misses,
-            "hit_rate": controller.hits / demanded if demanded else 0.0,
+            "hits": hits,
+            "misses": misses,
+            "hit_rate": hits / demanded if demanded else 0.0,
+            "hit_rate_in_time": (hits - late) / demanded if demanded else 0.0,
             "bytes_read": native.read_bytes,
             "bytes_per_token": self._bytes[1] / self._tokens[1] if self._tokens[1] else 0.0,
             "stall_s": native.stall_ns / 1e9,
             "compute_s": native.compute_ns / 1e9,
             "route_s": native.route_ns / 1e9,
+            "guess_s": native.guess_ns / 1e9,
+            "disk_s": native.disk_ns / 1e9,
             "decode_s": self._seconds[1],
             "guesses": native.guess_loads,
             "guesses_used": controller.residency.guesses_used,
+            "guesses_late": late,
+            "recall": sum(recall.values()) / len(recall) if recall else None,
+            "layers": [
+                {
+                    "layer": layer,
+                    "hit_rate": n / max(1, n + controller.layer_misses.get(layer, 0)),
+                    "recall": recall.get(layer),
+                }
+                for layer, n in sorted(controller.layer_hits.items())
+            ],
             "budget_bytes": budget.total,
             "rss_peak_bytes": rss_peak(),
             "slots": budget.n_slots,

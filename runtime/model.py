@@ -230,6 +230,11 @@ class OpenModel:
         )
         return policy(self.options.policy, facts)
 
+    def recall(self) -> dict[int, float]:
+        """By layer: how many of the experts a token used were among its best guesses, lately."""
+        guessing = self.controller.guessing if self.controller else None
+        return dict(guessing.predictor.recall) if guessing is not None else {}
+
     def free_slots(self) -> int:
         """Slots no expert has been read into yet."""
         assert self.controller is not None

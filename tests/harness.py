@@ -284,6 +284,8 @@ class Events:
 class Guesser:
     """A predictor that learns nothing and is sure of what ``keys`` says."""
 
+    recall: Mapping[int, float] = {}
+
     def observe(self, event: RouteEvent, ids: Ids) -> None:
         pass
 

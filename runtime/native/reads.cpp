@@ -268,13 +268,16 @@ void reads::lane(int number) {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-        work_.wait(lock, [this] { return stop_ || !demand_.empty() || !guess_.empty(); });
+        // One lane at most reads guesses: a demand then never waits for more than one of their chunks.
+        work_.wait(lock, [this] { return stop_ || !demand_.empty() || (!guess_.empty() && !guessed_); });
         if (stop_) {
             break;
         }
-        auto &      queue = demand_.empty() ? guess_ : demand_;
-        const chunk c     = queue.front();
+        const bool  as_guess = demand_.empty();
+        auto &      queue    = as_guess ? guess_ : demand_;
+        const chunk c        = queue.front();
         queue.pop_front();
+        guessed_      = guessed_ || as_guess;
         slot_info & s = slots_[c.slot];
         s.queued--;
         s.in_flight++;
@@ -289,6 +292,7 @@ void reads::lane(int number) {
         const std::string error = skip ? std::string() : read_chunk(c, bounce);
         history.add(kind, number, key, t0);
         lock.lock();
+        guessed_ = guessed_ && !as_guess;
         s.in_flight--;
         if (--active_ == 0) {
             disk_ns_ += now_ns() - active_since_ns_;
@@ -303,6 +307,9 @@ void reads::lane(int number) {
         finish_if_done(lock, c.slot);
         if (s.in_flight == 0) {
             done_.notify_all();
+        }
+        if (as_guess && !demand_.empty() && !guess_.empty()) {
+            work_.notify_one();  // this lane turns to a demand: another one may guess on
         }
     }
     lock.unlock();

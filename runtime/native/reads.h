@@ -118,9 +118,10 @@ class reads {
     std::mutex               mutex_;
     std::condition_variable  work_, done_;
     std::deque<chunk>        demand_, guess_;
-    std::deque<slot_info>    slots_;                // deque: atomics do not move
-    std::vector<int>         guessing_;             // slots that hold or await a guess nobody demanded
-    int                      active_          = 0;  // lanes reading
+    std::deque<slot_info>    slots_;                    // deque: atomics do not move
+    std::vector<int>         guessing_;                 // slots that hold or await a guess nobody demanded
+    int                      active_          = 0;      // lanes reading
+    bool                     guessed_         = false;  // a lane is reading a guess
     int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;
     std::string              error_;
