@@ -53,6 +53,8 @@ class Controller:
         # Demands by layer: found (in the slots or on their way), and not.
         self.layer_hits: dict[int, int] = {}
         self.layer_misses: dict[int, int] = {}
+        # Once set, every step fails with it: a thread that computes cannot be stopped otherwise.
+        self.stop: Exception | None = None
         self._event = RouteEvent(-1, 0, (), ())
         self._failure: BaseException | None = None
         call, n = plugin.call, residency.n_experts
@@ -91,6 +93,8 @@ class Controller:
                 self._failure, answer = error, 0
 
     def on_route(self) -> None:
+        if self.stop is not None:
+            raise self.stop
         call = self._call
         if call.n_cancelled:
             self.residency.drop(call.cancelled[: call.n_cancelled])

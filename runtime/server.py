@@ -63,7 +63,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(llama: Llama, listener: socket.socket, api_key: str | None) -> None:
     """Serve until SIGINT or SIGTERM."""
-    stop = _Stop(llama)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -71,7 +70,7 @@ def serve(llama: Llama, listener: socket.socket, api_key: str | None) -> None:
             _note(f"moe-gguf: serving {_alias(llama)} at {_url(listener)} (Ctrl-C stops)")
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            stop.requested = True
+            llama._controller.stop = _Stopping("the server is stopping")
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
@@ -243,22 +242,6 @@ class _Served:
             return _reported(handler(**{**kwargs, "llama": llama}))
 
         return handle
-
-
-class _Stop:
-    """Once ``requested``, computing fails at the next layer: a thread cannot be cancelled."""
-
-    def __init__(self, llama: Llama) -> None:
-        self.requested = False
-        controller = llama._controller
-        on_route = controller.on_route
-
-        def unless_stopped() -> None:
-            if self.requested:
-                raise _Stopping("the server is stopping")
-            on_route()
-
-        controller.on_route = unless_stopped  # type: ignore[method-assign]
 
 
 def _alias(llama: Llama) -> str:
