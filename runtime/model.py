@@ -87,7 +87,8 @@ class OpenModel:
         spare = budgets.auto_size() - self.total
         self.mode = disk.choose(self.layout, probe, options.reads, options.lanes, spare)
         transforms = Transforms(self.layout.metadata)
-        self.repacked_trunk = _repacked_trunk(self.layout, transforms)
+        self.is_repacked = _is_repacked(self.layout, transforms)
+        self.repacked_trunk = _repacked_trunk(self.layout) if self.is_repacked else []
         self.plugin = PluginModel(
             _config(self.layout, self.slots, self.mode, transforms, self.repacked_trunk)
         )
@@ -257,7 +258,21 @@ class OpenModel:
             f"{format_size(needs.compute)} + experts {format_size(self.budget.experts)} "
             f"({self.budget.n_slots} slots, {self.budget.resident_share:.0%}) + process "
             f"{format_size(needs.process)}; reads {self.mode}; policy {self.options.policy}; "
-            f"device cpu{lossy}"
+            f"device cpu{self._kernels()}{lossy}"
+        )
+
+    def _kernels(self) -> str:
+        """What is to be said about kernel layouts; nothing where weights are plain."""
+        if self.is_repacked:
+            return ", repacked kernels"
+        if not self.foreign_layouts:
+            return ""
+        table = self.layout.table
+        source = table.source_name if table else "SRC"
+        return (
+            f"; its experts are laid out for another processor ({', '.join(self.foreign_layouts)}) "
+            f"and each is converted after reading, which is slow: rebuild the bundle here with "
+            f"moe-gguf convert {source} DST"
         )
 
     def close(self) -> None:
@@ -299,17 +314,18 @@ def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
 _REPACKABLE = re.compile(r"(output|blk\.\d+\.(attn|ffn|ssm)_\w+)\.weight")
 
 
-def _repacked_trunk(layout: ModelLayout, transforms: Transforms) -> list[str]:
-    """Trunk tensors to hold repacked, as stock llama.cpp does; none unless the experts are."""
-    codes = [
-        transforms.code(name, kind, t.ne[:2])[0]
+def _is_repacked(layout: ModelLayout, transforms: Transforms) -> bool:
+    """Whether experts are stored in the layout that this machine's kernels want."""
+    return any(
+        transforms.code(name, kind, tensor.ne[:2])[0] == LAYOUT_REPACKED
         for layer in layout.layers
-        for t, name, kind in zip(
-            layer.tensors, layer.copies[0].layouts, layer.copies[0].types, strict=True
-        )
-    ]
-    if LAYOUT_REPACKED not in codes:
-        return []
+        for copy in layer.copies
+        for tensor, name, kind in zip(layer.tensors, copy.layouts, copy.types, strict=True)
+    )
+
+
+def _repacked_trunk(layout: ModelLayout) -> list[str]:
+    """Trunk tensors that stock llama.cpp would hold repacked, where we know it."""
     return [
         t.name
         for t in layout.trunk
