@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,7 @@ class OpenModel:
             _config(self.layout, self.slots, self.mode, transforms, self.repacked_trunk)
         )
         self.foreign_layouts = tuple(transforms.rules)
+        self._dry_overrides: int | None = None
         self._keep: list[Any] = []  # ctypes memory llama.cpp points into while loading
         self.needs: Needs | None = None  # once measured
         self.n_ctx = 0  # likewise
@@ -103,25 +104,27 @@ class OpenModel:
 
     def model_params(self, params: llama_cpp.llama_model_params) -> llama_cpp.llama_model_params:
         """The caller's parameters with what the plugin needs."""
-        names = {t.name.split(".", 2)[2] for layer in self.layout.layers for t in layer.tensors}
-        pattern = r"^blk\.[0-9]+\.(" + "|".join(sorted(n.replace(".", r"\.") for n in names)) + ")$"
-        types = [(pattern, self.plugin.expert_buffer_type())]
-        if self.repacked_trunk:
-            names = {name.replace(".", r"\.") for name in self.repacked_trunk}
-            types.append((f"^({'|'.join(sorted(names))})$", self.plugin.repack_buffer_type()))
-        types.append((".*", self.plugin.trunk_buffer_type()))
-        overrides = (BuftOverride * (len(types) + 1))(
-            *(BuftOverride(pattern.encode(), buft) for pattern, buft in types),
-            BuftOverride(None, None),
-        )
-        self._keep.append(overrides)
-        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
+        experts = [t.name for layer in self.layout.layers for t in layer.tensors]
+        types = [(pattern, self.plugin.expert_buffer_type()) for pattern in _patterns(experts)]
+        rest = (".*", self.plugin.trunk_buffer_type())
+        self._dry_overrides = self._overrides([*types, rest])
+        for pattern in _patterns(self.repacked_trunk):
+            types.append((pattern, self.plugin.repack_buffer_type()))
+        params.tensor_buft_overrides = self._overrides([*types, rest])
         # Nothing is mapped (see open_stream in native/model.cpp): the trunk is anonymous memory.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
         params.use_extra_bufts = False
         params.n_gpu_layers = 0
         return params
+
+    def _overrides(self, types: Sequence[tuple[str, int]]) -> int | None:
+        overrides = (BuftOverride * (len(types) + 1))(
+            *(BuftOverride(pattern.encode(), buft) for pattern, buft in types),
+            BuftOverride(None, None),
+        )
+        self._keep.append(overrides)
+        return ctypes.cast(overrides, ctypes.c_void_p).value
 
     def load(
         self,
@@ -156,6 +159,9 @@ class OpenModel:
         """Simulate loading (no weight is read) to learn what everything but experts takes."""
         dry = llama_cpp.llama_model_params.from_buffer_copy(model_params)
         dry.no_alloc = True
+        # Repacked tensors take as much as plain ones, and buffers without memory cannot pose as
+        # ggml-cpu's own.
+        dry.tensor_buft_overrides = self._dry_overrides
         with logs.capture() as log, self.plugin.stream() as stream:
             model = llama_cpp.llama_model_load_from_file_ptr(stream, dry)
             if not model:
@@ -312,6 +318,22 @@ def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
 # Matrices that llama.cpp multiplies with and, where it may, keeps repacked. Of a name that is
 # not here the plain kernel runs: as exact, slower.
 _REPACKABLE = re.compile(r"(output|blk\.\d+\.(attn|ffn|ssm)_\w+)\.weight")
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Regular expressions for exactly these tensors, few and short: llama.cpp compiles each of them
+    for each tensor."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+        layer, rest = (match[1], match[2]) if match else ("", name)
+        layers.setdefault(rest, []).append(layer)
+    return [
+        f"^{re.escape(rest)}$"
+        if numbers == [""]
+        else rf"^blk\.({'|'.join(numbers)})\.{re.escape(rest)}$"
+        for rest, numbers in layers.items()
+    ]
 
 
 def _is_repacked(layout: ModelLayout, transforms: Transforms) -> bool:
