@@ -228,18 +228,28 @@ def _vote(layer: int, ranked: Ids, chance: npt.NDArray[np.float64], n_experts: i
 
 
 class GateGuesses:
-    """The predictor of Fate: the gate predictor's experts as keys."""
+    """The predictor of Fate: the gate predictor's experts as keys.
+
+    After ``LEARN_ALL`` tokens it learns from one in ``LEARN_EVERY``: learning costs as much as
+    guessing, and what a few hundred tokens have taught changes slowly.
+    """
+
+    LEARN_ALL, LEARN_EVERY = 256, 4
 
     def __init__(self, gates: GatePredictor, n_experts: int) -> None:
         self.gates = gates
         self.n_experts = n_experts
+        self._n_events = 0
 
     @property
     def recall(self) -> Mapping[int, float]:
         return self.gates.recall
 
     def observe(self, event: RouteEvent, ids: base.Ids) -> None:
-        self.gates.observe(event.layer, ids)
+        token = self._n_events // len(self.gates.layers)
+        self._n_events += 1
+        if event.n_tokens > 1 or token < self.LEARN_ALL or token % self.LEARN_EVERY == 0:
+            self.gates.observe(event.layer, ids)
 
     def guess(self, event: RouteEvent, x: base.Inputs) -> Sequence[Guess]:
         prediction = self.gates.predict(event.layer, x)

@@ -78,7 +78,6 @@ POLICIES: Mapping[str, Callable[[Facts], Policy]] = {
     "eap": _eap,
     "layered-lfu": lambda facts: Policy(_layered_lfu(facts), Popularity()),
     "fate": lambda facts: _guessing(facts, _layered_lfu(facts), "residual"),
-    "fate-raw": lambda facts: _guessing(facts, _layered_lfu(facts), "raw"),
     "fate-paper": lambda facts: _guessing(facts, _shallow_favoring(facts), "raw"),
 }
 

@@ -50,6 +50,7 @@ class Controller:
         self.residency = residency
         self.recorder = recorder
         self.guessing = guessing
+        self._n_all = len(guessing.blob_bytes) * residency.n_experts if guessing else 0
         # Demands by layer: found (in the slots or on their way), and not.
         self.layer_hits: dict[int, int] = {}
         self.layer_misses: dict[int, int] = {}
@@ -117,7 +118,8 @@ class Controller:
             layer, hits, misses = event.layer, self.layer_hits, self.layer_misses
             hits[layer] = hits.get(layer, 0) + plan.n_hits
             misses[layer] = misses.get(layer, 0) + n - plan.n_hits
-            call.wants_guesses = self.guessing is not None
+            if self.guessing is not None:
+                call.wants_guesses = len(self.residency.slot_of) < self._n_all
 
     def on_guess(self) -> None:
         assert self.guessing is not None

@@ -324,20 +324,23 @@ ggml_status executor::run_entries() {
     moe_model &   model = *c_.model;
     const int64_t pairs = (int64_t)c_.n_used * c_.n_tokens;
     submit_ready_loads();
-    if (!read_guesses()) {
-        return GGML_STATUS_FAILED;
-    }
     bool whole = pairs * model.n_slots * 8 <= WORK_BYTES;
     for (const entry & e : entries_) {
         whole = whole && model.reads->state(e.slot) == slot_state::READY && e.waits_for < 0 && e.copy == 0;
     }
+    // Few tokens compute faster than they are guessed for, so that is left to the first moment in
+    // which there is nothing to compute. Until then the disk is busy with this layer's reads.
+    bool guessed = whole || c_.n_tokens > GUESS_FIRST_TOKENS;
     if (whole) {
         model.stats.whole++;
-        return run_whole();
+        return read_guesses() ? run_whole() : GGML_STATUS_FAILED;
     }
-    if (keep_inputs() != GGML_STATUS_SUCCESS) {
+    if ((guessed && !read_guesses()) || keep_inputs() != GGML_STATUS_SUCCESS) {
         return GGML_STATUS_FAILED;
     }
+    const auto kept     = std::find_if(copies_.begin(), copies_.end(), [this](const auto & p) { return p.first == c_.x; });
+    model.call.x        = (const float *)kept->second.data;  // what it was: rounds may write over the original
+    model.call.x_stride = (int64_t)kept->second.nb[2];
     const int64_t limit = std::max<int64_t>(64, std::min<int64_t>(WORK_BYTES / 8 / model.n_slots, WORK_BYTES / c_.row_bytes));
     for (size_t done = 0; done < entries_.size();) {
         ready_.clear();
@@ -362,6 +365,13 @@ ggml_status executor::run_entries() {
                 copy = e.copy;
             }
         }
+        if (ready_.empty() && !guessed) {
+            guessed = true;
+            if (!read_guesses()) {
+                return GGML_STATUS_FAILED;
+            }
+            continue;
+        }
         if (ready_.empty()) {
             const int64_t t0 = now_ns();
             model.reads->wait_any(waiting_);
@@ -379,7 +389,7 @@ ggml_status executor::run_entries() {
         done += ready_.size();
         submit_ready_loads();
     }
-    return GGML_STATUS_SUCCESS;
+    return guessed || read_guesses() ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
 
 ggml_status executor::run_whole() {

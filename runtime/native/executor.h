@@ -24,6 +24,9 @@ namespace moe {
 // (n_slots * pairs * 8 bytes) and the gathered activations. runtime/budget.py counts both.
 constexpr int64_t WORK_BYTES = 32 << 20;
 
+// Batches of more tokens are guessed for at once: their computing takes long enough to hide it.
+constexpr int GUESS_FIRST_TOKENS = 8;
+
 class executor {
   public:
     explicit executor(ggml_backend_t inner) : inner_(inner) {}

@@ -72,11 +72,12 @@ void reads::submit(int slot, int key, const std::vector<part> & parts, bool gues
     s.failed  = false;
     s.dropped = false;
     s.state.store(slot_state::LOADING, std::memory_order_release);
-    auto & queue = guess ? guess_ : demand_;
+    auto &        queue = guess ? guess_ : demand_;
+    const int64_t most  = guess ? GUESS_CHUNK_BYTES : CHUNK_BYTES;
     for (const part & p : parts) {
         // Chunk borders lie on aligned file offsets, so neighbouring direct reads never overlap.
         for (int64_t from = p.offset; from < p.offset + p.bytes;) {
-            const int64_t to = std::min(p.offset + p.bytes, round_down(from, options_.offset_align) + CHUNK_BYTES);
+            const int64_t to = std::min(p.offset + p.bytes, round_down(from, options_.offset_align) + most);
             queue.push_back({slot, p.file, from, to - from, p.dest + (from - p.offset)});
             s.queued++;
             from = to;
@@ -268,16 +269,13 @@ void reads::lane(int number) {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-        // One lane at most reads guesses: a demand then never waits for more than one of their chunks.
-        work_.wait(lock, [this] { return stop_ || !demand_.empty() || (!guess_.empty() && !guessed_); });
+        work_.wait(lock, [this] { return stop_ || !demand_.empty() || !guess_.empty(); });
         if (stop_) {
             break;
         }
-        const bool  as_guess = demand_.empty();
-        auto &      queue    = as_guess ? guess_ : demand_;
-        const chunk c        = queue.front();
+        auto &      queue = demand_.empty() ? guess_ : demand_;
+        const chunk c     = queue.front();
         queue.pop_front();
-        guessed_      = guessed_ || as_guess;
         slot_info & s = slots_[c.slot];
         s.queued--;
         s.in_flight++;
@@ -292,7 +290,6 @@ void reads::lane(int number) {
         const std::string error = skip ? std::string() : read_chunk(c, bounce);
         history.add(kind, number, key, t0);
         lock.lock();
-        guessed_ = guessed_ && !as_guess;
         s.in_flight--;
         if (--active_ == 0) {
             disk_ns_ += now_ns() - active_since_ns_;
@@ -307,9 +304,6 @@ void reads::lane(int number) {
         finish_if_done(lock, c.slot);
         if (s.in_flight == 0) {
             done_.notify_all();
-        }
-        if (as_guess && !demand_.empty() && !guess_.empty()) {
-            work_.notify_one();  // this lane turns to a demand: another one may guess on
         }
     }
     lock.unlock();

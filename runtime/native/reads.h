@@ -21,7 +21,8 @@ namespace moe {
 
 // Read requests are flat in speed above about 256 KiB; a chunk is also the longest time a demand
 // can wait behind a guess that a lane has already started.
-constexpr int64_t CHUNK_BYTES = 1 << 20;
+constexpr int64_t CHUNK_BYTES       = 1 << 20;
+constexpr int64_t GUESS_CHUNK_BYTES = CHUNK_BYTES / 2;
 
 struct read_options {
     int  lanes        = 4;
@@ -118,10 +119,9 @@ class reads {
     std::mutex               mutex_;
     std::condition_variable  work_, done_;
     std::deque<chunk>        demand_, guess_;
-    std::deque<slot_info>    slots_;                    // deque: atomics do not move
-    std::vector<int>         guessing_;                 // slots that hold or await a guess nobody demanded
-    int                      active_          = 0;      // lanes reading
-    bool                     guessed_         = false;  // a lane is reading a guess
+    std::deque<slot_info>    slots_;                // deque: atomics do not move
+    std::vector<int>         guessing_;             // slots that hold or await a guess nobody demanded
+    int                      active_          = 0;  // lanes reading
     int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;
     std::string              error_;
