@@ -95,6 +95,7 @@ def bench(
     threads: int | None,
     reads: str,
     lanes: int | None,
+    warm: bool = False,
     disk_bw: str | None = None,
     json_file: str | None = None,
     plot_file: str | None = None,
@@ -144,6 +145,7 @@ def bench(
             threads=threads,
             reads=reads,
             lanes=lanes,
+            warm=warm,
             fill=not row.capped,
             timeline=str(Path(timeline_file).absolute()) if drawn and timeline_file else None,
         )
@@ -174,6 +176,7 @@ def bench(
             "n_batch": N_BATCH,
             "reads": reads,
             "lanes": lanes,
+            "warm": warm,
             "decode_limit_s": DECODE_LIMIT_S,
         },
     }
