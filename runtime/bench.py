@@ -34,6 +34,7 @@ from moe_gguf.runtime.cgroup import Limits
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES
 from moe_gguf.runtime.layout import PAGE, ModelLayout, read_layout, slot_layout
+from moe_gguf.runtime.routing import routing_path
 
 SCHEMA = 2
 # A run that takes longer hangs, or thrashes beyond what is worth measuring.
@@ -109,6 +110,7 @@ def bench(
     With one cap the document holds its results (see ``_results``); with several they are the items
     of ``sweep``, and each of them merged into the document is what one cap alone would give.
 
+    With ``warm`` our rows start from the statistics beside the model, which must exist.
     ``note`` receives progress, a line at a time. Whatever cannot work is a UserError before the
     first run: names, sizes, a cap too small for our engine, files that cannot be written. Ctrl-C
     keeps the runs that finished; before the first it is raised.
@@ -124,6 +126,10 @@ def bench(
         bench_plot.require()
     timeline_of = None if timeline_file is None else _timeline_row(timeline_row, names)
     layout = read_layout(path)
+    if warm and not (statistics_file := routing_path(path)).exists():
+        raise UserError(
+            f"{statistics_file} does not exist: moe-gguf trace --save-routing makes it for --warm"
+        )
     n_ctx = n_ctx or layout.n_ctx_train
     if prompt_tokens + n_predict > n_ctx:
         raise UserError(

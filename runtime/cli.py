@@ -540,20 +540,19 @@ def trace(
     """Record which experts MODEL routes to while it generates (greedily)."""
     from moe_gguf.policies.trace import TraceRecorder
     from moe_gguf.runtime.generate import Chat, Sampling, encode, generate
-    from moe_gguf.runtime.routing import load, routing_path
+    from moe_gguf.runtime.routing import load
     from moe_gguf.runtime.traces import add_routing, trace_metadata
 
     text = _prompt_text(prompt, prompt_file, wants_terminal=False)
     assert text is not None
     _check_writable(Path(output))
     recorder = TraceRecorder()
-    if save_routing:
-        _check_writable(routing_path(resolve(model)))
     llama = open_llama(model, recorder=recorder, **options)
     opened = llama.opened
     try:
-        if save_routing:
-            load(opened.routing_path, opened.routing_identity)  # so that a mistake shows now
+        if save_routing:  # so that mistakes show now
+            _check_writable(opened.routing_path)
+            load(opened.routing_path, opened.routing_identity)
         tokens = Chat(llama).ask(text) if chat else encode(llama, text)
         interrupted = False
         try:

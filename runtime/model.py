@@ -268,9 +268,11 @@ class OpenModel:
         done, total = self.layout.trunk_bytes, self._load_bytes()
         try:
             for i in range(0, len(placed), at_once):
-                self.plugin.fill(placed[i : i + at_once])
+                step = placed[i : i + at_once]
+                self.plugin.fill(step)
+                done += len(step) * self.slots.slot_bytes
                 if progress is not None:
-                    progress(done + (i + at_once) * self.slots.slot_bytes, total)
+                    progress(done, total)
         except BaseException:
             residency.reconcile(self.plugin.slot_keys())
             raise
