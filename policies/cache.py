@@ -7,7 +7,7 @@ inside the route callback, between the gate and the experts of a layer.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
 # Replayed on routing recorded from three models: 30 layers x 32 experts, top 8, on real text; 8 x
@@ -101,9 +101,14 @@ class LFU:
     Scores survive eviction: an expert that comes back is judged by its whole past. Instead of
     ageing every score, each demand weighs a little more than the one before it. Two keys therefore
     never tie: of two equal histories the younger one is higher.
+
+    ``history`` says how often keys were demanded before, in any unit. Their scores begin where they
+    would be if these demands, evenly mixed, had never ended.
     """
 
-    def __init__(self, half_life: float = HALF_LIFE) -> None:
+    def __init__(
+        self, half_life: float = HALF_LIFE, history: Mapping[int, float] | None = None
+    ) -> None:
         assert half_life >= 0.01  # shorter is LRU, and its weights overflow
         self.half_life = half_life
         self._scores: dict[int, float] = {}  # of every key ever demanded, resident or not
@@ -116,6 +121,15 @@ class LFU:
         self._heap: list[tuple[float, int]] = []
         self._aside: list[int] = []  # just admitted, or pinned when evict() met them
         self._queued: set[int] = set()
+        if history:
+            self._growth = self._growth_for(len(history))
+            # The sum of weights that shrink by that factor with each demand.
+            scale = 1 / (1 - 1 / self._growth) / sum(history.values())
+            self._scores = {key: scale * demands for key, demands in history.items()}
+
+    def _growth_for(self, n_keys: int) -> float:
+        growth: float = 2.0 ** (1.0 / (self.half_life * n_keys))
+        return growth
 
     def touch(self, key: int) -> None:
         self._scores[key] += self._weight
@@ -130,7 +144,7 @@ class LFU:
             self._aside.append(key)
         if key not in self._scores:
             self._scores[key] = 0.0
-            self._growth = 2.0 ** (1.0 / (self.half_life * len(self._scores)))
+            self._growth = self._growth_for(len(self._scores))
         self.touch(key)
         return True
 

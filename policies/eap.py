@@ -6,7 +6,7 @@ activated so far. Owns the counts; the cache and the predictor below read them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ Floats = npt.NDArray[np.float32]
 _PRIOR = 1.0
 # What is left of the transitions when a new sequence begins.
 _KEEP = 0.5
+# How many tokens the transitions of earlier runs weigh at first: a sequence of usual length, so
+# that this run's own soon count for more.
+_EARLIER = 256
 # Victims chosen at a time: more than the misses of nearly all decode events.
 _BATCH = 32
 
@@ -34,15 +37,31 @@ class ExpertPaths:
 
     A sequence begins when several tokens reach the first layer after single ones did: a prompt
     after decoding. ``begin_sequence`` says so otherwise.
+
+    Of earlier runs, ``popularity`` gives each key's uses per token, and ``transitions`` what
+    ``follows`` counts, per token. The first weighs as one token of every sequence, so that experts
+    differ in worth before any was used.
     """
 
-    def __init__(self, layers: Sequence[int], n_experts: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        n_experts: int,
+        popularity: Mapping[int, float] | None = None,
+        transitions: Floats | None = None,
+    ) -> None:
         self.layers = list(layers)
         self.n_experts = n_experts
         self.index = {layer: i for i, layer in enumerate(self.layers)}
-        self.uses = np.zeros((len(layers), n_experts), np.float32)
+        self._usual = np.zeros((len(layers), n_experts), np.float32)  # uses as a sequence begins
+        for key, uses in (popularity or {}).items():
+            self._usual[self.index[key // n_experts], key % n_experts] = uses
+        self.uses = self._usual.copy()
         self.follows = np.zeros((max(0, len(layers) - 1), n_experts, n_experts), np.float32)
+        if transitions is not None:
+            np.multiply(transitions, np.float32(_EARLIER), out=self.follows)
         self.tokens = np.zeros(len(layers), np.float32)  # seen by each layer in this sequence
+        self.tokens[:] = self._usual.any(axis=1)
         self.events = 0
         self.at = len(layers) - 1  # index of the layer of the latest event
         self._experts: npt.NDArray[np.intp] | None = None  # of the latest event
@@ -51,11 +70,11 @@ class ExpertPaths:
 
     @property
     def n_bytes(self) -> int:
-        return self.uses.nbytes + self.follows.nbytes + self.tokens.nbytes
+        return self.uses.nbytes + self._usual.nbytes + self.follows.nbytes + self.tokens.nbytes
 
     def begin_sequence(self) -> None:
-        self.uses[:] = 0
-        self.tokens[:] = 0
+        self.uses[:] = self._usual
+        self.tokens[:] = self._usual.any(axis=1)
         self.follows *= np.float32(_KEEP)
         self._experts = None
 

@@ -59,22 +59,36 @@ def allocate(
     return quotas
 
 
+def hottest(popularity: Mapping[int, float], n_slots: int, cache: CachePolicy) -> list[int]:
+    """The most popular keys that ``cache`` has room for, best first: a quota is not exceeded."""
+    keys = sorted(popularity, key=popularity.__getitem__, reverse=True)
+    if isinstance(cache, Layered):
+        left = dict(cache.quotas)
+        ranked, keys = keys, []
+        for key in ranked:
+            layer = key // cache.n_experts
+            if left[layer] > 0:
+                left[layer] -= 1
+                keys.append(key)
+    return keys[:n_slots]
+
+
 class Layered:
     """One inner cache per layer; a layer may exceed its quota only while another is below its own.
 
-    ``quotas`` gives every MoE layer's share and adds up to the arena; ``make(quota)`` makes the
-    inner cache of a layer, and must make an ARC or something that needs no capacity.
+    ``quotas`` gives every MoE layer's share and adds up to the arena; ``make(layer, quota)`` makes
+    the inner cache of a layer, and must make an ARC or something that needs no capacity.
 
     Slots are lent while there are free ones, and taken back from the layer that is most over its
     quota when a layer below its own asks. A layer at its quota evicts its own keys.
     """
 
     def __init__(
-        self, n_experts: int, quotas: Mapping[int, int], make: Callable[[int], CachePolicy]
+        self, n_experts: int, quotas: Mapping[int, int], make: Callable[[int, int], CachePolicy]
     ) -> None:
         self.n_experts = n_experts
         self.quotas = dict(quotas)
-        self.caches = {layer: make(quota) for layer, quota in quotas.items()}
+        self.caches = {layer: make(layer, quota) for layer, quota in quotas.items()}
         self._n = 0
 
     def set_quotas(self, quotas: Mapping[int, int]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moe_gguf.policies.arc import ARC
 from moe_gguf.policies.base import CachePolicy, LoadOrder, Predictor
 from moe_gguf.policies.cache import LFU, LRU, LoadOnDemand
-from moe_gguf.policies.eap import ExpertPaths, PathCache, PathPredictor
+from moe_gguf.policies.eap import ExpertPaths, Floats, PathCache, PathPredictor
 from moe_gguf.policies.layered import Layered, allocate, evenly
 from moe_gguf.policies.order import Popularity
 from moe_gguf.policies.pace import Everything, IdleDisk, Pace
@@ -33,7 +33,9 @@ class Facts:
     """What a policy may know of the model and the arena it is for.
 
     ``routers`` reads the layers' routers; it gives none in the simulator, where nothing is guessed.
-    ``recall`` is what guesses for each layer were worth in earlier runs, where known.
+    Of earlier runs, where known: ``recall``, what gate guesses were worth in each layer;
+    ``popularity``, by key its uses per token, unused ones left out; ``transitions``
+    [n_layers - 1, n_experts, n_experts], how often per token one expert followed another.
     """
 
     n_slots: int
@@ -42,6 +44,12 @@ class Facts:
     layers: Sequence[int]
     routers: Callable[[], Mapping[int, Router]] = dict
     recall: Mapping[int, float] = field(default_factory=dict)
+    popularity: Mapping[int, float] = field(default_factory=dict)
+    transitions: Callable[[], Floats | None] = lambda: None
+
+    def history(self, layer: int) -> dict[int, float]:
+        """``popularity`` in one layer."""
+        return {k: uses for k, uses in self.popularity.items() if k // self.n_experts == layer}
 
 
 def _guessing(facts: Facts, cache: CachePolicy, variant: Variant) -> Policy:
@@ -56,24 +64,24 @@ def _guessing(facts: Facts, cache: CachePolicy, variant: Variant) -> Policy:
 def _layered_lfu(facts: Facts) -> Layered:
     """Every layer its share. Forgetting slowly is right where layers do not compete (LOG.md)."""
     quotas = evenly(facts.n_slots, facts.n_experts, facts.layers)
-    return Layered(facts.n_experts, quotas, lambda quota: LFU(1.0))
+    return Layered(facts.n_experts, quotas, lambda layer, quota: LFU(1.0, facts.history(layer)))
 
 
 def _shallow_favoring(facts: Facts) -> Layered:
     """Fate's cache: layers that predict badly hold all their experts, one ARC per layer."""
     quotas = allocate(facts.n_slots, facts.n_experts, facts.layers, facts.recall, facts.n_used)
-    return Layered(facts.n_experts, quotas, ARC)
+    return Layered(facts.n_experts, quotas, lambda layer, quota: ARC(quota))
 
 
 def _eap(facts: Facts) -> Policy:
-    paths = ExpertPaths(facts.layers, facts.n_experts)
+    paths = ExpertPaths(facts.layers, facts.n_experts, facts.popularity, facts.transitions())
     return Policy(PathCache(paths), Popularity(), PathPredictor(paths), Everything())
 
 
 POLICIES: Mapping[str, Callable[[Facts], Policy]] = {
     "load-on-demand": lambda facts: Policy(LoadOnDemand(), Popularity()),
     "lru": lambda facts: Policy(LRU(), Popularity()),
-    "lfu": lambda facts: Policy(LFU(), Popularity()),
+    "lfu": lambda facts: Policy(LFU(history=facts.popularity), Popularity()),
     "arc": lambda facts: Policy(ARC(facts.n_slots), Popularity()),
     "eap": _eap,
     "layered-lfu": lambda facts: Policy(_layered_lfu(facts), Popularity()),

@@ -183,6 +183,20 @@ class Residency:
         self.free += busy
         return placed
 
+    def fill(self, keys: Iterable[int]) -> list[tuple[int, int]]:
+        """(key, slot) for those keys that get a free slot before anything was demanded.
+
+        To the policy each is a demand, in this order: what is worth most belongs last.
+        """
+        placed: list[tuple[int, int]] = []
+        for key in keys:
+            if not self.free:
+                break
+            if key not in self.slot_of and self.cache.admit(key):
+                slot = self.slot_of[key] = self.free.pop()
+                placed.append((key, slot))
+        return placed
+
     def drop(self, keys: Iterable[int]) -> None:
         """Forget keys whose slots turned out not to hold them (a failed read, a cancelled step)."""
         for key in keys:

@@ -82,8 +82,8 @@ class TraceRecorder:
         self._continuation.append(continuation)
         self._ids.extend(ids_flat)
 
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
-        """Write the trace; ``path`` appears complete or not at all."""
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> Trace:
+        """Write the trace, and return it; ``path`` appears complete or not at all."""
         ids = np.array(self._ids, np.int32)
         if ids.size == 0 or int(ids.max()) < 1 << 15:
             ids = ids.astype(np.int16)
@@ -95,7 +95,7 @@ class TraceRecorder:
             "ids": ids,
         }
         text = json.dumps({**metadata, "format": FORMAT, "version": VERSION})
-        _parse(arrays, json.loads(text))  # what this writes, load_trace reads
+        trace = _parse(arrays, json.loads(text))  # what this writes, load_trace reads
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -106,6 +106,7 @@ class TraceRecorder:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+        return trace
 
 
 def load_trace(path: str | os.PathLike[str]) -> Trace:

@@ -34,6 +34,7 @@ from moe_gguf.runtime.cgroup import Limits
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES
 from moe_gguf.runtime.layout import PAGE, ModelLayout, read_layout, slot_layout
+from moe_gguf.runtime.routing import routing_path
 
 SCHEMA = 2
 # A run that takes longer hangs, or thrashes beyond what is worth measuring.
@@ -102,6 +103,7 @@ def bench(
     threads: int | None,
     reads: str,
     lanes: int | None,
+    warm: bool = False,
     disk_bw: str | None = None,
     json_file: str | None = None,
     plot_file: str | None = None,
@@ -115,6 +117,7 @@ def bench(
     With one cap the document holds its results (see ``_results``); with several they are the items
     of ``sweep``, and each of them merged into the document is what one cap alone would give.
 
+    With ``warm`` our rows start from the statistics beside the model, which must exist.
     ``note`` receives progress, a line at a time. Whatever cannot work is a UserError before the
     first run: names, sizes, a cap too small for our engine, files that cannot be written. Ctrl-C
     keeps the runs that finished; before the first it is raised.
@@ -138,6 +141,10 @@ def bench(
                 f"{name}: stock llama.cpp does not open bundles; name a GGUF behind an @"
             )
     files = [file for form in layouts.values() for file in form.files]
+    if warm and not (statistics_file := routing_path(path)).exists():
+        raise UserError(
+            f"{statistics_file} does not exist: moe-gguf trace --save-routing makes it for --warm"
+        )
     n_ctx = n_ctx or layout.n_ctx_train
     if prompt_tokens + n_predict > n_ctx:
         raise UserError(
@@ -160,6 +167,7 @@ def bench(
             threads=threads,
             reads=reads,
             lanes=lanes,
+            warm=warm,
             fill=not row.capped,
             timeline=str(Path(timeline_file).absolute()) if drawn and timeline_file else None,
         )
@@ -190,6 +198,7 @@ def bench(
             "n_batch": N_BATCH,
             "reads": reads,
             "lanes": lanes,
+            "warm": warm,
             "decode_limit_s": DECODE_LIMIT_S,
         },
     }

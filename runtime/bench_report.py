@@ -99,6 +99,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
     caps = ", ".join(format_size(point["memory_bytes"]) for point in every)
     commit = document["commit"] or "unknown"
     repeat = settings["repeat"]
+    start = "filled from routing statistics" if settings.get("warm") else "cold"
     runs = f"median of {repeat} runs" if repeat > 1 else "one run of each row"
     return [
         f"{model['name']}: {model['architecture']}, {model['moe_layers']} MoE layers x "
@@ -110,7 +111,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
         f"{machine['system']}; {every[0]['threads']} threads, context {settings['n_ctx']}",
         f"moe-gguf {document['moe_gguf']}, commit {commit}; llama-cpp-python "
         f"{document['llama_cpp_python']}, weight repacking off",
-        f"{runs}, rows in turn; prefill of {settings['prompt_tokens']} tokens, cold in capped "
+        f"{runs}, rows in turn; prefill of {settings['prompt_tokens']} tokens, {start} in capped "
         f"rows, every weight touched before in the others; decode warm (the last three quarters of "
         f"{settings['n_predict']} tokens)",
     ]

@@ -62,6 +62,7 @@ class Spec:
     reads: str
     lanes: int | None
     fill: bool  # touch every weight before anything is timed
+    warm: bool = False  # ours only
     timeline: str | None = None  # ours only: write one of a token after the counted ones
     open_only: bool = False  # stop once the model is open: does it fit?
     probe_only: bool = False  # measure the disk, not the model
@@ -119,6 +120,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         result["stall_share"] = stats["stall_s"] / decode_s
         result["controller_share"] = (stats["route_s"] + stats["guess_s"]) / decode_s
         result["mode_line"] = ours.mode_line
+        result["warmed"] = ours.opened.n_warmed
         if spec.timeline is not None:
             timeline.record(ours)
             _step(llama, tokens[-1:])
@@ -141,6 +143,7 @@ def _open(spec: Spec) -> llama_cpp.Llama:
             policy=spec.policy,
             reads=spec.reads,
             lanes=spec.lanes,
+            warm=spec.warm,
             n_ctx=spec.n_ctx,
             n_batch=N_BATCH,
             n_threads=threads,

@@ -143,6 +143,14 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def warm_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--warm",
+        is_flag=True,
+        help="fill memory first with what was popular in runs of trace --save-routing",
+    )(command)
+
+
 def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
     """Open MODEL with the shared options and say on stderr what is in force."""
     from moe_gguf.runtime.llama import Llama
@@ -164,6 +172,8 @@ def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
     note(llama.opened.budget.table())
     if warning := llama.opened.budget.warning():
         note(f"moe-gguf: warning: {warning}")
+    if llama.opened.options.warm:
+        note(llama.opened.warm_line())
     if llama.n_ctx() > (trained := llama.opened.layout.n_ctx_train):
         note(f"moe-gguf: warning: this model was trained for a context of {trained} tokens only")
     return llama
@@ -178,6 +188,7 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @model_options
+@warm_option
 @click.option("-p", "--prompt", help="prompt text")
 @click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
 @click.option(
@@ -507,6 +518,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @model_options
+@warm_option
 @click.option("-p", "--prompt", help="prompt text")
 @click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
 @click.option(
@@ -514,6 +526,11 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 )
 @click.option("--chat", is_flag=True, help="use the model's chat template")
 @click.option("-o", "--output", required=True, type=click.Path(), help="the trace file to write")
+@click.option(
+    "--save-routing",
+    is_flag=True,
+    help="also add to the statistics beside MODEL that --warm starts from",
+)
 def trace(
     model: str,
     prompt: str | None,
@@ -521,19 +538,25 @@ def trace(
     n_predict: int,
     chat: bool,
     output: str,
+    save_routing: bool,
     **options: Any,
 ) -> None:
     """Record which experts MODEL routes to while it generates (greedily)."""
     from moe_gguf.policies.trace import TraceRecorder
     from moe_gguf.runtime.generate import Chat, Sampling, encode, generate
-    from moe_gguf.runtime.traces import trace_metadata
+    from moe_gguf.runtime.routing import load
+    from moe_gguf.runtime.traces import add_routing, trace_metadata
 
     text = _prompt_text(prompt, prompt_file, wants_terminal=False)
     assert text is not None
     _check_writable(Path(output))
     recorder = TraceRecorder()
     llama = open_llama(model, recorder=recorder, **options)
+    opened = llama.opened
     try:
+        if save_routing:  # so that mistakes show now
+            _check_writable(opened.routing_path)
+            load(opened.routing_path, opened.routing_identity)
         tokens = Chat(llama).ask(text) if chat else encode(llama, text)
         interrupted = False
         try:
@@ -542,9 +565,12 @@ def trace(
         except KeyboardInterrupt:
             interrupted = True
         click.echo()
-        recorder.save(Path(output), trace_metadata(llama, complete=not interrupted))
+        recorded = recorder.save(Path(output), trace_metadata(llama, complete=not interrupted))
         note(stats_line(llama.stats()))
         note(f"moe-gguf: wrote {output}" + (", up to the interrupt" if interrupted else ""))
+        if save_routing:
+            path, identity = opened.routing_path, opened.routing_identity
+            note(f"moe-gguf: {add_routing(path, identity, opened.gate_recall(), recorded)}")
     finally:
         llama.close()
     if interrupted:
@@ -584,6 +610,7 @@ def replay(trace_file: str, policies: str | None, slots: str | None, as_json: bo
 
 @cli.command()
 @model_options
+@warm_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option(
     "--port",
@@ -626,6 +653,7 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 @click.option("--threads", type=int, metavar="N")
 @click.option("--reads", default="auto", metavar="MODE")
 @lanes_option
+@warm_option
 @click.option("--disk-bw", metavar="SIZE", help="let every row read that much per second only")
 @click.option("--json", "json_file", type=click.Path(), help="write the results here")
 @click.option("--plot", "plot_file", type=click.Path(), help="write a PNG of decode speed here")

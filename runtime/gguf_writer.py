@@ -14,11 +14,18 @@ from moe_gguf.runtime.gguf_header import MAGIC, VALUE_CODES, TensorInfo, ValueTy
 
 
 def encode_pair(key: str, kind: ValueType, value: Any, item: ValueType | None = None) -> bytes:
-    """One metadata pair. A string may be given as bytes, an array as any sequence."""
+    """One metadata pair. A string may be given as bytes, an array as any sequence, and one of
+    numbers as the bytes of its items."""
     head = _string(key) + struct.pack("<I", kind)
     if kind is not ValueType.ARRAY:
         return head + _value(kind, value)
     assert item is not None
+    if isinstance(value, bytes):
+        return (
+            head
+            + struct.pack("<IQ", item, len(value) // struct.calcsize(VALUE_CODES[item]))
+            + value
+        )
     head += struct.pack("<IQ", item, len(value))
     if item is ValueType.STRING:
         return head + b"".join(map(_string, value))

@@ -52,9 +52,10 @@ class Llama(llama_cpp.Llama):
     ``memory`` is a size ("4GiB", bytes) or "auto" and covers the whole process; ``policy`` names
     what stays in memory (see ``moe_gguf.policies.presets``); ``reads`` is auto, direct or
     buffered; ``lanes`` the number of reader threads (None: measured); ``experts_used`` overrides
-    how many experts each token uses (lossy). ``n_ctx`` may also be None: the model's own, at most
-    DEFAULT_CTX. Everything else is llama_cpp.Llama's; ``use_mmap``, ``use_mlock`` and
-    ``n_gpu_layers`` have no meaning here.
+    how many experts each token uses (lossy); ``warm`` fills the slots before the first token with
+    what was popular in the runs that ``moe-gguf trace --save-routing`` recorded. ``n_ctx`` may
+    also be None: the model's own, at most DEFAULT_CTX. Everything else is llama_cpp.Llama's;
+    ``use_mmap``, ``use_mlock`` and ``n_gpu_layers`` have no meaning here.
 
     Raises UserError for files and budgets that cannot work, ExpertReadError from any method that
     computes when an expert cannot be read; the model stays usable after either a read error or
@@ -71,6 +72,7 @@ class Llama(llama_cpp.Llama):
         lanes: int | None = None,
         experts_used: int | None = None,
         device: str = "cpu",
+        warm: bool = False,
         recorder: Recorder | None = None,
         progress: Callable[[float, float], None] | None = None,
         verbose: bool = False,
@@ -81,7 +83,7 @@ class Llama(llama_cpp.Llama):
         if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
             raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
         llama_cpp._logger.set_verbose(verbose)
-        options = Options(memory, policy, reads, lanes, experts_used, device)
+        options = Options(memory, policy, reads, lanes, experts_used, device, warm)
         self.opened = OpenModel(Path(model_path), options)
         n_threads = kwargs.pop("n_threads", None) or physical_cores()
         kwargs.setdefault("n_threads_batch", n_threads)
@@ -95,7 +97,7 @@ class Llama(llama_cpp.Llama):
                 super().__init__(
                     str(model_path), n_threads=n_threads, use_mmap=False, verbose=verbose, **kwargs
                 )
-            self._controller = self.opened.start(recorder)
+            self._controller = self.opened.start(recorder, progress)
         except BaseException as error:
             self.close()
             self.opened.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,12 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from moe_gguf.policies.layered import hottest
+from moe_gguf.policies.predict import GateGuesses
 from moe_gguf.policies.presets import Facts, Policy, check_policy, policy
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime import budget as budgets
-from moe_gguf.runtime import disk, logs
+from moe_gguf.runtime import disk, logs, routing
 from moe_gguf.runtime.budget import Budget, Needs, format_size
 from moe_gguf.runtime.controller import Controller, Guessing, Recorder
 from moe_gguf.runtime.errors import UserError
@@ -37,11 +40,15 @@ from moe_gguf.runtime.plugin import (
 )
 from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms, layout_name
 from moe_gguf.runtime.routers import read_routers
+from moe_gguf.runtime.routing import Identity, Routing
 
 _MIB = 2**20
 # ggml-cpu's own work buffers of the trunk's matmuls and the tiled kernels' per-thread scratch.
 _WORK_BASE = 8 * _MIB
 _WORK_BYTES = 32 * _MIB  # native/executor.h, WORK_BYTES
+# Slots are filled at the start in steps of this size: Ctrl-C waits for one, and between two the
+# lanes idle for about a read.
+_FILL_BYTES = 64 * _MIB
 _FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
 
 
@@ -54,6 +61,7 @@ class Options(NamedTuple):
     lanes: int | None = None
     experts_used: int | None = None
     device: str = "cpu"
+    warm: bool = False
 
 
 class BuftOverride(ctypes.Structure):
@@ -75,6 +83,10 @@ class OpenModel:
             raise UserError(str(error)) from None
         self.layout = read_layout(path)
         self.n_used = _experts_used(self.layout, options.experts_used)
+        self.routing: Routing | None = None  # of earlier runs, until the policy knows it
+        if options.warm:
+            self.routing = routing.load(self.routing_path, self.routing_identity)
+        self.n_warmed: int | None = None  # slots filled from it; None if there was nothing
         self.total = (
             budgets.auto_size()
             if options.memory == "auto"
@@ -99,6 +111,16 @@ class OpenModel:
         self.n_ctx = 0  # likewise
         self.budget: Budget | None = None  # once divided
         self.controller: Controller | None = None
+
+    @property
+    def routing_path(self) -> Path:
+        return routing.routing_path(self.layout.path)
+
+    @property
+    def routing_identity(self) -> Identity:
+        layout = self.layout
+        layers = tuple(layer.layer for layer in layout.layers)
+        return Identity(layout.architecture, layers, layout.n_experts, self.n_used)
 
     # -- loading
 
@@ -136,7 +158,7 @@ class OpenModel:
 
             @llama_cpp.llama_progress_callback
             def report(done: float, _: Any) -> bool:
-                progress(done, 1.0)
+                progress(done * self.layout.trunk_bytes, self._load_bytes())
                 return True
 
             params.progress_callback = report
@@ -204,8 +226,18 @@ class OpenModel:
         """Slots that would hold every expert."""
         return len(self.layout.layers) * self.layout.n_experts
 
-    def start(self, recorder: Recorder | None = None) -> Controller:
-        """Allocate the slots the verified budget leaves and bind the controller.
+    def _load_bytes(self) -> int:
+        """What opening reads: the trunk, and experts to start warm with."""
+        assert self.budget is not None
+        n = 0 if self.routing is None else np.count_nonzero(self.routing.popularity)
+        return self.layout.trunk_bytes + min(int(n), self.budget.n_slots) * self.slots.slot_bytes
+
+    def start(
+        self,
+        recorder: Recorder | None = None,
+        progress: Callable[[float, float], None] | None = None,
+    ) -> Controller:
+        """Allocate the slots the verified budget leaves, bind the controller and start warm.
 
         Called when trunk, KV cache and context exist: what they really took decides, not what
         was computed, so a wrong estimate costs slots and never the limit.
@@ -224,7 +256,34 @@ class OpenModel:
             blob_bytes = {layer.layer: layer.blob_bytes for layer in self.layout.layers}
             guessing = Guessing(predictor, pace, blob_bytes)
         self.controller = Controller(self.plugin, residency, recorder, guessing)
+        if self.routing is not None:
+            # What is worth most is admitted last.
+            keys = hottest(self.routing.uses(), budget.n_slots, cache)[::-1]
+            self.n_warmed = self._fill(residency, keys, progress)
+            self.routing = None
         return self.controller
+
+    def _fill(
+        self,
+        residency: Residency,
+        keys: Sequence[int],
+        progress: Callable[[float, float], None] | None,
+    ) -> int:
+        """Read experts into free slots, in the order of the file; how many."""
+        placed = sorted(residency.fill(keys))
+        at_once = max(1, _FILL_BYTES // self.slots.slot_bytes)
+        done, total = self.layout.trunk_bytes, self._load_bytes()
+        try:
+            for i in range(0, len(placed), at_once):
+                step = placed[i : i + at_once]
+                self.plugin.fill(step)
+                done += len(step) * self.slots.slot_bytes
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            residency.reconcile(self.plugin.slot_keys())
+            raise
+        return len(placed)
 
     def make_policy(self, n_slots: int) -> Policy:
         """The policy asked for, once the model is loaded."""
@@ -235,12 +294,38 @@ class OpenModel:
             [layer.layer for layer in self.layout.layers],
             lambda: read_routers(self.layout, self.plugin),
         )
+        if self.routing is not None:
+            facts = replace(
+                facts,
+                recall=self.routing.recalls(),
+                popularity=self.routing.uses(),
+                transitions=self.routing.follows,
+            )
         return policy(self.options.policy, facts)
 
     def recall(self) -> dict[int, float]:
         """By layer: how many of the experts a token used were among its best guesses, lately."""
         guessing = self.controller.guessing if self.controller else None
         return dict(guessing.predictor.recall) if guessing is not None else {}
+
+    def gate_recall(self) -> dict[int, float]:
+        """``recall`` if the guesses were a router's: what a policy may be told of them later."""
+        guessing = self.controller.guessing if self.controller else None
+        gates = guessing is not None and isinstance(guessing.predictor, GateGuesses)
+        return self.recall() if gates else {}
+
+    def warm_line(self) -> str:
+        """What came of starting warm."""
+        assert self.budget is not None
+        if self.n_warmed is None:
+            return (
+                f"moe-gguf: nothing to start warm from: {self.routing_path} does not exist; "
+                "moe-gguf trace --save-routing makes it"
+            )
+        return (
+            f"moe-gguf: started warm: {self.n_warmed} of {self.budget.n_slots} slots filled, by "
+            f"{self.routing_path}"
+        )
 
     def free_slots(self) -> int:
         """Slots no expert has been read into yet."""

@@ -238,6 +238,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_stats", None, [handle, ctypes.POINTER(Stats), i32]),
         ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),
         ("moe_model_slots", None, [handle, i32_array]),
+        ("moe_model_fill", i32, [handle, i32_array, i32_array, i32]),
         ("moe_model_cancel_guesses", None, [handle]),
         ("moe_model_timeline", None, [handle, i32]),
         ("moe_model_timeline_read", i32, [handle, ctypes.POINTER(Event), i32]),
@@ -346,6 +347,19 @@ class PluginModel:
         keys = (i32 * self.n_slots)()
         self._lib.moe_model_slots(self._open, keys)
         return list(keys)
+
+    def fill(self, placed: Sequence[tuple[int, int]]) -> None:
+        """Read experts, as (key, slot), into empty slots; between steps only.
+
+        After an exception each of these slots holds all of its expert or nothing.
+        """
+        n = len(placed)
+        keys, slots = (
+            (i32 * n)(*(key for key, _ in placed)),
+            (i32 * n)(*(slot for _, slot in placed)),
+        )
+        if self._lib.moe_model_fill(self._open, keys, slots, n) != 0:
+            raise self.take_error() or RuntimeError("experts could not be read")
 
     def cancel_guesses(self) -> None:
         self._lib.moe_model_cancel_guesses(self._open)

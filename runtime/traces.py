@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_gguf.policies.presets import POLICIES
 from moe_gguf.policies.replay import BELADY, ReplayResult, replay_table
 from moe_gguf.policies.trace import Trace, load_trace
+from moe_gguf.runtime import routing
 from moe_gguf.runtime.budget import format_size
 from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.routing import Identity
 
 if TYPE_CHECKING:
     from moe_gguf.runtime.llama import Llama
@@ -41,7 +43,17 @@ def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
         "prefill_tokens": stats["prefill_tokens"],
         "decode_tokens": stats["decode_tokens"],
         "complete": complete,
+        "warmed": llama.opened.n_warmed or 0,
     }
+
+
+def add_routing(path: Path, identity: Identity, recall: Mapping[int, float], trace: Trace) -> str:
+    """Add a recorded run to the statistics in ``path``; a line that says so."""
+    total = routing.count(trace, identity, recall)
+    if (earlier := routing.load(path, identity)) is not None:
+        total = earlier + total
+    total.save(path)
+    return f"wrote {path}: routing statistics of {total.tokens} tokens"
 
 
 def replay_document(path: Path, policies: str | None, slots: str | None) -> dict[str, Any]:
@@ -81,13 +93,16 @@ def _row(result: ReplayResult) -> dict[str, Any]:
 
 
 def _recorded(trace: Trace) -> dict[str, Any] | None:
-    """The recorded run's own counts and whether replaying it gives them again; None if unknown."""
+    """The recorded run's own counts and whether replaying it gives them again; None if unknown.
+
+    A replay begins with empty slots: what a warm run counted it cannot tell.
+    """
     meta = trace.metadata
     policy, n_slots = str(meta.get("policy")), meta.get("n_slots")
     counts = meta.get("hits"), meta.get("misses")
     if policy not in POLICIES or type(n_slots) is not int or n_slots < 1:
         return None
-    if None in counts or not meta.get("complete", True):
+    if None in counts or not meta.get("complete", True) or meta.get("warmed"):
         return None
     (again,) = replay_table(trace, [policy], [n_slots])
     return {
@@ -124,7 +139,9 @@ def replay_text(document: dict[str, Any]) -> str:
         f"{len(meta['layers'])} MoE layers x {meta['n_experts']} experts"
     ]
     if (recorded := d["recorded"]) is None:
-        lines.append("the recorded run cannot be checked: it was interrupted or says too little")
+        lines.append(
+            "the recorded run cannot be checked: it was interrupted, began warm or says too little"
+        )
     else:
         run = (
             f"{recorded['policy']} with {recorded['n_slots']} slots had {recorded['hits']} hits "

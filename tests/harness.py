@@ -185,8 +185,9 @@ class Ours(Model):
         cache: CachePolicy | None = None,
         order: LoadOrder | None = None,
         predictor: Predictor | None = None,
+        warm: bool = False,
     ) -> None:
-        options = Options("1GB", policy, reads, lanes)
+        options = Options("1GB", policy, reads, lanes, warm=warm)
         self.opened = FixedModel(path, options, n_slots, cache, order, predictor)
         params = self.opened.model_params(llama_cpp.llama_model_default_params())
         super().__init__(self.opened.load(params))

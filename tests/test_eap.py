@@ -47,7 +47,7 @@ def test_single_tokens_are_counted_exactly(seed: int) -> None:
             follows[i][np.ix_(before, after)] += 1
     assert (paths.uses == uses).all()
     assert (paths.follows == follows).all()
-    assert paths.n_bytes == 4 * (3 * 8 + 2 * 64 + 3)
+    assert paths.n_bytes == 4 * (2 * 3 * 8 + 2 * 64 + 3)
 
 
 def test_a_batch_counts_the_expected_pairs() -> None:

@@ -15,10 +15,10 @@ from moe_gguf.policies.layered import Layered, allocate, evenly
 
 N_LAYERS, N_EXPERTS, USED = 5, 12, 3
 LAYERS = range(1, 1 + N_LAYERS)
-INNER: dict[str, Callable[[int], CachePolicy]] = {
-    "arc": ARC,
-    "lru": lambda quota: LRU(),
-    "lfu": lambda quota: LFU(),
+INNER: dict[str, Callable[[int, int], CachePolicy]] = {
+    "arc": lambda layer, quota: ARC(quota),
+    "lru": lambda layer, quota: LRU(),
+    "lfu": lambda layer, quota: LFU(),
 }
 
 
@@ -108,7 +108,7 @@ def test_an_incoming_key_takes_from_its_own_layer_at_quota(inner: str) -> None:
 
 
 def test_what_arc_remembers_is_its_own_layers() -> None:
-    cache = Layered(10, {0: 2, 1: 2}, ARC)
+    cache = Layered(10, {0: 2, 1: 2}, INNER["arc"])
     for key in (0, 1, 10, 11):
         cache.admit(key)
     cache.touch(11)

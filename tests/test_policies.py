@@ -26,8 +26,8 @@ CACHES: dict[str, Callable[[], CachePolicy]] = {
     "lfu-short": lambda: LFU(0.1),
     "arc": lambda: ARC(CAPACITY),
     "arc-small": lambda: ARC(3),  # resident beyond its capacity, as a layer in a shared arena
-    "layered-arc": lambda: Layered(8, {0: 4, 1: 3, 2: 2}, ARC),
-    "layered-lfu": lambda: Layered(8, {0: 8, 1: 0, 2: 1}, lambda quota: LFU()),
+    "layered-arc": lambda: Layered(8, {0: 4, 1: 3, 2: 2}, lambda layer, quota: ARC(quota)),
+    "layered-lfu": lambda: Layered(8, {0: 8, 1: 0, 2: 1}, lambda layer, quota: LFU()),
     "eap": lambda: PathCache(ExpertPaths(range(3), 8)),
     "belady": lambda: Belady(random.Random(5).choices(range(N_KEYS), k=700)),
     "belady-surprised": lambda: Belady([]),  # every demand comes unforeseen

@@ -416,6 +416,10 @@ int32_t moe_model_error(moe_model * model, char * error, size_t n_error) {
 }
 
 void    moe_model_slots(moe_model * model, int32_t * keys) { model->reads->keys(keys); }
+int32_t moe_model_fill(moe_model * model, const int32_t * keys, const int32_t * slots, int32_t n) {
+    std::lock_guard<std::mutex> lock(model->step);
+    return model->fill(keys, slots, n) ? 0 : -1;
+}
 void    moe_model_cancel_guesses(moe_model * model) { model->reads->cancel_guesses(); }
 void    moe_model_timeline(moe_model * model, int32_t capacity) { model->reads->history.resize(capacity); }
 int32_t moe_model_timeline_read(moe_model * model, moe_event * events, int32_t capacity) {

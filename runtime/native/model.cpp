@@ -132,6 +132,28 @@ void moe_model::load(int slot, int key, bool guess) {
     reads->submit(slot, key, parts_, guess);
 }
 
+bool moe_model::fill(const int32_t * keys, const int32_t * slots, int n) {
+    for (int i = 0; i < n; i++) {
+        if (!is_key(keys[i]) || slots[i] < 0 || slots[i] >= n_slots) {
+            fail(moe::ERROR_OTHER, "an expert or a slot to be filled does not exist");
+            return false;
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        load(slots[i], keys[i], false);
+    }
+    bool ok = true;
+    for (int i = 0; i < n; i++) {
+        reads->wait_any({slots[i]});
+        ok = reads->state(slots[i]) == moe::slot_state::READY && ok;
+    }
+    if (!ok) {
+        fail(moe::ERROR_READ, reads->last_error());
+        reads->abandon({slots, slots + n});
+    }
+    return ok;
+}
+
 // Runs on the lane that read the last byte.
 void moe_model::make_plain(int slot, int key) {
     thread_local std::vector<uint8_t> scratch;

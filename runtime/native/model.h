@@ -27,6 +27,8 @@ struct moe_model {
     const moe_tensor * find(const ggml_tensor * weight) const;
     // Starts reading an expert into a slot.
     void load(int slot, int key, bool guess);
+    // Reads experts into slots and waits for all of them; false after fail().
+    bool fill(const int32_t * keys, const int32_t * slots, int n);
     int  key_of(int copy, int layer, int expert) const { return (copy * n_layers + layer) * n_experts + expert; }
     bool is_key(int key) const { return key >= 0 && key < (int)first_part_.size() - 1 && first_part_[key] < first_part_[key + 1]; }
     // A weight's matrices of one copy over all slots, for ggml: base address, type and, where the

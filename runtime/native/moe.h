@@ -204,6 +204,9 @@ MOE_API void              moe_model_stats(struct moe_model * model, struct moe_s
 MOE_API int32_t moe_model_error(struct moe_model * model, char * error, size_t n_error);
 // keys[n_slots]: the key each slot completely holds, -1 for none. For reconciling after a failure.
 MOE_API void moe_model_slots(struct moe_model * model, int32_t * keys);
+// Reads n experts into slots that hold nothing and returns when all are there; only between steps.
+// 0, or -1 with a sentence for moe_model_error and none of these slots half loaded.
+MOE_API int32_t moe_model_fill(struct moe_model * model, const int32_t * keys, const int32_t * slots, int32_t n);
 // Drops every guess that no lane has started.
 MOE_API void moe_model_cancel_guesses(struct moe_model * model);
 // Starts recording events into a ring of this many, of which the newest are kept; 0 stops.
