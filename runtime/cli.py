@@ -136,6 +136,19 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="K",
                 help="experts per token instead of the model's own number (lossy)",
             ),
+            click.option(
+                "--low-share",
+                default=0.0,
+                type=_Number(0, 1),
+                metavar="F",
+                help="read the least popular experts of a prompt, up to this share of its votes, "
+                "from the bundle's low copy (lossy); 0.25 is a good start; 0: off",
+            ),
+            click.option(
+                "--low-on-miss",
+                is_flag=True,
+                help="in generation read missing experts from the bundle's low copy (lossy)",
+            ),
             click.option("--device", default="cpu", help="where experts are computed (cpu)"),
         )
     ):
@@ -356,10 +369,11 @@ def stats_line(stats: dict[str, Any]) -> str:
     from moe_gguf.runtime.budget import format_size
 
     demanded = stats["hits"] + stats["misses"]
+    low = f", {stats['low_share']:.1%} computed from low copies" if stats["low_share"] else ""
     return (
         f"moe-gguf: prefill {stats['prefill_tps']:.1f} tok/s ({stats['prefill_tokens']} tokens), "
         f"decode {stats['decode_tps']:.2f} tok/s ({stats['decode_tokens']} tokens); "
-        f"hits {stats['hits']} of {demanded} ({stats['hit_rate']:.1%}); "
+        f"hits {stats['hits']} of {demanded} ({stats['hit_rate']:.1%}){low}; "
         f"read {format_size(stats['bytes_read'])} ({format_size(stats['bytes_per_token'])} per "
         f"token), stalled {stats['stall_s']:.2f} s; peak {format_size(stats['rss_peak_bytes'])} of "
         f"{format_size(stats['budget_bytes'])}"
