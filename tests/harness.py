@@ -23,6 +23,7 @@ from conftest import missing
 from moe_gguf.policies.base import CachePolicy, Guess, Ids, Inputs, LoadOrder, Predictor, RouteEvent
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything
+from moe_gguf.policies.precision import MixedResidency
 from moe_gguf.policies.presets import Policy
 from moe_gguf.runtime import llama as runtime_llama
 from moe_gguf.runtime import logs
@@ -185,8 +186,11 @@ class Ours(Model):
         cache: CachePolicy | None = None,
         order: LoadOrder | None = None,
         predictor: Predictor | None = None,
+        low_share: float = 0.0,
+        low_on_miss: bool = False,
     ) -> None:
-        options = Options("1GB", policy, reads, lanes)
+        low = {"low_share": low_share, "low_on_miss": low_on_miss}
+        options = Options("1GB", policy, reads, lanes, **low)
         self.opened = FixedModel(path, options, n_slots, cache, order, predictor)
         params = self.opened.model_params(llama_cpp.llama_model_default_params())
         super().__init__(self.opened.load(params))
@@ -211,6 +215,9 @@ class Ours(Model):
         residency = self.controller.residency
         held = self.opened.plugin.slot_keys()
         for key, slot in residency.slot_of.items():
+            if isinstance(residency, MixedResidency) and slot in residency.low:
+                key += residency.first_low_key
+                assert held[slot] == key, "the slot has no low copy of its expert"
             assert held[slot] == key or (held[slot] == -1 and key not in residency.cache)
 
     def check_table(self) -> None:
