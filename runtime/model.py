@@ -287,11 +287,9 @@ class OpenModel:
             kinds = {
                 GGML_TYPES[kind].name for layer in layout.layers for kind in layer.copies[1].types
             }
-            low = f"low copies ({', '.join(sorted(kinds))})"
-            if share:
-                yield f"{low} for the least popular {share:.0%} of prefill"
-            if on_miss:
-                yield f"{low} for misses of decode"
+            uses = [f"for the least popular {share:.0%} of prefill"] if share else []
+            uses += ["for misses of decode"] if on_miss else []
+            yield f"low copies ({', '.join(sorted(kinds))}) {' and '.join(uses)}"
 
     def close(self) -> None:
         self.plugin.close()

@@ -274,6 +274,7 @@ class Events:
         self.widest = 0  # experts in one event
         self.demanded = 0  # experts, each once per layer and step
         self.continuations = 0  # events for further tensors of the layer before
+        self.continued = 0  # (token, rank) pairs of those
 
     def record(
         self, layer: int, n_tokens: int, n_used: int, ids: list[int], continuation: bool
@@ -286,6 +287,7 @@ class Events:
         self.widest = max(self.widest, distinct)
         self.demanded += 0 if continuation else distinct
         self.continuations += continuation
+        self.continued += len(ids) if continuation else 0
 
 
 class Guesser:
