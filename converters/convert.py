@@ -122,7 +122,7 @@ def convert(
     )
     identity = plan.identity(_hash(options.imatrix) if options.imatrix else "")
     with BundleWriter(folder, plan, identity, note) as writer:
-        threads = options.threads or os.cpu_count() or 1
+        threads = options.threads or len(os.sched_getaffinity(0))
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
             work = _work(plan, writer.done, quantizer, choices.imatrix)
             for piece, jobs in _ahead(readers, work):
@@ -185,7 +185,7 @@ def _default_quant(source: Source) -> str:
     if isinstance(source, GgufSource):
         return COPY
     quantized = {type_name(s.ggml_type) for s in source.experts} - {"f32", "f16", "bf16"}
-    return quantized.pop() if quantized else "q4_k"
+    return min(quantized, default="q4_k")
 
 
 def _fit(wanted: int, row: int, fallbacks: Counter[tuple[int, int, int]]) -> int:

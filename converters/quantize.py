@@ -88,6 +88,8 @@ def _to_float(ggml_type: int) -> Callable[[int, int, int], None]:
     return _to_float_type(address)
 
 
+_NOTHING: Bytes = np.empty(0, np.uint8)
+
 Then = Callable[[Bytes], Bytes]
 
 
@@ -100,10 +102,14 @@ class Job:
         self._then = then
 
     def result(self) -> Bytes:
-        """The rows, once they are done; UserError for weights that cannot be quantized."""
+        """The rows, once they are done; UserError for weights that cannot be quantized.
+
+        They can be had once: a finished job holds no memory.
+        """
         for part in self._parts:
             part.result()
-        return self._out if self._then is None else self._then(self._out)
+        out, self._out, self._parts = self._out, _NOTHING, []
+        return out if self._then is None else self._then(out)
 
 
 class Quantizer:

@@ -16,7 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -50,14 +50,21 @@ class Row(NamedTuple):
     policy: str | None  # None: stock llama.cpp
     mmap: bool
     capped: bool
+    repack: bool = False  # stock only; ours follow the model
 
 
 ROWS = {
     "stock-mmap": Row(None, mmap=True, capped=True),
     "stock-resident": Row(None, mmap=False, capped=False),
+    "stock-repacked": Row(None, mmap=False, capped=False, repack=True),
     "resident": Row("lru", mmap=False, capped=False),
     **{name: Row(name, mmap=False, capped=True) for name in POLICIES},
 }
+
+
+def row_of(name: str) -> Row:
+    """What a name on ``--rows`` means; behind an @ it names another form of the model."""
+    return ROWS[name.partition("@")[0]]
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,14 @@ def bench(
         bench_plot.require()
     timeline_of = None if timeline_file is None else _timeline_row(timeline_row, names)
     layout = read_layout(path)
+    forms = {name: Path(name.partition("@")[2] or path).absolute() for name in names}
+    layouts = {form: read_layout(form) for form in forms.values()}
+    for name, form in forms.items():
+        if row_of(name).policy is None and form.is_dir():
+            raise UserError(
+                f"{name}: stock llama.cpp does not open bundles; name a GGUF behind an @"
+            )
+    files = [file for form in layouts.values() for file in form.files]
     n_ctx = n_ctx or layout.n_ctx_train
     if prompt_tokens + n_predict > n_ctx:
         raise UserError(
@@ -131,13 +146,14 @@ def bench(
         )
 
     def spec(case: Case) -> Spec:
-        row = ROWS[case.name]
+        row, form = row_of(case.name), forms[case.name]
         drawn = case.name == timeline_of and case.cap in (caps[0], None)
         return Spec(
-            model=str(path.absolute()),
+            model=str(form),
             policy=row.policy,
             mmap=row.mmap,
-            memory=case.cap or _memory_for_all(layout),
+            repack=row.repack,
+            memory=case.cap or _memory_for_all(layouts[form]),
             n_predict=n_predict,
             prompt_tokens=prompt_tokens,
             n_ctx=n_ctx,
@@ -150,8 +166,8 @@ def bench(
 
     specs = {case: spec(case) for case in _cases(names, caps)}
     no_cgroup = cgroup.refusal(Limits(memory=_CGROUP_PROBE_BYTES))
-    disk_limit = _disk_limit(disk_bw, layout.files)
-    page_cache = drop_page_cache(layout.files)
+    disk_limit = _disk_limit(disk_bw, files)
+    page_cache = drop_page_cache(files)
     _check_opens(specs)
     document = {
         "schema": SCHEMA,
@@ -165,7 +181,7 @@ def bench(
         if disk_limit is None
         else {**disk_limit._asdict(), "cgroup": f"v{cgroup.places('disk')[0]}"},
         "page_cache": page_cache,
-        "stock": "use_extra_bufts=False (weight repacking off, as ours)",
+        "stock": "use_extra_bufts=False (weight repacking off) but in stock-repacked",
         "settings": {
             "repeat": repeat,
             "n_predict": n_predict,
@@ -182,14 +198,14 @@ def bench(
     interrupted = False
     try:
         for turn in range(repeat):
-            drop_page_cache(layout.files)
+            drop_page_cache(files)
             probes.append(_probe_disk(specs, probes, disk_limit))
             for i, case in enumerate(specs):
                 if any(run.failure for run in runs[case]):
                     continue  # it would fail again
-                drop_page_cache(layout.files)
+                drop_page_cache(files)
                 limits = Limits(case.cap if no_cgroup is None else None, disk_limit)
-                run = _run_row(specs[case], limits, layout)
+                run = _run_row(specs[case], limits, layouts[forms[case.name]])
                 runs[case].append(run)
                 said = run.failure or f"{run.result['decode_tps']:.2f} tok/s"
                 at = f" in {format_size(case.cap)}" if len(caps) > 1 and case.cap else ""
@@ -203,8 +219,8 @@ def bench(
     document |= _probed(probes, disk_limit)
     points = []
     for cap in caps:
-        of_cap = {name: runs[Case(name, cap if ROWS[name].capped else None)] for name in names}
-        points.append(_results(of_cap, cap, document["disk_bytes_per_s"]))
+        of_cap = {name: runs[Case(name, cap if row_of(name).capped else None)] for name in names}
+        points.append(_results(of_cap, cap, document["disk_bytes_per_s"], disk_limit is not None))
     document |= {"sweep": points} if len(points) > 1 else points[0]
     if json_file is not None:
         Path(json_file).write_text(json.dumps(document, indent=1) + "\n")
@@ -220,7 +236,7 @@ def bench(
 
 def _row_names(rows: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in rows.split(",") if name.strip()))
-    unknown = [name for name in names if name not in ROWS]
+    unknown = [name for name in names if name.partition("@")[0] not in ROWS]
     if unknown or not names:
         what = f"there is no row {unknown[0]!r}" if unknown else "no rows are named"
         raise UserError(f"{what}: choose from {', '.join(ROWS)}")
@@ -238,14 +254,14 @@ def _cases(names: Sequence[str], caps: Sequence[int]) -> list[Case]:
     """In the order of a round; rows without a cap come up with the first one."""
     return list(
         dict.fromkeys(
-            Case(name, cap if ROWS[name].capped else None) for cap in caps for name in names
+            Case(name, cap if row_of(name).capped else None) for cap in caps for name in names
         )
     )
 
 
 def _timeline_row(asked: str | None, names: Sequence[str]) -> str:
     """The row to draw: the last of ours unless one is named."""
-    ours = [name for name in names if ROWS[name].policy is not None]
+    ours = [name for name in names if row_of(name).policy is not None]
     if asked is not None and asked not in ours:
         raise UserError(f"--timeline-row {asked}: name a row of ours that runs ({', '.join(ours)})")
     if not ours:
@@ -417,36 +433,54 @@ def _probed(probes: Sequence[Run], limit: cgroup.DiskLimit | None) -> dict[str, 
 
 
 def _results(
-    runs: dict[str, list[Run]], cap: int, disk_bytes_per_s: float | None = None
+    runs: dict[str, list[Run]],
+    cap: int,
+    disk_bytes_per_s: float | None = None,
+    throttled: bool = False,
 ) -> dict[str, Any]:
     """What follows from the runs under one cap.
 
+    Rows are compared with rows on the same kernels: plain ones, or those that want weights
+    repacked, which sum in another order.
+
     ``bound_tps`` of a row is the decode speed that neither processor nor disk lets it pass,
-    1 / max(compute, bytes_per_token / disk_bytes_per_s), and ``of_bound`` how much of it the row
-    reached. Compute is the time per token of a row with every expert in memory (``bound_row``);
-    without one the disk alone bounds.
+    1 / max(compute, bytes_per_token / disk), and ``of_bound`` how much of it the row reached.
+    Compute is the time per token of a row with every expert in memory; without one the disk alone
+    bounds. The disk is taken to be as fast as in the probe, or as any row found it while it read.
     """
     tokens = {
         name: [run.result["tokens"] for run in done if run.failure is None]
         for name, done in runs.items()
     }
     told = [name for name in tokens if tokens[name]]
-    reference = "stock-resident" if "stock-resident" in told else next(iter(told), None)
+    kernels = {name: runs[name][0].result.get("kernels", "plain") for name in told}
+
+    def first(candidates: Iterable[str], alike: str) -> str | None:
+        """The first of these rows that ran on the same kernels."""
+        return next((n for n in candidates if n in told and kernels[n] == kernels[alike]), None)
+
+    def reference(name: str) -> str | None:
+        stock = [n for n in told if row_of(n).policy is None and not row_of(n).capped]
+        return first([*stock, *told], name)
+
     rows = []
     for name, done in runs.items():
         good = [run.result for run in done if run.failure is None]
         row: dict[str, Any] = {
             "row": name,
-            "policy": ROWS[name].policy,
-            "capped": ROWS[name].capped,
+            "policy": row_of(name).policy,
+            "capped": row_of(name).capped,
             "failure": next((run.failure for run in done if run.failure), None),
+            "kernels": kernels.get(name),
+            "reference": reference(name) if good else None,
             "identical": None,
             "median": _medians(good),
             "runs": [{k: v for k, v in result.items() if k != "tokens"} for result in good],
         }
-        if reference is not None and good:
-            row["identical"] = all(same_start(t, tokens[reference][0]) for t in tokens[name])
-        if ROWS[name].capped and good:
+        if row["reference"] is not None:
+            expected = tokens[row["reference"]][0]
+            row["identical"] = all(same_start(t, expected) for t in tokens[name])
+        if row_of(name).capped and good:
             row["within_cap"] = max(result["rss_peak_bytes"] for result in good) <= cap
         rows.append(row)
     speed = {row["row"]: row["median"].get("decode_tps") for row in rows if not row["failure"]}
@@ -454,22 +488,29 @@ def _results(
         for other, key in (("stock-mmap", "x_stock_mmap"), ("stock-resident", "of_stock_resident")):
             mine, base = speed.get(row["row"]), speed.get(other)
             row[key] = mine / base if mine and base else None
-    bound_row = next((name for name in ("resident", "stock-resident") if speed.get(name)), None)
-    compute_s = 1 / speed[bound_row] if bound_row else 0.0
+    seen = [
+        run["bytes_read"] / run["disk_s"] for r in rows for run in r["runs"] if run.get("disk_s")
+    ]
+    best = (
+        max([disk_bytes_per_s, *seen]) if disk_bytes_per_s and not throttled else disk_bytes_per_s
+    )
     for row in rows:
         read = row["median"].get("bytes_per_token")
-        row["bound_tps"] = row["of_bound"] = None
-        if read is not None and disk_bytes_per_s and not row["failure"]:
-            token_s = max(compute_s, read / disk_bytes_per_s)
+        row["bound_row"] = row["bound_tps"] = row["of_bound"] = None
+        if read is not None and best and not row["failure"]:
+            whole = [n for n in told if not row_of(n).capped]
+            ours = [n for n in whole if row_of(n).policy is not None]
+            row["bound_row"] = first([*ours, *whole], row["row"])
+            compute_s = 1 / speed[row["bound_row"]] if row["bound_row"] else 0.0
+            token_s = max(compute_s, read / best)
             row["bound_tps"] = 1 / token_s if token_s else None
             row["of_bound"] = row["median"]["decode_tps"] * token_s if token_s else None
     threads = next((r["threads"] for row in rows for r in row["runs"]), None)
     return {
         "memory_bytes": cap,
         "threads": threads,
-        "bound_row": bound_row,
-        "reference": reference,
-        "reference_tokens": tokens[reference][0] if reference is not None else [],
+        "disk_best_bytes_per_s": best,
+        "tokens": {name: tokens[name][0] for name in {r["reference"] for r in rows} if name},
         "rows": rows,
     }
 
@@ -503,7 +544,7 @@ def _errors(document: dict[str, Any]) -> list[str]:
             name = row["row"] + at if row["capped"] else row["row"]
             failure, ours = row["failure"], row["policy"] is not None
             if row["identical"] is False:
-                errors.append(f"{name} generated other tokens than {point['reference']}")
+                errors.append(f"{name} generated other tokens than {row['reference']}")
             if ours and row.get("within_cap") is False:
                 peak = format_size(row["median"]["rss_peak_bytes"])
                 errors.append(f"{name} peaked at {peak}, over the cap")

@@ -162,15 +162,19 @@ def remarks(document: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{row['row']}: decoding cut off after {limit:.0f} s, {counted} tokens counted"
             )
-    reference = document["reference"]
-    checked = [row["row"] for row in rows if row["identical"] and row["row"] != reference]
-    if checked:
-        lines.append(f"same greedy tokens as {reference}: {', '.join(checked)}")
-    if any(row["of_bound"] is not None for row in rows):
-        reads = "the row's reads at the disk's ceiling"
-        row_name = document["bound_row"]
-        both = f"the slower of {row_name}'s time per token and {reads}"
-        lines.append(f"bound: {both if row_name else reads}")
+    same: dict[str, list[str]] = {}
+    for row in rows:
+        if row["identical"] and row["row"] != row["reference"]:
+            same.setdefault(row["reference"], []).append(row["row"])
+    for reference, names in same.items():
+        lines.append(f"same greedy tokens as {reference}: {', '.join(names)}")
+    bounded = [row for row in rows if row["of_bound"] is not None]
+    if bounded:
+        speed = format_size(document["disk_best_bytes_per_s"])
+        reads = f"the row's reads at {speed}/s, the fastest the disk was found"
+        whole = dict.fromkeys(row["bound_row"] for row in bounded if row["bound_row"])
+        both = f"the slower of the time per token of {' or '.join(whole)} and {reads}"
+        lines.append(f"bound: {both if whole else reads}")
     limit, measured = document["disk_limit"], document["disk_bytes_per_s"]
     if limit is not None and measured is not None and measured > HELD * limit["bytes_per_s"]:
         lines.append("the throttle did NOT hold: the disk's ceiling is above it")

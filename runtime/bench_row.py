@@ -53,6 +53,7 @@ class Spec:
     model: str
     policy: str | None  # None: stock llama.cpp
     mmap: bool  # stock only
+    repack: bool  # stock only
     memory: int  # bytes, ours only
     n_predict: int
     prompt_tokens: int
@@ -108,6 +109,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "decode_s": decode_s,
         "decode_tps": n_counted / decode_s,
         "threads": llama.n_threads,
+        "kernels": _kernels(spec, llama),
         "tokens": tokens,
         "rss_peak_bytes": rss_peak(),
     }
@@ -145,13 +147,13 @@ def _open(spec: Spec) -> llama_cpp.Llama:
         )
     defaults = bindings.llama_model_default_params
 
-    def plain_weights() -> Any:
-        # Repacked kernels sum in another order: without them stock and ours agree bit for bit.
+    def with_kernels() -> Any:
+        # Repacked kernels sum in another order: like with like, stock and ours agree bit for bit.
         params = defaults()
-        params.use_extra_bufts = False
+        params.use_extra_bufts = spec.repack
         return params
 
-    bindings.llama_model_default_params = plain_weights
+    bindings.llama_model_default_params = with_kernels
     return llama_cpp.Llama(
         spec.model,
         use_mmap=spec.mmap,
@@ -161,6 +163,13 @@ def _open(spec: Spec) -> llama_cpp.Llama:
         n_threads_batch=threads,
         verbose=False,
     )
+
+
+def _kernels(spec: Spec, llama: llama_cpp.Llama) -> str:
+    from moe_gguf.runtime.llama import Llama
+
+    repacked = llama.opened.is_repacked if isinstance(llama, Llama) else spec.repack
+    return "repacked" if repacked else "plain"
 
 
 def prompt_tokens(llama: llama_cpp.Llama, n: int) -> list[int]:

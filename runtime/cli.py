@@ -424,7 +424,7 @@ def _verify(path: Path) -> list[str]:
     "--quant",
     metavar="TYPE",
     help="type of the experts: q4_k, q8_0, f16, …; the trunk gets llama.cpp's mix for it; "
-    "default: a GGUF's bytes as they are, q4_k for a Hugging Face checkpoint",
+    "default: copy for a GGUF, whose bytes stay, q4_k for a Hugging Face checkpoint",
 )
 @click.option("--low-quant", metavar="TYPE", help="also write a smaller copy of every expert")
 @click.option(
@@ -474,11 +474,15 @@ def convert(
     quieten()
     shard_bytes = None if shard_size is None else parse_size(shard_size)
     options = Options(quant, low_quant, imatrix, layout, shard_bytes, threads)
-    with (
-        contextlib.closing(open_source(_checkpoint(source))) as opened,
-        bar(f"converting {opened.name}", in_bytes=True) as progress,
-    ):
-        summary = run_convert(opened, folder, options, progress, say)
+    try:
+        with (
+            contextlib.closing(open_source(_checkpoint(source))) as opened,
+            bar(f"converting {opened.name}", in_bytes=True) as progress,
+        ):
+            summary = run_convert(opened, folder, options, progress, say)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on where this one stopped")
+        sys.exit(130)
     say(f"wrote {folder}")
     for line in summary.lines():
         note(line)

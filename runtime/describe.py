@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_gguf.runtime.budget import format_size
+from moe_gguf.runtime.bundle import COPY, PLAIN, BundleTable
 from moe_gguf.runtime.gguf_header import GGML_TYPES
 from moe_gguf.runtime.layout import ModelLayout, read_layout
 
@@ -30,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
     blobs = [layer.blob_bytes for layer in layout.layers]
     return {
         "path": str(path),
-        "files": [{"path": str(h.path), "bytes": h.file_bytes} for h in layout.headers],
+        "files": [{"path": str(path), "bytes": path.stat().st_size} for path in layout.files],
         "architecture": layout.architecture,
         "name": layout.name,
         "n_ctx_train": layout.n_ctx_train,
@@ -48,6 +49,21 @@ def describe(path: Path) -> dict[str, Any]:
         "working_set": len(blobs) * layout.n_experts_used,
         "working_set_bytes": layout.n_experts_used * sum(blobs),
         "kv_bytes_per_token": _kv_bytes(layout),
+        "bundle": None if layout.table is None else _bundle(layout, layout.table),
+    }
+
+
+def _bundle(layout: ModelLayout, table: BundleTable) -> dict[str, Any]:
+    """What only a bundle has: where it came from, kernel layouts, a second copy."""
+    low = table.low
+    return {
+        "source": table.source_name,
+        "source_bytes": table.source_bytes,
+        "source_sha256": table.source_sha256,
+        "quant": table.quant,
+        "layouts": sorted({t.layout for t in table.experts.tensors} - {PLAIN}),
+        "low_types": sorted({GGML_TYPES[t.ggml_type].name for t in low.tensors}) if low else [],
+        "low_blob_bytes": [layer.copies[1].n_bytes for layer in layout.layers] if low else [],
     }
 
 
@@ -116,8 +132,25 @@ def describe_text(document: dict[str, Any]) -> str:
             f"{d['working_set']} experts per token, {format_size(d['working_set_bytes'])}",
         ),
         ("KV cache", f"{format_size(kv)} per token" if kv is not None else "see plan"),
+        *_bundle_rows(d["bundle"]),
     ]
     return "\n".join(f"{name:<13}{text}" for name, text in rows)
+
+
+def _bundle_rows(bundle: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if bundle is None:
+        return []
+    made = "regrouped" if bundle["quant"] == COPY else f"quantized to {bundle['quant']}"
+    layouts = ", ".join(bundle["layouts"])
+    rows = [
+        ("bundle of", f"{bundle['source']} ({format_size(bundle['source_bytes'])}), {made}"),
+        ("layout", f"kernel-ready: {layouts}" if layouts else "plain"),
+    ]
+    if bundle["low_types"]:
+        sizes = sorted(set(bundle["low_blob_bytes"]))
+        size = " to ".join(format_size(n) for n in dict.fromkeys((sizes[0], sizes[-1])))
+        rows.append(("low copy", f"{', '.join(bundle['low_types'])}, {size} per expert"))
+    return rows
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,11 +93,13 @@ class OpenModel:
         spare = budgets.auto_size() - self.total
         self.mode = disk.choose(self.layout, probe, options.reads, options.lanes, spare)
         transforms = Transforms(self.layout.metadata)
-        self.repacked_trunk = _repacked_trunk(self.layout, transforms)
+        self.is_repacked = _is_repacked(self.layout, transforms)
+        self.repacked_trunk = _repacked_trunk(self.layout) if self.is_repacked else []
         self.plugin = PluginModel(
             _config(self.layout, self.slots, self.mode, transforms, self.repacked_trunk)
         )
         self.foreign_layouts = tuple(transforms.rules)
+        self._dry_overrides: int | None = None
         self._keep: list[Any] = []  # ctypes memory llama.cpp points into while loading
         self.needs: Needs | None = None  # once measured
         self.n_ctx = 0  # likewise
@@ -108,25 +110,27 @@ class OpenModel:
 
     def model_params(self, params: llama_cpp.llama_model_params) -> llama_cpp.llama_model_params:
         """The caller's parameters with what the plugin needs."""
-        names = {t.name.split(".", 2)[2] for layer in self.layout.layers for t in layer.tensors}
-        pattern = r"^blk\.[0-9]+\.(" + "|".join(sorted(n.replace(".", r"\.") for n in names)) + ")$"
-        types = [(pattern, self.plugin.expert_buffer_type())]
-        if self.repacked_trunk:
-            names = {name.replace(".", r"\.") for name in self.repacked_trunk}
-            types.append((f"^({'|'.join(sorted(names))})$", self.plugin.repack_buffer_type()))
-        types.append((".*", self.plugin.trunk_buffer_type()))
-        overrides = (BuftOverride * (len(types) + 1))(
-            *(BuftOverride(pattern.encode(), buft) for pattern, buft in types),
-            BuftOverride(None, None),
-        )
-        self._keep.append(overrides)
-        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
+        experts = [t.name for layer in self.layout.layers for t in layer.tensors]
+        types = [(pattern, self.plugin.expert_buffer_type()) for pattern in _patterns(experts)]
+        rest = (".*", self.plugin.trunk_buffer_type())
+        self._dry_overrides = self._overrides([*types, rest])
+        for pattern in _patterns(self.repacked_trunk):
+            types.append((pattern, self.plugin.repack_buffer_type()))
+        params.tensor_buft_overrides = self._overrides([*types, rest])
         # Nothing is mapped (see open_stream in native/model.cpp): the trunk is anonymous memory.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
         params.use_extra_bufts = False
         params.n_gpu_layers = 0
         return params
+
+    def _overrides(self, types: Sequence[tuple[str, int]]) -> int | None:
+        overrides = (BuftOverride * (len(types) + 1))(
+            *(BuftOverride(pattern.encode(), buft) for pattern, buft in types),
+            BuftOverride(None, None),
+        )
+        self._keep.append(overrides)
+        return ctypes.cast(overrides, ctypes.c_void_p).value
 
     def load(
         self,
@@ -161,6 +165,9 @@ class OpenModel:
         """Simulate loading (no weight is read) to learn what everything but experts takes."""
         dry = llama_cpp.llama_model_params.from_buffer_copy(model_params)
         dry.no_alloc = True
+        # Repacked tensors take as much as plain ones, and buffers without memory cannot pose as
+        # ggml-cpu's own.
+        dry.tensor_buft_overrides = self._dry_overrides
         with logs.capture() as log, self.plugin.stream() as stream:
             model = llama_cpp.llama_model_load_from_file_ptr(stream, dry)
             if not model:
@@ -276,7 +283,21 @@ class OpenModel:
             f"{format_size(needs.compute)} + experts {format_size(self.budget.experts)} "
             f"({self.budget.n_slots} slots, {self.budget.resident_share:.0%}) + process "
             f"{format_size(needs.process)}; reads {self.mode}; policy {self.options.policy}; "
-            f"device cpu{lossy and f', LOSSY: {lossy}'}"
+            f"device cpu{self._kernels()}{lossy and f', LOSSY: {lossy}'}"
+        )
+
+    def _kernels(self) -> str:
+        """What is to be said about kernel layouts; nothing where weights are plain."""
+        if self.is_repacked:
+            return ", repacked kernels"
+        if not self.foreign_layouts:
+            return ""
+        table = self.layout.table
+        source = table.source_name if table else "SRC"
+        return (
+            f"; its experts are laid out for another processor ({', '.join(self.foreign_layouts)}) "
+            f"and each is converted after reading, which is slow: rebuild the bundle here with "
+            f"moe-gguf convert {source} DST"
         )
 
     def _losses(self) -> Iterator[str]:
@@ -346,17 +367,34 @@ def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
 _REPACKABLE = re.compile(r"(output|blk\.\d+\.(attn|ffn|ssm)_\w+)\.weight")
 
 
-def _repacked_trunk(layout: ModelLayout, transforms: Transforms) -> list[str]:
-    """Trunk tensors to hold repacked, as stock llama.cpp does; none unless the experts are."""
-    codes = [
-        transforms.code(name, kind, t.ne[:2])[0]
-        for layer in layout.layers
-        for t, name, kind in zip(
-            layer.tensors, layer.copies[0].layouts, layer.copies[0].types, strict=True
-        )
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Regular expressions for exactly these tensors, few and short: llama.cpp compiles each of them
+    for each tensor."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+        layer, rest = (match[1], match[2]) if match else ("", name)
+        layers.setdefault(rest, []).append(layer)
+    return [
+        f"^{re.escape(rest)}$"
+        if numbers == [""]
+        else rf"^blk\.({'|'.join(numbers)})\.{re.escape(rest)}$"
+        for rest, numbers in layers.items()
     ]
-    if LAYOUT_REPACKED not in codes:
-        return []
+
+
+def _is_repacked(layout: ModelLayout, transforms: Transforms) -> bool:
+    """Whether experts are stored in the layout that this machine's kernels want."""
+    return any(
+        transforms.code(name, kind, tensor.ne[:2])[0] == LAYOUT_REPACKED
+        for layer in layout.layers
+        for copy in layer.copies
+        for tensor, name, kind in zip(layer.tensors, copy.layouts, copy.types, strict=True)
+    )
+
+
+def _repacked_trunk(layout: ModelLayout) -> list[str]:
+    """Trunk tensors that stock llama.cpp would hold repacked, where we know it."""
     return [
         t.name
         for t in layout.trunk

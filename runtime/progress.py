@@ -41,7 +41,7 @@ def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
             now = time.monotonic()
             if now - last >= _LINE_SECONDS and total > 0:
                 last = now
-                rate = (done - first) / (now - start)
+                rate = (done - first) / max(now - start, 1e-9)
                 more = f", {rate / 1e6:.0f} MB/s, {_left(total - done, rate)}" if in_bytes else ""
                 print(f"{what}: {done / total:.0%}{more}", file=sys.stderr, flush=True)
 

@@ -22,6 +22,7 @@ from gguf import GGMLQuantizationType as Quant
 from harness import Context, Logits, Model, ours, random_tokens, rows, stock
 
 from moe_gguf.runtime.bundle import PLAIN, TRUNK
+from moe_gguf.runtime.describe import describe, describe_text
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.layout import read_layout
 from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms
@@ -203,3 +204,32 @@ def test_a_file_outside_the_folder_is_not_opened(broken: Path) -> None:
     trunk.write_bytes(raw.replace(name, b"../" + name[3:]))
     with pytest.raises(UserError, match="outside the bundle"):
         read_layout(broken)
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def test_inspect_tells_a_bundle_from_a_file(tiny_file: TinyFile, bundle: MakeBundle) -> None:
+    path = tiny_file("qwen3moe", **FLAGS)
+    assert describe(path)["bundle"] is None
+    document = describe(bundle(path, "repacked", low_quant="q4_0"))
+    assert document["bundle"]["source"] == path.name
+    assert document["bundle"]["quant"] == "copy"
+    assert document["bundle"]["layouts"]
+    assert document["bundle"]["low_types"] == ["Q4_0"]
+    text = describe_text(document)
+    assert "kernel-ready: q4_0-" in text
+    assert "low copy" in text
+
+
+def test_the_mode_line_tells_which_kernels_run(
+    tiny_file: TinyFile, bundle: MakeBundle, tmp_path: Path
+) -> None:
+    folder = bundle(tiny_file("qwen3moe", **FLAGS), "repacked")
+    with ours(folder) as model:
+        model.opened.divide()
+        assert "repacked kernels" in model.opened.mode_line()
+    with ours(of_another_machine(folder, tmp_path / "foreign")) as model:
+        line = model.opened.mode_line()
+        assert "laid out for another processor" in line
+        assert "moe-gguf convert qwen3moe" in line

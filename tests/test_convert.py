@@ -14,8 +14,10 @@ import fcntl
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +35,7 @@ from moe_gguf.converters import convert
 from moe_gguf.converters.bundle import JOURNAL
 from moe_gguf.converters.convert import Options, Summary, open_source
 from moe_gguf.converters.verify import verify
+from moe_gguf.runtime import progress as runtime_progress
 from moe_gguf.runtime import repack
 from moe_gguf.runtime.bundle import BLOB_ALIGNMENT, PLAIN, TRUNK, BundleTable
 from moe_gguf.runtime.errors import UserError
@@ -252,7 +255,8 @@ def test_a_linked_source_is_its_target(
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from moe_gguf.converters import convert, journal
+from moe_gguf.converters import convert, journal, quantize
+quantize.requires_imatrix(0)  # loads llama.cpp here and now, not in each child
 source, folder, seed, rounds = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 journal.CHECKPOINT_BYTES = 1  # every blob in the journal as soon as the disk has it
 rng = random.Random(seed)
@@ -277,13 +281,15 @@ def run(seconds):
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     return {"status": status, "said": text, "names": names, "s": time.monotonic() - start}
 
-whole = run(None)
+seconds = run(None)["s"]
+shutil.rmtree(folder)
+seconds = min(seconds, run(None)["s"])
 results = []
 for _ in range(rounds):
     shutil.rmtree(folder)
-    killed = [run(rng.uniform(0, whole["s"]))]
+    killed = [run(rng.uniform(0, seconds))]
     if rng.random() < 0.3:
-        killed.append(run(rng.uniform(0, whole["s"])))
+        killed.append(run(rng.uniform(0, seconds)))
     done = "trunk.gguf" in killed[-1]["names"] and "convert.journal" not in killed[-1]["names"]
     resumed = None if done else run(None)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -305,11 +311,11 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path: Path) -> Non
     make(path, tmp_path / "undisturbed", Options(quant="q4_0", layout="plain", threads=1))
     assert hashes(folder) == hashes(tmp_path / "undisturbed")
     killed = [run for result in results for run in result["killed"] if run["status"] == 9]
-    assert len(killed) >= 15  # it was hit while it worked,
-    assert sum(TRUNK not in run["names"] for run in killed) >= 15
+    assert len(killed) >= 12  # it was hit while it worked,
+    assert sum(TRUNK not in run["names"] for run in killed) >= 12
     resumed = [result["resumed"] for result in results if result["resumed"]]
     assert all(run["status"] == 0 for run in resumed)
-    assert sum("going on behind" in run["said"] for run in resumed) >= 8  # and had got somewhere
+    assert sum("going on behind" in run["said"] for run in resumed) >= 5  # and had got somewhere
 
 
 def interrupt_after(share: float) -> Progress:
@@ -608,25 +614,33 @@ def test_verify_names_what_has_changed(source: Path, tmp_path: Path) -> None:
     assert any("no such file" in finding for finding in verify(folder, lambda *_: None))
 
 
+# Not ru_maxrss: that begins with what the forking process had.
+WEIGH = """
+import contextlib
+from pathlib import Path
+from moe_gguf.runtime.cli import main
+with contextlib.suppress(SystemExit):
+    main()
+status = Path("/proc/self/status").read_text()
+print(status.split("VmHWM:")[1].split()[0])
+"""
+
+
 def peak_bytes(*args: object) -> int:
-    """The most memory a command of ours had."""
-    with open(os.devnull, "w") as nowhere:
-        command = [sys.executable, "-m", "moe_gguf", *map(str, args)]
-        child = subprocess.Popen(command, stdout=nowhere, stderr=nowhere)
-        _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = status
-    assert status == 0
-    return usage.ru_maxrss * 1024
+    """The most memory a command of ours has."""
+    argv = [sys.executable, "-c", WEIGH, *map(str, args)]
+    child = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    return int(child.stdout) * 1024
 
 
 def test_memory_is_a_few_experts(tmp_path: Path) -> None:
     path = tiny.write_big(tmp_path / "big.gguf")
-    base = peak_bytes("inspect", path)
     regrouped = peak_bytes("convert", path, tmp_path / "copy", "--layout", "plain")
     quantized = peak_bytes("convert", path, tmp_path / "q4_0", "--quant", "q4_0")
     assert path.stat().st_size > 300e6
-    assert regrouped - base < 120e6
-    assert quantized - base < 150e6
+    assert is_complete(tmp_path / "copy") and is_complete(tmp_path / "q4_0")
+    assert regrouped < 200e6  # of which half is Python and llama.cpp's libraries
+    assert quantized < 230e6
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
@@ -656,6 +670,34 @@ def test_the_command_says_what_it_made_on_stderr(source: Path, tmp_path: Path) -
     assert found.returncode == 1
     assert "expert 0 of layer 0 has changed; convert the model again" in found.stderr
     assert len(json.loads(found.stdout)["damage"]) == 1
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    path = tiny.write_tiny("mixtral", tmp_path / "m.gguf", experts=Quant.F16)
+    argv = [sys.executable, "-m", "moe_gguf", "convert", path, tmp_path / "b", "--quant", "iq4_xs"]
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "b" / TRUNK).with_suffix(".gguf.partial").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert said.splitlines()[-1] == (
+        "moe-gguf: interrupted; the same command goes on where this one stopped"
+    )
+    assert not is_complete(tmp_path / "b")
+
+
+def test_progress_says_speed_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runtime_progress, "_LINE_SECONDS", 0.0)
+    clock = iter([0.0, 0.1, 10.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with runtime_progress.bar("converting", in_bytes=True) as report:
+        report(20e6, 200e6)  # done by an earlier run
+        report(120e6, 200e6)
+    assert capfd.readouterr().err.splitlines()[-1] == "converting: 60%, 10 MB/s, 8 s left"
 
 
 def test_only_bundles_can_be_verified(source: Path) -> None:
