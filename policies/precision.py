@@ -16,7 +16,8 @@ from moe_gguf.policies.residency import Plan, Residency
 class Precision(NamedTuple):
     """What may be low: of several tokens' experts the unpopular tail, of one token's all or none.
 
-    ``low_share`` is the tail's share of the votes, a vote being one (token, rank) pair.
+    ``low_share`` is the tail's share of the votes, a vote being one (token, rank) pair. What counts
+    is the event: of a prompt's last piece llama.cpp may compute the last layer for one token only.
     """
 
     low_share: float = 0.0

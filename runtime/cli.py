@@ -100,6 +100,24 @@ class _Number(click.FloatRange):
         return number
 
 
+def low_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What may be read from the bundle's low copy."""
+    share = click.option(
+        "--low-share",
+        default=0.0,
+        type=_Number(0, 1),
+        metavar="F",
+        help="read the least popular experts of a prompt, up to this share of its votes, "
+        "from the bundle's low copy (lossy); 0.25 is a good start; 0: off",
+    )
+    on_miss = click.option(
+        "--low-on-miss",
+        is_flag=True,
+        help="in generation read missing experts from the bundle's low copy (lossy)",
+    )
+    return share(on_miss(command))
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options every command that opens a model shares."""
     for option in reversed(
@@ -136,19 +154,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="K",
                 help="experts per token instead of the model's own number (lossy)",
             ),
-            click.option(
-                "--low-share",
-                default=0.0,
-                type=_Number(0, 1),
-                metavar="F",
-                help="read the least popular experts of a prompt, up to this share of its votes, "
-                "from the bundle's low copy (lossy); 0.25 is a good start; 0: off",
-            ),
-            click.option(
-                "--low-on-miss",
-                is_flag=True,
-                help="in generation read missing experts from the bundle's low copy (lossy)",
-            ),
+            low_options,
             click.option("--device", default="cpu", help="where experts are computed (cpu)"),
         )
     ):
@@ -640,6 +646,7 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 @click.option("--threads", type=int, metavar="N")
 @click.option("--reads", default="auto", metavar="MODE")
 @lanes_option
+@low_options
 @click.option("--disk-bw", metavar="SIZE", help="let every row read that much per second only")
 @click.option("--json", "json_file", type=click.Path(), help="write the results here")
 @click.option("--plot", "plot_file", type=click.Path(), help="write a PNG of decode speed here")

@@ -40,6 +40,8 @@ from harness import (
 from moe_gguf import ExpertReadError, UserError
 from moe_gguf.policies.precision import tail
 from moe_gguf.policies.trace import route_event
+from moe_gguf.runtime.bench import bench
+from moe_gguf.runtime.bench_report import table
 from moe_gguf.runtime.llama import Llama
 from moe_gguf.runtime.quality import kl_divergence, log_softmax
 
@@ -288,6 +290,23 @@ def test_run_names_what_it_loses(hybrid: Path) -> None:
     assert "LOSSY" not in lossless.stderr
     stats = json.loads(lossless.stdout)["stats"]
     assert stats["low_share"] == stats["low_bytes_read"] == 0
+
+
+def test_bench_measures_a_lossy_row_beside_its_lossless_twin(hybrid: Path) -> None:
+    options = {"memory": "400MB", "repeat": 1, "n_predict": 8, "prompt_tokens": 24, "n_ctx": 256}
+    more = {"threads": 1, "reads": "buffered", "lanes": 1, "note": lambda _: None}
+    lossy = {"low_share": 0.25}
+    outcome = bench(hybrid, rows="lru+low,lru", **options, **more, **lossy)
+    assert not outcome.errors
+    low, lossless = outcome.document["rows"]
+    assert low["identical"] is None
+    assert lossless["reference"] == "lru"
+    assert 0 < low["median"]["prefill_low_share"] <= 0.25
+    assert lossless["median"]["prefill_low_share"] == lossless["median"]["low_bytes_read"] == 0
+    assert "LOSSY: low in prefill/decode" in table(outcome.document)
+    for rows_, given in (("lru", lossy), ("lru+low", {})):
+        with pytest.raises(UserError, match=r"are for rows that end in \+low"):
+            bench(hybrid, rows=rows_, **options, **more, **given)
 
 
 def test_quality_compares_with_the_lossless_run(hybrid: Path) -> None:
