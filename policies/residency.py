@@ -16,15 +16,17 @@ from moe_gguf.policies.base import CachePolicy, Guess, LoadOrder, RouteEvent
 class Plan(NamedTuple):
     """Work for one layer in execution order; the three lists are parallel.
 
-    Resident experts come first. ``loads[i]`` is 1 when expert i must be read into ``slots[i]``
-    first. A slot that appears twice is recycled inside the layer: its second expert is read
-    after its first was computed.
+    Resident experts come first. ``loads[i]`` is not 0 when expert i must be read into ``slots[i]``
+    first: 1 whole, 2 its low copy. A slot that appears twice is recycled inside the layer: its
+    second expert is read after its first was computed.
     """
 
     experts: list[int]
     slots: list[int]
     loads: list[int]
     n_hits: int
+    n_low_pairs: int = 0  # (token, rank) pairs computed from a low copy
+    n_low_loads: int = 0
 
 
 class Residency:

@@ -52,6 +52,7 @@ class Row(NamedTuple):
     mmap: bool
     capped: bool
     repack: bool = False  # stock only; ours follow the model
+    low: bool = False  # with the lossy options given
 
 
 ROWS = {
@@ -60,6 +61,7 @@ ROWS = {
     "stock-repacked": Row(None, mmap=False, capped=False, repack=True),
     "resident": Row("lru", mmap=False, capped=False),
     **{name: Row(name, mmap=False, capped=True) for name in POLICIES},
+    **{f"{name}+low": Row(name, mmap=False, capped=True, low=True) for name in POLICIES},
 }
 
 
@@ -110,6 +112,8 @@ def bench(
     layers_file: str | None = None,
     timeline_file: str | None = None,
     timeline_row: str | None = None,
+    low_share: float = 0.0,
+    low_on_miss: bool = False,
     note: Callable[[str], None],
 ) -> Outcome:
     """Run every row ``repeat`` times under every cap, in turn, and write the files asked for.
@@ -124,6 +128,11 @@ def bench(
     """
     names = _row_names(rows)
     caps = _caps(memory)
+    if any(row_of(name).low for name in names) != (low_share > 0 or low_on_miss):
+        raise UserError(
+            "--low-share and --low-on-miss are for rows that end in +low, like lru+low: give both "
+            "such a row and one of the options, or neither"
+        )
     if repeat < 1 or n_predict < 1 or prompt_tokens < 1:
         raise UserError("--repeat, -n and --prompt-tokens must be at least 1")
     for file in (json_file, plot_file, layers_file, timeline_file):
@@ -170,6 +179,8 @@ def bench(
             warm=warm,
             fill=not row.capped,
             timeline=str(Path(timeline_file).absolute()) if drawn and timeline_file else None,
+            low_share=low_share if row.low else 0.0,
+            low_on_miss=low_on_miss and row.low,
         )
 
     specs = {case: spec(case) for case in _cases(names, caps)}
@@ -199,6 +210,8 @@ def bench(
             "reads": reads,
             "lanes": lanes,
             "warm": warm,
+            "low_share": low_share,
+            "low_on_miss": low_on_miss,
             "decode_limit_s": DECODE_LIMIT_S,
         },
     }
@@ -450,7 +463,7 @@ def _results(
     """What follows from the runs under one cap.
 
     Rows are compared with rows on the same kernels: plain ones, or those that want weights
-    repacked, which sum in another order.
+    repacked, which sum in another order. Lossy rows are compared with none.
 
     ``bound_tps`` of a row is the decode speed that neither processor nor disk lets it pass,
     1 / max(compute, bytes_per_token / disk), and ``of_bound`` how much of it the row reached.
@@ -470,7 +483,7 @@ def _results(
 
     def reference(name: str) -> str | None:
         stock = [n for n in told if row_of(n).policy is None and not row_of(n).capped]
-        return first([*stock, *told], name)
+        return first([*stock, *(n for n in told if not row_of(n).low)], name)
 
     rows = []
     for name, done in runs.items():
@@ -481,7 +494,7 @@ def _results(
             "capped": row_of(name).capped,
             "failure": next((run.failure for run in done if run.failure), None),
             "kernels": kernels.get(name),
-            "reference": reference(name) if good else None,
+            "reference": reference(name) if good and not row_of(name).low else None,
             "identical": None,
             "median": _medians(good),
             "runs": [{k: v for k, v in result.items() if k != "tokens"} for result in good],

@@ -30,6 +30,12 @@ def _guesses(row: dict[str, Any]) -> str:
     return "/".join("-" if n is None else f"{n:.0f}" for n in numbers)
 
 
+def _low(row: dict[str, Any]) -> str:
+    """Of the expert applications of prefill and of decode, how many were computed low."""
+    shares = [row["median"].get(key) or 0.0 for key in ("prefill_low_share", "low_share")]
+    return "/".join(f"{share:.1%}" for share in shares) if any(shares) else "-"
+
+
 COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("decode tok/s", _median("decode_tps", "{:.2f}".format)),
     ("x stock-mmap", _ratio("x_stock_mmap", "{:.1f}")),
@@ -38,6 +44,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("prefill tok/s", _median("prefill_tps", "{:.1f}".format)),
     ("start-up s", _median("startup_s", "{:.2f}".format)),
     ("hits", _median("hit_rate", "{:.1%}".format)),
+    ("LOSSY: low in prefill/decode", _low),
     ("guesses made/used/late", _guesses),
     ("recall", _median("recall", "{:.1%}".format)),
     ("read/token", _median("bytes_per_token", format_size)),

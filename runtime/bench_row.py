@@ -27,6 +27,7 @@ DECODE_LIMIT_S = 90.0
 # What a result takes from ``Llama.stats``; a policy that does not predict leaves some out.
 STATS = (
     *("hits", "misses", "hit_rate", "hit_rate_in_time", "bytes_read", "bytes_per_token"),
+    *("low_share", "low_bytes_read"),
     *("guesses", "guesses_used", "guesses_late", "recall", "layers"),
     *("disk_s", "guess_s"),
     *("stall_s", "route_s", "compute_s", "slots", "reads", "budget_bytes"),
@@ -66,6 +67,8 @@ class Spec:
     timeline: str | None = None  # ours only: write one of a token after the counted ones
     open_only: bool = False  # stop once the model is open: does it fit?
     probe_only: bool = False  # measure the disk, not the model
+    low_share: float = 0.0
+    low_on_miss: bool = False
 
 
 def measure(spec: Spec) -> dict[str, Any]:
@@ -89,12 +92,13 @@ def measure(spec: Spec) -> dict[str, Any]:
     start = time.perf_counter()
     tokens = [_step(llama, prompt)]
     prefill_s = time.perf_counter() - start
+    ours = llama if isinstance(llama, Llama) else None
+    prefill_low_share = ours.stats()["low_share"] if ours is not None else None
 
     warm_up, counted = spec.n_predict // 4, spec.n_predict - spec.n_predict // 4
     start = time.perf_counter()
     # A quarter of the tokens is warm-up, and never more than half of the time.
     warm = _decode(llama, tokens, warm_up, start + DECODE_LIMIT_S / 2)
-    ours = llama if isinstance(llama, Llama) else None
     if ours is not None:
         ours.reset_stats()
     begin = time.perf_counter()
@@ -117,6 +121,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     if ours is not None:
         stats = ours.stats()
         result |= {name: stats.get(name) for name in STATS}
+        result["prefill_low_share"] = prefill_low_share
         result["stall_share"] = stats["stall_s"] / decode_s
         result["controller_share"] = (stats["route_s"] + stats["guess_s"]) / decode_s
         result["mode_line"] = ours.mode_line
@@ -147,6 +152,8 @@ def _open(spec: Spec) -> llama_cpp.Llama:
             n_ctx=spec.n_ctx,
             n_batch=N_BATCH,
             n_threads=threads,
+            low_share=spec.low_share,
+            low_on_miss=spec.low_on_miss,
         )
     defaults = bindings.llama_model_default_params
 

@@ -100,6 +100,24 @@ class _Number(click.FloatRange):
         return number
 
 
+def low_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What may be read from the bundle's low copy."""
+    share = click.option(
+        "--low-share",
+        default=0.0,
+        type=_Number(0, 1),
+        metavar="F",
+        help="read the least popular experts of a prompt, up to this share of its votes, "
+        "from the bundle's low copy (lossy); 0.25 is a good start; 0: off",
+    )
+    on_miss = click.option(
+        "--low-on-miss",
+        is_flag=True,
+        help="in generation read missing experts from the bundle's low copy (lossy)",
+    )
+    return share(on_miss(command))
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options every command that opens a model shares."""
     for option in reversed(
@@ -136,6 +154,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="K",
                 help="experts per token instead of the model's own number (lossy)",
             ),
+            low_options,
             click.option("--device", default="cpu", help="where experts are computed (cpu)"),
         )
     ):
@@ -367,10 +386,11 @@ def stats_line(stats: dict[str, Any]) -> str:
     from moe_gguf.runtime.budget import format_size
 
     demanded = stats["hits"] + stats["misses"]
+    low = f", {stats['low_share']:.1%} computed from low copies" if stats["low_share"] else ""
     return (
         f"moe-gguf: prefill {stats['prefill_tps']:.1f} tok/s ({stats['prefill_tokens']} tokens), "
         f"decode {stats['decode_tps']:.2f} tok/s ({stats['decode_tokens']} tokens); "
-        f"hits {stats['hits']} of {demanded} ({stats['hit_rate']:.1%}); "
+        f"hits {stats['hits']} of {demanded} ({stats['hit_rate']:.1%}){low}; "
         f"read {format_size(stats['bytes_read'])} ({format_size(stats['bytes_per_token'])} per "
         f"token), stalled {stats['stall_s']:.2f} s; peak {format_size(stats['rss_peak_bytes'])} of "
         f"{format_size(stats['budget_bytes'])}"
@@ -654,6 +674,7 @@ def serve(model: str, host: str, port: int, api_key: str | None, **options: Any)
 @click.option("--reads", default="auto", metavar="MODE")
 @lanes_option
 @warm_option
+@low_options
 @click.option("--disk-bw", metavar="SIZE", help="let every row read that much per second only")
 @click.option("--json", "json_file", type=click.Path(), help="write the results here")
 @click.option("--plot", "plot_file", type=click.Path(), help="write a PNG of decode speed here")

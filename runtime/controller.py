@@ -54,6 +54,9 @@ class Controller:
         # Demands by layer: found (in the slots or on their way), and not.
         self.layer_hits: dict[int, int] = {}
         self.layer_misses: dict[int, int] = {}
+        # (token, rank) pairs, how many of them were computed low, and low copies read by layer.
+        self.pairs = self.low_pairs = 0
+        self.low_loads: dict[int, int] = {}
         # Once set, every step fails with it: a thread that computes cannot be stopped otherwise.
         self.stop: Exception | None = None
         self._event = RouteEvent(-1, 0, (), ())
@@ -114,7 +117,11 @@ class Controller:
         self._plan_experts[:n] = plan.experts
         self._plan_slots[:n] = plan.slots
         self._plan_loads[:n] = plan.loads
+        if plan.n_low_loads:
+            self.low_loads[event.layer] = self.low_loads.get(event.layer, 0) + plan.n_low_loads
         if not call.continuation:
+            self.pairs += n_tokens * call.n_used
+            self.low_pairs += plan.n_low_pairs
             layer, hits, misses = event.layer, self.layer_hits, self.layer_misses
             hits[layer] = hits.get(layer, 0) + plan.n_hits
             misses[layer] = misses.get(layer, 0) + n - plan.n_hits
@@ -176,4 +183,6 @@ class Controller:
     def reset_stats(self) -> None:
         self.layer_hits.clear()
         self.layer_misses.clear()
+        self.pairs = self.low_pairs = 0
+        self.low_loads.clear()
         self.residency.guesses_used = 0

@@ -53,9 +53,12 @@ class Llama(llama_cpp.Llama):
     what stays in memory (see ``moe_gguf.policies.presets``); ``reads`` is auto, direct or
     buffered; ``lanes`` the number of reader threads (None: measured); ``experts_used`` overrides
     how many experts each token uses (lossy); ``warm`` fills the slots before the first token with
-    what was popular in the runs that ``moe-gguf trace --save-routing`` recorded. ``n_ctx`` may
-    also be None: the model's own, at most DEFAULT_CTX. Everything else is llama_cpp.Llama's;
-    ``use_mmap``, ``use_mlock`` and ``n_gpu_layers`` have no meaning here.
+    what was popular in the runs that ``moe-gguf trace --save-routing`` recorded. Of a bundle with a
+    low copy, ``low_share`` is the share of a prompt's votes whose experts, the least popular ones,
+    are read low, and ``low_on_miss`` has generation read its misses low (both lossy, see
+    ``moe_gguf.policies.precision``). ``n_ctx`` may also be None: the model's own, at most
+    DEFAULT_CTX. Everything else is llama_cpp.Llama's; ``use_mmap``, ``use_mlock`` and
+    ``n_gpu_layers`` have no meaning here.
 
     Raises UserError for files and budgets that cannot work, ExpertReadError from any method that
     computes when an expert cannot be read; the model stays usable after either a read error or
@@ -73,6 +76,8 @@ class Llama(llama_cpp.Llama):
         experts_used: int | None = None,
         device: str = "cpu",
         warm: bool = False,
+        low_share: float = 0.0,
+        low_on_miss: bool = False,
         recorder: Recorder | None = None,
         progress: Callable[[float, float], None] | None = None,
         verbose: bool = False,
@@ -83,7 +88,9 @@ class Llama(llama_cpp.Llama):
         if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
             raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
         llama_cpp._logger.set_verbose(verbose)
-        options = Options(memory, policy, reads, lanes, experts_used, device, warm)
+        options = Options(
+            memory, policy, reads, lanes, experts_used, device, warm, low_share, low_on_miss
+        )
         self.opened = OpenModel(Path(model_path), options)
         n_threads = kwargs.pop("n_threads", None) or physical_cores()
         kwargs.setdefault("n_threads_batch", n_threads)
@@ -267,6 +274,8 @@ class _Timer:
             "hit_rate_in_time": (hits - late) / demanded if demanded else 0.0,
             "bytes_read": native.read_bytes,
             "bytes_per_token": self._bytes[1] / self._tokens[1] if self._tokens[1] else 0.0,
+            "low_share": controller.low_pairs / controller.pairs if controller.pairs else 0.0,
+            "low_bytes_read": self._opened.low_bytes_read(),
             "stall_s": native.stall_ns / 1e9,
             "compute_s": native.compute_ns / 1e9,
             "route_s": native.route_ns / 1e9,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from moe_gguf.policies.base import CachePolicy, LoadOrder
 from moe_gguf.policies.layered import hottest
+from moe_gguf.policies.precision import MixedResidency, Precision
 from moe_gguf.policies.predict import GateGuesses
 from moe_gguf.policies.presets import Facts, Policy, check_policy, policy
 from moe_gguf.policies.residency import Residency
@@ -27,6 +29,7 @@ from moe_gguf.runtime import disk, logs, routing
 from moe_gguf.runtime.budget import Budget, Needs, format_size
 from moe_gguf.runtime.controller import Controller, Guessing, Recorder
 from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.gguf_header import GGML_TYPES
 from moe_gguf.runtime.layout import ModelLayout, MoeLayer, SlotLayout, read_layout, slot_layout
 from moe_gguf.runtime.plugin import (
     ABI,
@@ -49,7 +52,7 @@ _WORK_BYTES = 32 * _MIB  # native/executor.h, WORK_BYTES
 # Slots are filled at the start in steps of this size: Ctrl-C waits for one, and between two the
 # lanes idle for about a read.
 _FILL_BYTES = 64 * _MIB
-_FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
+_FLOAT_TYPES = {0, 1, 30}  # F32, F16, BF16
 
 
 class Options(NamedTuple):
@@ -62,6 +65,8 @@ class Options(NamedTuple):
     experts_used: int | None = None
     device: str = "cpu"
     warm: bool = False
+    low_share: float = 0.0
+    low_on_miss: bool = False
 
 
 class BuftOverride(ctypes.Structure):
@@ -87,6 +92,7 @@ class OpenModel:
         if options.warm:
             self.routing = routing.load(self.routing_path, self.routing_identity)
         self.n_warmed: int | None = None  # slots filled from it; None if there was nothing
+        self.precision = _precision(self.layout, options)
         self.total = (
             budgets.auto_size()
             if options.memory == "auto"
@@ -250,7 +256,7 @@ class OpenModel:
         budget = self.divide()
         self.plugin.allocate(budget.n_slots)
         cache, order, predictor, pace = self.make_policy(budget.n_slots)
-        residency = Residency(budget.n_slots, self.layout.n_experts, cache, order)
+        residency = self._residency(budget.n_slots, cache, order)
         guessing = None
         if predictor is not None:
             blob_bytes = {layer.layer: layer.blob_bytes for layer in self.layout.layers}
@@ -284,6 +290,13 @@ class OpenModel:
             residency.reconcile(self.plugin.slot_keys())
             raise
         return len(placed)
+
+    def _residency(self, n_slots: int, cache: CachePolicy, order: LoadOrder) -> Residency:
+        n_experts = self.layout.n_experts
+        if not self.precision.lossy:
+            return Residency(n_slots, n_experts, cache, order)
+        first_low_key = (self.layout.layers[-1].layer + 1) * n_experts
+        return MixedResidency(n_slots, n_experts, cache, order, self.precision, first_low_key)
 
     def make_policy(self, n_slots: int) -> Policy:
         """The policy asked for, once the model is loaded."""
@@ -327,6 +340,16 @@ class OpenModel:
             f"{self.routing_path}"
         )
 
+    def low_bytes_read(self) -> int:
+        """Bytes of the low copies that were asked for."""
+        assert self.controller is not None
+        loads = self.controller.low_loads
+        return sum(
+            loads[layer.layer] * layer.copies[1].n_bytes
+            for layer in self.layout.layers
+            if layer.layer in loads
+        )
+
     def free_slots(self) -> int:
         """Slots no expert has been read into yet."""
         assert self.controller is not None
@@ -336,11 +359,7 @@ class OpenModel:
         """The one line that says what is in force."""
         assert self.budget is not None
         layout = self.layout
-        lossy = (
-            f", LOSSY: {self.n_used} experts used instead of {layout.n_experts_used}"
-            if self.n_used != layout.n_experts_used
-            else ""
-        )
+        lossy = ", ".join(self._losses())
         needs = self.budget.needs
         return (
             f"moe-gguf: {layout.path.name} ({layout.architecture}, {len(layout.layers)} MoE layers "
@@ -349,7 +368,7 @@ class OpenModel:
             f"{format_size(needs.compute)} + experts {format_size(self.budget.experts)} "
             f"({self.budget.n_slots} slots, {self.budget.resident_share:.0%}) + process "
             f"{format_size(needs.process)}; reads {self.mode}; policy {self.options.policy}; "
-            f"device cpu{self._kernels()}{lossy}"
+            f"device cpu{self._kernels()}{lossy and f', LOSSY: {lossy}'}"
         )
 
     def _kernels(self) -> str:
@@ -366,6 +385,18 @@ class OpenModel:
             f"moe-gguf convert {source} DST"
         )
 
+    def _losses(self) -> Iterator[str]:
+        layout, (share, on_miss) = self.layout, self.precision
+        if self.n_used != layout.n_experts_used:
+            yield f"{self.n_used} experts used instead of {layout.n_experts_used}"
+        if self.precision.lossy:
+            kinds = {
+                GGML_TYPES[kind].name for layer in layout.layers for kind in layer.copies[1].types
+            }
+            uses = [f"for the least popular {share:.0%} of prefill"] if share else []
+            uses += ["for misses of decode"] if on_miss else []
+            yield f"low copies ({', '.join(sorted(kinds))}) {' and '.join(uses)}"
+
     def close(self) -> None:
         self.plugin.close()
 
@@ -378,6 +409,21 @@ def _experts_used(layout: ModelLayout, override: int | None) -> int:
             f"--experts-used {override} is out of range: this model has {layout.n_experts} experts"
         )
     return override
+
+
+def _precision(layout: ModelLayout, options: Options) -> Precision:
+    precision = Precision(options.low_share, options.low_on_miss)
+    if not 0.0 <= precision.low_share <= 1.0:
+        raise UserError(
+            f"--low-share {precision.low_share} is out of range: give a share from 0 to 1"
+        )
+    if precision.lossy and any(len(layer.copies) < 2 for layer in layout.layers):
+        option = "--low-share" if precision.low_share else "--low-on-miss"
+        raise UserError(
+            f"{layout.path} has no low copy for {option}: make a bundle with moe-gguf convert"
+            " --low-quant TYPE"
+        )
+    return precision
 
 
 def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
@@ -395,7 +441,8 @@ def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
     width = max(sum(4 * (t.ne[0] + t.ne[1]) for t in layer.tensors) for layer in layout.layers)
     gathered = min(pairs * width, max(_WORK_BYTES, n_ubatch * width))
     kept = n_ubatch * max(t.ne[0] for t in tensors) * 4
-    element = max(4.0 if t.ggml_type in _FLOAT_TYPES else 1.2 for t in tensors)
+    kinds = {kind for layer in layout.layers for copy in layer.copies for kind in copy.types}
+    element = 4.0 if kinds & _FLOAT_TYPES else 1.2
     quantized = int(pairs * max(t.ne[0] for t in tensors) * element)
     return _WORK_BASE + 72 * n_all + max(whole, gathered + kept) + quantized
 

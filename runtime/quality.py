@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CTX = 512
 # Options that change what is computed, and what each is in a lossless run.
-LOSSLESS: Mapping[str, Any] = {"experts_used": None}
+LOSSLESS: Mapping[str, Any] = {"experts_used": None, "low_share": 0.0, "low_on_miss": False}
 
 Floats = npt.NDArray[np.float32]
 Open = Callable[..., "Llama"]  # a model path and the shared options

@@ -40,6 +40,7 @@ def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
         "hits": stats["hits"],
         "misses": stats["misses"],
         "bytes_read": stats["bytes_read"],
+        "guesses": stats["guesses"],
         "prefill_tokens": stats["prefill_tokens"],
         "decode_tokens": stats["decode_tokens"],
         "complete": complete,
@@ -95,14 +96,20 @@ def _row(result: ReplayResult) -> dict[str, Any]:
 def _recorded(trace: Trace) -> dict[str, Any] | None:
     """The recorded run's own counts and whether replaying it gives them again; None if unknown.
 
-    A replay begins with empty slots: what a warm run counted it cannot tell.
+    A replay begins with empty slots and guesses nothing: what a warm run counted it cannot tell,
+    nor what one that guessed did, for how much is guessed depends on time.
     """
     meta = trace.metadata
     policy, n_slots = str(meta.get("policy")), meta.get("n_slots")
     counts = meta.get("hits"), meta.get("misses")
     if policy not in POLICIES or type(n_slots) is not int or n_slots < 1:
         return None
-    if None in counts or not meta.get("complete", True) or meta.get("warmed"):
+    if (
+        None in counts
+        or not meta.get("complete", True)
+        or meta.get("warmed")
+        or meta.get("guesses")
+    ):
         return None
     (again,) = replay_table(trace, [policy], [n_slots])
     return {
@@ -140,7 +147,7 @@ def replay_text(document: dict[str, Any]) -> str:
     ]
     if (recorded := d["recorded"]) is None:
         lines.append(
-            "the recorded run cannot be checked: it was interrupted, began warm or says too little"
+            "the recorded run cannot be checked: it guessed, began warm, was interrupted or says too little"
         )
     else:
         run = (

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import tiny
 
+from moe_gguf.converters import convert
+from moe_gguf.converters.convert import Options, open_source
 from moe_gguf.runtime.plugin import probe_direct
 
 TinyFile = Callable[..., Path]
+MakeBundle = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,27 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> TinyFile:
         if key not in made:
             name = "-".join([layout, *(f"{k}={v}" for k, v in sorted(flags.items()))])
             made[key] = tiny.write_tiny(layout, folder / f"{name}.gguf", **flags)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
+    """``bundle(source, layout)``: the bundle of a GGUF, made once."""
+    made: dict[tuple[Path, str], Path] = {}
+
+    def get(path: Path, layout: str = "plain", **options: str) -> Path:
+        key = path, layout + str(options)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundle")
+            source = open_source(path)
+            try:
+                given = Options(layout=layout, **options)
+                convert.convert(source, folder, given, lambda *_: None, lambda _: None)
+            finally:
+                source.close()
+            made[key] = folder
         return made[key]
 
     return get

@@ -23,6 +23,7 @@ from conftest import missing
 from moe_gguf.policies.base import CachePolicy, Guess, Ids, Inputs, LoadOrder, Predictor, RouteEvent
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything
+from moe_gguf.policies.precision import MixedResidency
 from moe_gguf.policies.presets import Policy
 from moe_gguf.runtime import llama as runtime_llama
 from moe_gguf.runtime import logs
@@ -186,8 +187,11 @@ class Ours(Model):
         order: LoadOrder | None = None,
         predictor: Predictor | None = None,
         warm: bool = False,
+        low_share: float = 0.0,
+        low_on_miss: bool = False,
     ) -> None:
-        options = Options("1GB", policy, reads, lanes, warm=warm)
+        more = {"warm": warm, "low_share": low_share, "low_on_miss": low_on_miss}
+        options = Options("1GB", policy, reads, lanes, **more)
         self.opened = FixedModel(path, options, n_slots, cache, order, predictor)
         params = self.opened.model_params(llama_cpp.llama_model_default_params())
         super().__init__(self.opened.load(params))
@@ -212,6 +216,9 @@ class Ours(Model):
         residency = self.controller.residency
         held = self.opened.plugin.slot_keys()
         for key, slot in residency.slot_of.items():
+            if isinstance(residency, MixedResidency) and slot in residency.low:
+                key += residency.first_low_key
+                assert held[slot] == key, "the slot has no low copy of its expert"
             assert held[slot] == key or (held[slot] == -1 and key not in residency.cache)
 
     def check_table(self) -> None:
@@ -268,6 +275,7 @@ class Events:
         self.widest = 0  # experts in one event
         self.demanded = 0  # experts, each once per layer and step
         self.continuations = 0  # events for further tensors of the layer before
+        self.continued = 0  # (token, rank) pairs of those
 
     def record(
         self, layer: int, n_tokens: int, n_used: int, ids: list[int], continuation: bool
@@ -280,6 +288,7 @@ class Events:
         self.widest = max(self.widest, distinct)
         self.demanded += 0 if continuation else distinct
         self.continuations += continuation
+        self.continued += len(ids) if continuation else 0
 
 
 class Guesser:

@@ -12,18 +12,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from conftest import TinyFile
+from conftest import MakeBundle, TinyFile
 from gguf import GGMLQuantizationType as Quant
 from harness import Context, Logits, Model, ours, random_tokens, rows, stock
 
-from moe_gguf.converters import convert
-from moe_gguf.converters.convert import Options, open_source
 from moe_gguf.runtime.bundle import PLAIN, TRUNK
 from moe_gguf.runtime.describe import describe, describe_text
 from moe_gguf.runtime.errors import UserError
@@ -33,29 +30,6 @@ from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms
 N_STEPS = 6
 # Types that kernels of ggml-cpu want repacked, beside others.
 FLAGS = {"mixed": True, "trunk": Quant.Q4_0}
-
-MakeBundle = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def bundle(tiny_file: TinyFile, tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """``bundle(source, layout)``: the bundle of a GGUF, made once."""
-    made: dict[tuple[Path, str], Path] = {}
-
-    def get(path: Path, layout: str = "plain", **options: str) -> Path:
-        key = path, layout + str(options)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("bundle")
-            source = open_source(path)
-            try:
-                given = Options(layout=layout, **options)
-                convert.convert(source, folder, given, lambda *_: None, lambda _: None)
-            finally:
-                source.close()
-            made[key] = folder
-        return made[key]
-
-    return get
 
 
 def prefill_and_decode(context: Context) -> Logits:

@@ -453,6 +453,10 @@ def test_a_replay_counts_what_the_engine_counted(
     assert recorded.code == 0
     assert f"wrote {file}" in recorded.err
     document = replay_document(file, None, None)
+    if document["metadata"]["guesses"]:  # how many depends on time
+        assert policy.startswith(("eap", "fate"))
+        assert document["recorded"] is None
+        return
     assert document["recorded"]["policy"] == policy
     assert document["recorded"]["n_slots"] == n_slots
     assert document["recorded"]["hits"] + document["recorded"]["misses"] > 0

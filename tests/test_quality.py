@@ -19,6 +19,7 @@ from moe_gguf.runtime.bench_row import PROSE
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.llama import Llama
 from moe_gguf.runtime.quality import (
+    LOSSLESS,
     kl_divergence,
     log_softmax,
     quality,
@@ -39,8 +40,8 @@ def open_model(path: str, **options: Any) -> Llama:
 
 
 def measured(path: Path, folder: Path, **options: Any) -> dict[str, Any]:
-    defaults = {"against": None, "n_batch": 512, "experts_used": None, "n_ctx": N_CTX, "text": TEXT}
-    arguments: dict[str, Any] = {"open_model": open_model, **defaults, **options}
+    defaults = {"against": None, "n_batch": 512, "n_ctx": N_CTX, "text": TEXT}
+    arguments: dict[str, Any] = {"open_model": open_model, **LOSSLESS, **defaults, **options}
     text = arguments.pop("text")
     return quality(path, text, progress=silent, folder=folder, **arguments)
 

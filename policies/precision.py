@@ -1,0 +1,108 @@
+"""Which experts may be computed from their low copy, and the slot table that tells copies apart.
+
+Lossy, and off unless asked for: the lossless engine runs ``Residency`` and none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from moe_gguf.policies.base import CachePolicy, Guess, LoadOrder, RouteEvent
+from moe_gguf.policies.order import Popularity
+from moe_gguf.policies.residency import Plan, Residency
+
+
+class Precision(NamedTuple):
+    """What may be low: of several tokens' experts the unpopular tail, of one token's all or none.
+
+    ``low_share`` is the tail's share of the votes, a vote being one (token, rank) pair. What counts
+    is the event: of a prompt's last piece llama.cpp may compute the last layer for one token only.
+    """
+
+    low_share: float = 0.0
+    low_on_miss: bool = False
+
+    @property
+    def lossy(self) -> bool:
+        return self != Precision()
+
+    def may_be_low(self, event: RouteEvent) -> Collection[int]:
+        """Experts of the event for which the low copy will do."""
+        if event.n_tokens > 1:
+            return tail(event, self.low_share)
+        return event.experts if self.low_on_miss else ()
+
+
+def tail(event: RouteEvent, share: float) -> set[int]:
+    """The least popular experts, as many as have at most ``share`` of the event's votes together.
+
+    Of equally popular ones those seen last: the tail is the end of the order misses are read in.
+    """
+    most = share * sum(event.counts)
+    low: set[int] = set()
+    votes = 0
+    for i in reversed(Popularity().order(event.experts, event.counts)):
+        votes += event.counts[i]
+        if votes > most:
+            break
+        low.add(event.experts[i])
+    return low
+
+
+class MixedResidency(Residency):
+    """A slot table in which an expert is held whole or low; keys are the same for both.
+
+    An expert that may be low is used as it is held, and read low if it is not. One that may not be
+    and is held low is a miss: it is read again, whole, into the slot it has. So a low copy stays
+    until its expert is evicted or must be whole; nothing is read only to better it. Guesses are
+    read whole, and none is made for an expert that is held low.
+
+    In the plugin the low copies' keys follow all others, from ``first_low_key``.
+    """
+
+    def __init__(
+        self,
+        n_slots: int,
+        n_experts: int,
+        cache: CachePolicy,
+        order: LoadOrder | None,
+        precision: Precision,
+        first_low_key: int,
+    ) -> None:
+        super().__init__(n_slots, n_experts, cache, order)
+        self.precision = precision
+        self.first_low_key = first_low_key
+        self.low: set[int] = set()  # slots last filled from a low copy, the free ones among them
+
+    def plan(self, event: RouteEvent) -> Plan:
+        may_be_low = self.precision.may_be_low(event)
+        plan, low = super().plan(event), self.low
+        counts = dict(zip(event.experts, event.counts, strict=True))
+        held: list[tuple[int, int, int]] = []
+        read: list[tuple[int, int, int]] = []
+        n_low_pairs = n_low_loads = 0
+        for expert, slot, load in zip(plan.experts, plan.slots, plan.loads, strict=True):
+            copy = int(expert in may_be_low)
+            if not load and (copy or slot not in low):
+                held.append((expert, slot, 0))
+            else:
+                read.append((expert, slot, 1 + copy))
+                n_low_loads += copy
+                (low.add if copy else low.discard)(slot)
+            if slot in low:
+                n_low_pairs += counts[expert]
+        experts, slots, loads = map(list, zip(*held, *read, strict=True))
+        return Plan(experts, slots, loads, len(held), n_low_pairs, n_low_loads)
+
+    def guess(
+        self, event: RouteEvent, guesses: Sequence[Guess], keep: Iterable[int] = ()
+    ) -> list[tuple[int, int]]:
+        placed = super().guess(event, guesses, keep)
+        self.low.difference_update(slot for _, slot in placed)
+        return placed
+
+    def reconcile(self, held: Sequence[int]) -> None:
+        first = self.first_low_key
+        self.low = {slot for slot, key in enumerate(held) if key >= first}
+        super().reconcile([key - first if key >= first else key for key in held])
