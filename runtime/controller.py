@@ -126,7 +126,10 @@ class Controller:
             hits[layer] = hits.get(layer, 0) + plan.n_hits
             misses[layer] = misses.get(layer, 0) + n - plan.n_hits
             if self.guessing is not None:
-                call.wants_guesses = len(self.residency.slot_of) < self._n_all
+                # With everything there, nothing is worth guessing; but a recording wants to know
+                # how good guesses would be.
+                everything = len(self.residency.slot_of) == self._n_all
+                call.wants_guesses = not everything or self.recorder is not None
 
     def on_guess(self) -> None:
         assert self.guessing is not None

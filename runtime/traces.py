@@ -147,7 +147,8 @@ def replay_text(document: dict[str, Any]) -> str:
     ]
     if (recorded := d["recorded"]) is None:
         lines.append(
-            "the recorded run cannot be checked: it guessed, began warm, was interrupted or says too little"
+            "the recorded run cannot be checked: it guessed, began warm, was interrupted or says "
+            "too little"
         )
     else:
         run = (

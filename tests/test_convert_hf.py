@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import hf_gguf
-import hf_models
 import pytest
 
 from moe_gguf.converters import convert
@@ -33,9 +32,8 @@ def types(blobs: BlobSet) -> set[str]:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
-def test_the_bundle_is_that_of_the_gguf(family: str, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    hf_models.write(family, checkpoint)
+def test_the_bundle_is_that_of_the_gguf(family: str, hf_root: Path, tmp_path: Path) -> None:
+    checkpoint = hf_root / family
     options = Options(quant="f16", layout="plain")
     header, direct = make(checkpoint, tmp_path / "direct", options)
     gguf = hf_gguf.write_gguf(open_source(checkpoint), tmp_path / "model.gguf")
@@ -45,9 +43,8 @@ def test_the_bundle_is_that_of_the_gguf(family: str, tmp_path: Path) -> None:
     assert header.get("general.file_type") == 1  # mostly F16
 
 
-def test_floats_become_q4_k_by_default(tmp_path: Path) -> None:
-    hf_models.write("olmoe", tmp_path / "checkpoint")
-    header, table = make(tmp_path / "checkpoint", tmp_path / "b", Options(low_quant="q4_0"))
+def test_floats_become_q4_k_by_default(hf_root: Path, tmp_path: Path) -> None:
+    header, table = make(hf_root / "olmoe", tmp_path / "b", Options(low_quant="q4_0"))
     assert table.quant == "q4_k"
     assert header.get("general.file_type") == 15  # mostly Q4_K, medium
     assert types(table.experts) <= {"Q4_K", "Q5_0"}  # rows of 64 are no whole blocks
@@ -55,10 +52,8 @@ def test_floats_become_q4_k_by_default(tmp_path: Path) -> None:
     assert types(table.low) == {"Q4_0"}
 
 
-def test_mxfp4_stays_as_it_is_and_text_comes_out(tmp_path: Path) -> None:
-    hf_models.write("gpt_oss", tmp_path / "checkpoint")
-    hf_models.pack_mxfp4(tmp_path / "checkpoint")
-    header, table = make(tmp_path / "checkpoint", tmp_path / "b", Options())
+def test_mxfp4_stays_as_it_is_and_text_comes_out(hf_root: Path, tmp_path: Path) -> None:
+    header, table = make(hf_root / "gpt_oss-mxfp4", tmp_path / "b", Options())
     assert table.quant == "mxfp4"
     assert types(table.experts) == {"MXFP4"}
     trunk = {GGML_TYPES[info.ggml_type].name for info in header.tensors if len(info.ne) > 1}

@@ -43,7 +43,10 @@ STATS = {
     *("stall_s", "compute_s", "guesses", "guesses_used", "budget_bytes", "rss_peak_bytes", "slots"),
     *("policy", "reads", "device"),
 }
-EXTRA_STATS = {"prefill_tokens", "decode_tokens", "decode_s", "route_s"}
+EXTRA_STATS = {
+    *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "disk_s"),
+    *("hit_rate_in_time", "guesses_late", "recall", "layers", "low_share", "low_bytes_read"),
+}
 
 
 def plain_stock(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> llama_cpp.Llama:
