@@ -22,7 +22,8 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
     """What a trace says about the run it records.
 
-    An interrupted run is not ``complete``: its last step counted nothing but may have loaded.
+    An interrupted run is not ``complete``: its last step counted nothing but may have loaded. With
+    ``low_copies`` an expert that was held low and read again counts as a miss: no replay has those.
     """
     layout = llama.opened.layout
     stats = llama.stats()
@@ -41,6 +42,7 @@ def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
         "prefill_tokens": stats["prefill_tokens"],
         "decode_tokens": stats["decode_tokens"],
         "complete": complete,
+        "low_copies": llama.opened.precision.lossy,
     }
 
 
@@ -87,7 +89,7 @@ def _recorded(trace: Trace) -> dict[str, Any] | None:
     counts = meta.get("hits"), meta.get("misses")
     if policy not in POLICIES or type(n_slots) is not int or n_slots < 1:
         return None
-    if None in counts or not meta.get("complete", True):
+    if None in counts or not meta.get("complete", True) or meta.get("low_copies"):
         return None
     (again,) = replay_table(trace, [policy], [n_slots])
     return {
@@ -124,7 +126,9 @@ def replay_text(document: dict[str, Any]) -> str:
         f"{len(meta['layers'])} MoE layers x {meta['n_experts']} experts"
     ]
     if (recorded := d["recorded"]) is None:
-        lines.append("the recorded run cannot be checked: it was interrupted or says too little")
+        lines.append(
+            "the recorded run cannot be checked: it was interrupted, used low copies or says too little"
+        )
     else:
         run = (
             f"{recorded['policy']} with {recorded['n_slots']} slots had {recorded['hits']} hits "

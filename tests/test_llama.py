@@ -44,6 +44,7 @@ STATS = {
     *("policy", "reads", "device"),
 }
 EXTRA_STATS = {"prefill_tokens", "decode_tokens", "decode_s", "route_s"}
+EXTRA_STATS |= {"low_share", "low_bytes_read"}
 
 
 def plain_stock(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> llama_cpp.Llama:
