@@ -127,7 +127,8 @@ def replay_text(document: dict[str, Any]) -> str:
     ]
     if (recorded := d["recorded"]) is None:
         lines.append(
-            "the recorded run cannot be checked: it was interrupted, used low copies or says too little"
+            "the recorded run cannot be checked: it was interrupted, used low copies or says "
+            "too little"
         )
     else:
         run = (
