@@ -92,6 +92,7 @@ def quality(
                 _check_room(llama, chunks, folder)
                 with progress("lossless pass") as report:
                     figures = _pass(llama, chunks, report, keep=kept)
+            del llama  # its scores are no small part of the next pass's budget
             reference = {"model": str(before), **figures._asdict()}
         with closing(open_model(str(path), **options, **common)) as llama:
             mine = _chunks(llama, text)

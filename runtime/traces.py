@@ -24,7 +24,8 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
     """What a trace says about the run it records.
 
-    An interrupted run is not ``complete``: its last step counted nothing but may have loaded.
+    An interrupted run is not ``complete``: its last step counted nothing but may have loaded. With
+    ``low_copies`` an expert that was held low and read again counts as a miss: no replay has those.
     """
     layout = llama.opened.layout
     stats = llama.stats()
@@ -45,6 +46,7 @@ def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
         "decode_tokens": stats["decode_tokens"],
         "complete": complete,
         "warmed": llama.opened.n_warmed or 0,
+        "low_copies": llama.opened.precision.lossy,
     }
 
 
@@ -104,12 +106,8 @@ def _recorded(trace: Trace) -> dict[str, Any] | None:
     counts = meta.get("hits"), meta.get("misses")
     if policy not in POLICIES or type(n_slots) is not int or n_slots < 1:
         return None
-    if (
-        None in counts
-        or not meta.get("complete", True)
-        or meta.get("warmed")
-        or meta.get("guesses")
-    ):
+    unlike = ("warmed", "guesses", "low_copies")
+    if None in counts or not meta.get("complete", True) or any(map(meta.get, unlike)):
         return None
     (again,) = replay_table(trace, [policy], [n_slots])
     return {
@@ -147,7 +145,8 @@ def replay_text(document: dict[str, Any]) -> str:
     ]
     if (recorded := d["recorded"]) is None:
         lines.append(
-            "the recorded run cannot be checked: it guessed, began warm, was interrupted or says "
+            "the recorded run cannot be checked: it guessed, began warm, used low copies, was "
+            "interrupted or says "
             "too little"
         )
     else:

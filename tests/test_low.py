@@ -39,11 +39,12 @@ from harness import (
 
 from moe_gguf import ExpertReadError, UserError
 from moe_gguf.policies.precision import tail
-from moe_gguf.policies.trace import route_event
+from moe_gguf.policies.trace import TraceRecorder, route_event
 from moe_gguf.runtime.bench import bench
 from moe_gguf.runtime.bench_report import table
 from moe_gguf.runtime.llama import Llama
 from moe_gguf.runtime.quality import kl_divergence, log_softmax
+from moe_gguf.runtime.traces import replay_document, trace_metadata
 
 N_STEPS = 6
 PROMPT = random_tokens(40)
@@ -307,6 +308,16 @@ def test_bench_measures_a_lossy_row_beside_its_lossless_twin(hybrid: Path) -> No
     for rows_, given in (("lru", lossy), ("lru+low", {})):
         with pytest.raises(UserError, match=r"are for rows that end in \+low"):
             bench(hybrid, rows=rows_, **options, **more, **given)
+
+
+def test_a_replay_does_not_judge_a_lossy_trace(hybrid: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.npz"
+    recorder = TraceRecorder()
+    llama = Llama(hybrid, memory="400MB", n_ctx=256, n_threads=1, low_share=0.5, recorder=recorder)
+    llama.create_completion(random_tokens(20), max_tokens=4)
+    recorder.save(file, trace_metadata(llama))
+    llama.close()
+    assert replay_document(file, "lru", None)["recorded"] is None
 
 
 def test_quality_compares_with_the_lossless_run(hybrid: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,21 @@ def test_one_token_at_a_time_gives_the_same_up_to_rounding(
         at_once["perplexity"], rel=0.02
     )  # other kernels
     assert one_by_one["stats"]["prefill_tokens"] == 0
+
+
+def test_the_first_pass_s_model_is_gone_when_the_second_opens(
+    tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    opened: list[weakref.ref[Llama]] = []
+
+    def watched(path: str, **options: Any) -> Llama:
+        assert all(model() is None for model in opened)
+        llama = open_model(path, **options)
+        opened.append(weakref.ref(llama))
+        return llama
+
+    measured(tiny_file("qwen3moe"), tmp_path, experts_used=2, open_model=watched)
+    assert len(opened) == 2
 
 
 def test_too_short_a_text(tiny_file: TinyFile, tmp_path: Path) -> None:
