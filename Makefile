@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(wildcard runtime/native/*.cpp runtime/native/*.h)
+# The reads know nothing of ggml, so their stress is built without it, and in seconds.
+STRESS := tests/native/stress.cpp runtime/native/reads.cpp runtime/native/probe.cpp
+STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
+STEPS ?= 1000000
 
-.PHONY: demo check lint types native test clean
+.PHONY: demo check lint types native test stress tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -25,7 +29,7 @@ $(READY): pyproject.toml runtime/native/CMakeLists.txt $(NATIVE)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) tests/native/*.cpp
 
 # The folders are one package only once installed; mypy is shown them in their installed places.
 types: $(READY)
@@ -40,6 +44,23 @@ native: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest
+
+# Random schedules, long: the native reads and the slot table; `make test` runs a few of each.
+stress: build/stress $(READY)
+	build/stress $(STEPS) 1 build
+	STRESS_STEPS=$(STEPS) $(BIN)/pytest tests/test_stress.py
+
+# The same under the thread sanitizer: fails at the first data race.
+tsan: build/stress-tsan
+	TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1" build/stress-tsan $(STEPS) 1 build
+
+build/stress: $(STRESS) $(NATIVE)
+	mkdir -p build
+	$(CXX) $(STRESS_FLAGS) -O2 $(STRESS) -o $@
+
+build/stress-tsan: $(STRESS) $(NATIVE)
+	mkdir -p build
+	$(CXX) $(STRESS_FLAGS) -O1 -fsanitize=thread $(STRESS) -o $@
 
 clean:
 	rm -rf build $(VENV)

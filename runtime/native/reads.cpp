@@ -98,7 +98,7 @@ void reads::promote(int slot) {
         return;
     }
     s.guess = false;
-    if (s.state != slot_state::LOADING) {
+    if (s.state != slot_state::LOADING || s.dropped) {
         return;
     }
     count.guess_promoted++;
@@ -146,7 +146,7 @@ int reads::cancel_guesses() {
     int                         n = 0;
     for (size_t i = 0; i < slots_.size(); i++) {
         slot_info & s = slots_[i];
-        if (s.guess && s.state == slot_state::LOADING && s.in_flight == 0) {
+        if (s.guess && s.state == slot_state::LOADING && s.in_flight == 0 && !s.finishing) {
             remove_queued(guess_, (int)i);
             s.key   = -1;
             s.guess = false;
@@ -170,7 +170,7 @@ void reads::cancel_locked(std::unique_lock<std::mutex> & lock, int slot) {
     s.cancelled   = true;
     remove_queued(demand_, slot);
     remove_queued(guess_, slot);
-    if (s.guess) {
+    if (s.guess && !s.dropped) {
         count.guess_cancelled++;
     }
     done_.wait(lock, [&] { return s.in_flight == 0 && !s.finishing; });
@@ -200,7 +200,8 @@ void reads::abandon(const std::vector<int> & wanted) {
         if (s.state == slot_state::LOADING) {
             cancel_locked(lock, slot);
         } else if (s.state == slot_state::FAILED) {
-            s.key = -1;
+            s.key   = -1;
+            s.guess = false;
             s.state.store(slot_state::EMPTY, std::memory_order_release);
         }
     }
@@ -210,7 +211,7 @@ void reads::keys(int32_t * out) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < slots_.size(); i++) {
         slot_info & s = slots_[i];
-        out[i]        = coming((int)i) ? s.key : -1;
+        out[i]        = coming((int)i) ? s.key.load() : -1;
         if (out[i] < 0) {
             s.guess = false;  // whoever asks has now been told: drop_guesses need not say it again
         }
@@ -244,9 +245,10 @@ void reads::finish_if_done(std::unique_lock<std::mutex> & lock, int slot) {
         return;
     }
     if (options_.finish && !s.failed) {
-        s.finishing = true;
+        s.finishing   = true;
+        const int key = s.key;
         lock.unlock();
-        options_.finish(slot, s.key);
+        options_.finish(slot, key);
         lock.lock();
         s.finishing = false;
         if (s.cancelled) {
@@ -294,12 +296,11 @@ void reads::lane(int number) {
         if (--active_ == 0) {
             disk_ns_ += now_ns() - active_since_ns_;
         }
-        if (guess) {
-            count.guess_bytes += c.bytes;
-        }
         if (!error.empty()) {
             s.failed = true;
             error_   = error;
+        } else if (guess && !skip) {
+            count.guess_bytes += c.bytes;
         }
         finish_if_done(lock, c.slot);
         if (s.in_flight == 0) {
@@ -326,13 +327,14 @@ std::string reads::read_chunk(const chunk & c, char * bounce) {
     bool    cut  = false;
 
     if (inject_skip_.load(std::memory_order_relaxed) >= 0 && inject_skip_.fetch_sub(1) == 0) {
-        if (inject_err_ > 0) {
-            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + strerror(inject_err_);
+        const int err = inject_err_;
+        if (err > 0) {
+            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + strerror(err);
         }
-        if (inject_err_ < 0) {
-            std::this_thread::sleep_for(std::chrono::milliseconds(-inject_err_));
+        if (err < 0) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(-err));
         }
-        cut = inject_err_ == 0;
+        cut = err == 0;
     }
     while (!cut && done < head + c.bytes) {
         const ssize_t n = pread(fds_[c.file], dest + done, want - done, begin + done);

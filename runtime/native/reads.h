@@ -56,12 +56,13 @@ class reads {
     void submit(int slot, int key, const std::vector<part> & parts, bool guess);
     // A guess that is demanded now: its queued chunks move to the demand queue.
     void promote(int slot);
-    // Drops guesses that no lane is reading at this moment; returns how many slots became empty.
+    // Drops guesses that no lane is at work on at this moment; returns how many slots became empty.
     int cancel_guesses();
     // Gives up guesses that turned out wrong: nothing more of them is read. Appends the keys of those
     // whose slots are empty now, also of earlier ones that a lane was still reading then.
     void drop_guesses(const std::function<bool(int)> & is_wrong, std::vector<int32_t> & keys, size_t limit);
 
+    // Any thread may ask these; the calls above and below that change slots are one thread's at a time.
     // Time in which some lane was reading, up to now.
     int64_t    disk_ns();
     int        key_of(int slot) const { return slots_[slot].key; }
@@ -96,14 +97,15 @@ class reads {
         char *  dest;
     };
     struct slot_info {
+        // All is written under the lock; the atomics are also read without it.
         std::atomic<slot_state> state{slot_state::EMPTY};
-        int                     key       = -1;
-        int                     queued    = 0;  // chunks waiting
-        int                     in_flight = 0;  // chunks a lane is reading
+        std::atomic<int>        key{-1};
+        std::atomic<bool>       dropped{false};  // a wrong guess: becomes EMPTY when its last read returns
+        int                     queued    = 0;   // chunks waiting
+        int                     in_flight = 0;   // chunks a lane is reading
         bool                    guess     = false;
         bool                    failed    = false;
         bool                    cancelled = false;
-        bool                    dropped   = false;  // a wrong guess: becomes EMPTY when its last read returns
         bool                    finishing = false;  // a lane is in options.finish
     };
 
@@ -127,7 +129,7 @@ class reads {
     std::string              error_;
     bool                     stop_ = false;
     std::atomic<int>         inject_skip_{-1};
-    int                      inject_err_ = 0;
+    std::atomic<int>         inject_err_{0};
 };
 
 }  // namespace moe
