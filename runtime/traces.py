@@ -146,8 +146,7 @@ def replay_text(document: dict[str, Any]) -> str:
     if (recorded := d["recorded"]) is None:
         lines.append(
             "the recorded run cannot be checked: it guessed, began warm, used low copies, was "
-            "interrupted or says "
-            "too little"
+            "interrupted or says too little"
         )
     else:
         run = (
