@@ -192,15 +192,16 @@ def prompt_tokens(llama: llama_cpp.Llama, n: int) -> list[int]:
 
 
 def _fill(llama: llama_cpp.Llama, n_ctx: int) -> None:
-    """Run batches of assorted tokens until every expert was asked for (or four), forget them."""
+    """Touch every weight: batches of assorted tokens, then whatever they did not ask for."""
     from moe_gguf.runtime.llama import Llama
 
     size = min(N_BATCH, n_ctx - 1)
-    for prime in (7919, 104729, 1299709, 15485863):
+    for prime in (7919, 104729):
         llama.reset()
         llama.eval([(prime * i) % llama.n_vocab() for i in range(1, size)])
-        if not (isinstance(llama, Llama) and llama.opened.free_slots()):
-            break
+    if isinstance(llama, Llama):
+        layers, n_experts = llama.opened.layout.layers, llama.opened.layout.n_experts
+        llama.opened.fill(e.layer * n_experts + i for e in layers for i in range(n_experts))
     llama.reset()
     llama._ctx.kv_cache_clear()
 

@@ -265,17 +265,16 @@ class OpenModel:
         if self.routing is not None:
             # What is worth most is admitted last.
             keys = hottest(self.routing.uses(), budget.n_slots, cache)[::-1]
-            self.n_warmed = self._fill(residency, keys, progress)
+            self.n_warmed = self.fill(keys, progress)
             self.routing = None
         return self.controller
 
-    def _fill(
-        self,
-        residency: Residency,
-        keys: Sequence[int],
-        progress: Callable[[float, float], None] | None,
+    def fill(
+        self, keys: Iterable[int], progress: Callable[[float, float], None] | None = None
     ) -> int:
         """Read experts into free slots, in the order of the file; how many."""
+        assert self.controller is not None
+        residency = self.controller.residency
         placed = sorted(residency.fill(keys))
         at_once = max(1, _FILL_BYTES // self.slots.slot_bytes)
         done, total = self.layout.trunk_bytes, self._load_bytes()

@@ -405,7 +405,7 @@ class driver {
 
     // Events come in the order in which they ended. With one lane that is the order in which their
     // chunks were taken, so what went before a demand can be counted; with more it is not known when
-    // exactly a lane took a chunk, but guesses must still follow each other.
+    // exactly a lane took a chunk.
     void read_history() {
         static moe_event events[EVENTS];
         const int        n = reads().history.read(events, EVENTS);
@@ -413,10 +413,6 @@ class driver {
         events_ += n;
         for (int i = 0; i < n; i++) {
             const moe_event & e = events[i];
-            if (e.kind == MOE_EVENT_GUESS) {
-                check(e.start_ns >= guess_end_ns_, "two lanes read guesses");
-                guess_end_ns_ = e.end_ns;
-            }
             if (lanes_ > 1) {
                 continue;
             }
