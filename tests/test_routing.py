@@ -362,7 +362,7 @@ def test_a_read_error_while_warming_leaves_nothing_half_loaded(
         opened.plugin.inject(7, err)
         keys = hottest(opened.routing.uses(), N_SLOTS, residency.cache)
         with pytest.raises(ExpertReadError, match=r"model\.gguf"):
-            opened._fill(residency, keys, None)
+            opened.fill(keys)
         assert len(residency.slot_of) < N_SLOTS
         model.check()
         assert np.array_equal(generation(model), reference)

@@ -474,7 +474,7 @@ class driver {
     slot_model                  slots_[N_SLOTS];
     waiting                     waiting_[N_KEYS];
     std::vector<int32_t>        reported_;
-    int64_t                     submitted_ = 0, demand_bytes_ = 0, guesses_ = 0, injected_ = 0, events_ = 0, guess_end_ns_ = 0;
+    int64_t                     submitted_ = 0, demand_bytes_ = 0, guesses_ = 0, injected_ = 0, events_ = 0;
     std::unique_ptr<moe::reads> reads_;  // last: its lanes use the others
 };
 
