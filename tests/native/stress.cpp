@@ -140,10 +140,12 @@ class driver {
         std::atomic<bool> stop{false};
         std::thread       observer([&] { observe(stop); });
         for (int64_t i = 1; i <= steps; i++, step++) {
+            if (i % 64 == 1) {
+                alarm(STUCK_S);
+            }
             one_step();
             look(random_.below(N_SLOTS));
             if (i % 64 == 0) {
-                alarm(STUCK_S);
                 read_history();
             }
             if (i % 1000 == 0) {
