@@ -13,7 +13,7 @@ STEPS ?= 1000000
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
-	$(BIN)/moe-gguf run demo --memory 312MB --policy lfu --ctx 512 --temp 0 --repeat-penalty 1.1 -n 90 \
+	$(BIN)/moe-gguf run demo --memory 312MB --ctx 512 --temp 0 --repeat-penalty 1.1 -n 90 \
 		--chat -p "Why is sleep important?"
 
 # Format, lint, types, native warnings, tests: what CI runs.

@@ -126,7 +126,8 @@ def bench(
     first run: names, sizes, a cap too small for our engine, files that cannot be written. Ctrl-C
     keeps the runs that finished; before the first it is raised.
     """
-    names = _row_names(rows)
+    forms = {name: Path(form or path).absolute() for name, form in _row_names(rows).items()}
+    names = list(forms)
     caps = _caps(memory)
     if any(row_of(name).low for name in names) != (low_share > 0 or low_on_miss):
         raise UserError(
@@ -142,7 +143,6 @@ def bench(
         bench_plot.require()
     timeline_of = None if timeline_file is None else _timeline_row(timeline_row, names)
     layout = read_layout(path)
-    forms = {name: Path(name.partition("@")[2] or path).absolute() for name in names}
     layouts = {form: read_layout(form) for form in forms.values()}
     for name, form in forms.items():
         if row_of(name).policy is None and form.is_dir():
@@ -256,12 +256,20 @@ def bench(
 # --- before the first run -----------------------------------------------------------------------
 
 
-def _row_names(rows: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in rows.split(",") if name.strip()))
-    unknown = [name for name in names if name.partition("@")[0] not in ROWS]
-    if unknown or not names:
-        what = f"there is no row {unknown[0]!r}" if unknown else "no rows are named"
-        raise UserError(f"{what}: choose from {', '.join(ROWS)}")
+def _row_names(rows: str) -> dict[str, str]:
+    """The rows' names, and behind an @ the other form of the model each runs; "" for MODEL itself.
+
+    A row is called after the last part of a form's path.
+    """
+    names: dict[str, str] = {}
+    for text in (text.strip() for text in rows.split(",")):
+        name, _, form = text.partition("@")
+        if text and name not in ROWS:
+            raise UserError(f"there is no row {name!r}: choose from {', '.join(ROWS)}")
+        if text:
+            names[f"{name}@{Path(form).name}" if form else name] = form
+    if not names:
+        raise UserError(f"no rows are named: choose from {', '.join(ROWS)}")
     return names
 
 

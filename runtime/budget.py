@@ -127,8 +127,8 @@ class Budget(NamedTuple):
         enough = self.needs.with_slots(self.working_set, self.slot_bytes)
         return (
             f"{self.n_slots} slots are fewer than the {self.working_set} experts one token uses: "
-            "with --policy lru nearly all of them are read again for every token; "
-            f"--policy lfu keeps some, {format_size(enough)} would hold all"
+            "with --policy lru nearly all of them are read again for every token, "
+            f"fate and lfu keep some; {format_size(enough)} would hold all"
         )
 
 

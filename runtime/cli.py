@@ -129,7 +129,13 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="SIZE",
                 help="what the whole process may use: 2.4GB, 4GiB, auto",
             ),
-            click.option("--policy", default="lru", metavar="NAME", help="what stays in memory"),
+            click.option(
+                "--policy",
+                default="fate",
+                metavar="NAME",
+                show_default=True,
+                help="what stays in memory and what is read ahead",
+            ),
             click.option(
                 "--ctx",
                 "n_ctx",

@@ -70,7 +70,7 @@ class Llama(llama_cpp.Llama):
         model_path: str | os.PathLike[str],
         *,
         memory: str | int = "auto",
-        policy: str = "lru",
+        policy: str = "fate",
         reads: str = "auto",
         lanes: int | None = None,
         experts_used: int | None = None,

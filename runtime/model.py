@@ -7,8 +7,7 @@ does not know generation, sampling or the command line.
 from __future__ import annotations
 
 import ctypes
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import llama_cpp
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from moe_gguf.policies.base import CachePolicy, LoadOrder
 from moe_gguf.policies.layered import hottest
@@ -25,23 +23,14 @@ from moe_gguf.policies.predict import GateGuesses
 from moe_gguf.policies.presets import Facts, Policy, check_policy, policy
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime import budget as budgets
-from moe_gguf.runtime import disk, logs, routing
+from moe_gguf.runtime import disk, logs, mirror, routing
 from moe_gguf.runtime.budget import Budget, Needs, format_size
 from moe_gguf.runtime.controller import Controller, Guessing, Recorder
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES
-from moe_gguf.runtime.layout import ModelLayout, MoeLayer, SlotLayout, read_layout, slot_layout
-from moe_gguf.runtime.plugin import (
-    ABI,
-    COPIES,
-    PART,
-    Config,
-    PluginModel,
-    Tensor,
-    Transform,
-    TrunkTensor,
-)
-from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms, layout_name
+from moe_gguf.runtime.layout import ModelLayout, read_layout, slot_layout
+from moe_gguf.runtime.plugin import PluginModel
+from moe_gguf.runtime.repack import Transforms
 from moe_gguf.runtime.routers import read_routers
 from moe_gguf.runtime.routing import Identity, Routing
 
@@ -59,7 +48,7 @@ class Options(NamedTuple):
     """What a user may say about memory and reading; the defaults are the command line's."""
 
     memory: str | int = "auto"
-    policy: str = "lru"
+    policy: str = "fate"
     reads: str = "auto"
     lanes: int | None = None
     experts_used: int | None = None
@@ -105,10 +94,10 @@ class OpenModel:
         spare = budgets.auto_size() - self.total
         self.mode = disk.choose(self.layout, probe, options.reads, options.lanes, spare)
         transforms = Transforms(self.layout.metadata)
-        self.is_repacked = _is_repacked(self.layout, transforms)
-        self.repacked_trunk = _repacked_trunk(self.layout) if self.is_repacked else []
+        self.is_repacked = mirror.is_repacked(self.layout, transforms)
+        self.repacked_trunk = mirror.repacked_trunk(self.layout) if self.is_repacked else []
         self.plugin = PluginModel(
-            _config(self.layout, self.slots, self.mode, transforms, self.repacked_trunk)
+            mirror.config_of(self.layout, self.slots, self.mode, transforms, self.repacked_trunk)
         )
         self.foreign_layouts = tuple(transforms.rules)
         self._dry_overrides: int | None = None
@@ -133,10 +122,12 @@ class OpenModel:
     def model_params(self, params: llama_cpp.llama_model_params) -> llama_cpp.llama_model_params:
         """The caller's parameters with what the plugin needs."""
         experts = [t.name for layer in self.layout.layers for t in layer.tensors]
-        types = [(pattern, self.plugin.expert_buffer_type()) for pattern in _patterns(experts)]
+        types = [
+            (pattern, self.plugin.expert_buffer_type()) for pattern in mirror.patterns(experts)
+        ]
         rest = (".*", self.plugin.trunk_buffer_type())
         self._dry_overrides = self._overrides([*types, rest])
-        for pattern in _patterns(self.repacked_trunk):
+        for pattern in mirror.patterns(self.repacked_trunk):
             types.append((pattern, self.plugin.repack_buffer_type()))
         params.tensor_buft_overrides = self._overrides([*types, rest])
         # Nothing is mapped (see open_stream in native/model.cpp): the trunk is anonymous memory.
@@ -444,133 +435,3 @@ def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
     element = 4.0 if kinds & _FLOAT_TYPES else 1.2
     quantized = int(pairs * max(t.ne[0] for t in tensors) * element)
     return _WORK_BASE + 72 * n_all + max(whole, gathered + kept) + quantized
-
-
-# Matrices that llama.cpp multiplies with and, where it may, keeps repacked. Of a name that is
-# not here the plain kernel runs: as exact, slower.
-_REPACKABLE = re.compile(r"(output|blk\.\d+\.(attn|ffn|ssm)_\w+)\.weight")
-
-
-def _patterns(names: Iterable[str]) -> list[str]:
-    """Regular expressions for exactly these tensors, few and short: llama.cpp compiles each of them
-    for each tensor."""
-    layers: dict[str, list[str]] = {}
-    for name in names:
-        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
-        layer, rest = (match[1], match[2]) if match else ("", name)
-        layers.setdefault(rest, []).append(layer)
-    return [
-        f"^{re.escape(rest)}$"
-        if numbers == [""]
-        else rf"^blk\.({'|'.join(numbers)})\.{re.escape(rest)}$"
-        for rest, numbers in layers.items()
-    ]
-
-
-def _is_repacked(layout: ModelLayout, transforms: Transforms) -> bool:
-    """Whether experts are stored in the layout that this machine's kernels want."""
-    return any(
-        transforms.code(name, kind, tensor.ne[:2])[0] == LAYOUT_REPACKED
-        for layer in layout.layers
-        for copy in layer.copies
-        for tensor, name, kind in zip(layer.tensors, copy.layouts, copy.types, strict=True)
-    )
-
-
-def _repacked_trunk(layout: ModelLayout) -> list[str]:
-    """Trunk tensors that stock llama.cpp would hold repacked, where we know it."""
-    return [
-        t.name
-        for t in layout.trunk
-        if len(t.ne) == 2
-        and _REPACKABLE.fullmatch(t.name)
-        and layout_name(t.ggml_type, (t.ne[0], t.ne[1]))
-    ]
-
-
-def _config(
-    layout: ModelLayout,
-    slots: SlotLayout,
-    mode: disk.ReadMode,
-    transforms: Transforms,
-    repacked: Collection[str],
-) -> Config:
-    tensors = [
-        _mirror(layer, i, slots, transforms)
-        for layer in layout.layers
-        for i in range(len(layer.tensors))
-    ]
-    trunk = layout.trunk
-    parts = _parts(layout, slots)
-    rules = [
-        Transform(
-            rule.rows,
-            len(rule.flip) // rule.rows,
-            rule.source.ctypes.data,
-            rule.flip.ctypes.data,
-        )
-        for rule in transforms.rules.values()
-    ]
-    config = Config(
-        abi=ABI,
-        n_experts=layout.n_experts,
-        n_files=len(layout.files),
-        n_trunk_tensors=len(trunk),
-        n_tensors=len(tensors),
-        n_parts=len(parts),
-        n_transforms=len(rules),
-        lanes=mode.lanes,
-        direct=mode.direct,
-        offset_align=mode.offset_align,
-        memory_align=mode.memory_align,
-        slot_bytes=slots.slot_bytes,
-        header_bytes=len(layout.header),
-        stream_bytes=layout.stream_bytes,
-        paths=(ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files)),
-        trunk_tensors=(TrunkTensor * len(trunk))(
-            *(
-                TrunkTensor(t.name.encode(), t.offset, t.n_bytes, t.file, t.name in repacked)
-                for t in trunk
-            )
-        ),
-        tensors=(Tensor * len(tensors))(*tensors),
-        parts=parts.ctypes.data,
-        transforms=(Transform * len(rules))(*rules),
-        header=layout.header,
-    )
-    config.keep = parts  # the struct holds its address only
-    return config
-
-
-def _mirror(layer: MoeLayer, i: int, slots: SlotLayout, transforms: Transforms) -> Tensor:
-    tensor = layer.tensors[i]
-    mirror = Tensor(name=tensor.name.encode(), layer=layer.layer, type=(-1,) * COPIES)
-    mirror.ne[:] = tensor.ne[:2]
-    for c, copy in enumerate(layer.copies):
-        mirror.type[c] = copy.types[i]
-        mirror.slot_offset[c] = slots.matrix(layer, c, i)
-        mirror.layout[c], mirror.transform[c] = transforms.code(
-            copy.layouts[i], copy.types[i], tensor.ne[:2]
-        )
-    return mirror
-
-
-def _parts(layout: ModelLayout, slots: SlotLayout) -> NDArray[Any]:
-    """The plugin's table of what to read for each key, in the order of keys."""
-    n_experts, n_layers = layout.n_experts, layout.layers[-1].layer + 1
-    tables = []
-    for c in range(COPIES):
-        for layer in layout.layers:
-            if c >= len(layer.copies):
-                continue
-            pieces = layer.copies[c].pieces
-            table = np.zeros((n_experts, len(pieces)), PART)
-            first = (c * n_layers + layer.layer) * n_experts
-            table["key"] = (first + np.arange(n_experts))[:, None]
-            for i, piece in enumerate(pieces):
-                table["file"][:, i] = piece.file
-                table["offset"][:, i] = piece.offset
-                table["n_bytes"][:, i] = piece.n_bytes
-                table["slot_offset"][:, i] = slots.offsets[layer.layer, c][i]
-            tables.append(table.reshape(-1))
-    return np.concatenate(tables)
