@@ -106,7 +106,16 @@ def test_text_goes_to_stdout_and_mode_budget_and_stats_to_stderr(
     mode, *table, stats = result.err.splitlines()
     rows = [line.split()[0] for line in table]
     assert rows == ["trunk", "KV", "compute", "process", "experts", "total"]
-    for what in (model.name, "trunk", "KV", "compute", "experts", "process", "reads", "policy lru"):
+    for what in (
+        model.name,
+        "trunk",
+        "KV",
+        "compute",
+        "experts",
+        "process",
+        "reads",
+        "policy fate",
+    ):
         assert what in mode
     assert "6 tokens" not in stats  # the first comes from the prefill
     assert "(5 tokens)" in stats
@@ -472,7 +481,7 @@ def test_replay_prints_a_table(
 ) -> None:
     slots(20)
     file = tmp_path / "trace"
-    text = moe_gguf("trace", model, *ONE, "-p", "Hello", "-n", 8, "-o", file)
+    text = moe_gguf("trace", model, *ONE, "-p", "Hello", "-n", 8, "-o", file, "--policy", "lru")
     assert text.out.strip()
     result = moe_gguf("replay", file, "--policy", "lru,belady", "--slots", "12,20")
     assert result.code == 0

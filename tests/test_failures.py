@@ -89,6 +89,8 @@ def llama(
 
 def open_llama(path: Path, **kwargs: Any) -> moe_gguf.Llama:
     settings = {"memory": "1GB", "reads": "buffered", "lanes": 2, "n_ctx": 256, "n_threads": 1}
+    # Not the default: guesses may fail unnoticed, and how many there are depends on time.
+    settings["policy"] = "lru"
     return moe_gguf.Llama(path, **(settings | kwargs))
 
 

@@ -413,6 +413,7 @@ def test_trace_adds_and_run_starts_warm(
     assert said.code == 0
     assert f"nothing to start warm from: {file} does not exist" in said.err
     trace = ("trace", model_copy, *ONE, "-p", "Hello", "-n", 4, "-o", tmp_path / "t")
+    trace = (*trace, "--policy", "lru")  # what guesses is not replayed
     first = moe_gguf(*trace, "--save-routing")
     assert first.code == 0
     assert f"wrote {file}: routing statistics of 5 tokens" in first.err
@@ -434,6 +435,7 @@ def test_mistakes_with_statistics_are_told_before_the_work(
     file = tmp_path / "model.routing.gguf"
     counted(1).save(file)
     trace = ("trace", model_copy, *ONE, "-p", "Hello", "-n", 4, "-o", tmp_path / "t")
+    trace = (*trace, "--policy", "lru")  # what guesses is not replayed
     assert "of another model" in moe_gguf("run", model_copy, "--warm", "-p", "x").error(2)
     refused = moe_gguf(*trace, "--save-routing")
     assert (refused.code, refused.out) == (2, "")
