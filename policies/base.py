@@ -86,7 +86,10 @@ class Predictor(Protocol):
         """By layer: the share of the experts a token used that was guessed first, lately."""
 
     def observe(self, event: RouteEvent, ids: Ids) -> None:
-        """What a layer really asked for, [n_tokens, n_used]; for every event, before ``guess``."""
+        """What a layer really asked for, [n_tokens, n_used]; before ``guess``."""
+
+    def forget(self) -> None:
+        """An event passes for which neither ``observe`` nor ``guess`` is called."""
 
     def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         """Keys worth reading ahead after ``event``, best first; may be empty.

@@ -6,8 +6,9 @@ how long the disk has nothing to do between one layer's route event and the next
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from moe_gguf.policies.base import Guess
 
@@ -16,14 +17,30 @@ CHUNK_BYTES = 1 << 20  # native/reads.h
 # A wrong guess takes the slot of what would be evicted next anyway, a little too early.
 VICTIM_VALUE = 0.05
 _DECAY = 0.8  # of the running means: about five tokens, or layers
+_SLOW_DECAY = 0.95  # of those over all layers: about a token
 _FEW = 8  # reads before the speed is believed
+
+
+class Meters(NamedTuple):
+    """What one route event finds measured."""
+
+    layer: int
+    n_tokens: int
+    now_ns: int
+    disk_ns: int  # of the time so far: the disk was reading
+    read_bytes: int  # so far
+    # Of the event before this one:
+    stall_ns: int  # nothing to compute
+    guess_ns: int  # guessing
+    n_waits: int  # experts that were not there when they were asked for
+    n_unguessed: int  # experts that would not have been there without guesses
 
 
 class Pace(Protocol):
     """Chooses among guesses."""
 
-    def event(self, layer: int, now_ns: int, disk_ns: int, read_bytes: int) -> None:
-        """A route event arrived. ``disk_ns`` of the time so far the disk was reading."""
+    def event(self, meters: Meters) -> bool:
+        """A route event arrived. Whether to guess after it."""
 
     def choose(self, guesses: Sequence[Guess], n_bytes: int) -> list[Guess]:
         """Those worth reading now, of ``n_bytes`` each; ``guesses`` are best first."""
@@ -32,63 +49,99 @@ class Pace(Protocol):
 class Everything:
     """Reads whatever is guessed: for tests, and for what naive prefetching costs."""
 
-    def event(self, layer: int, now_ns: int, disk_ns: int, read_bytes: int) -> None:
-        pass
+    def event(self, meters: Meters) -> bool:
+        return True
 
     def choose(self, guesses: Sequence[Guess], n_bytes: int) -> list[Guess]:
         return list(guesses)
+
+
+class _Stakes:
+    """What guessing can win and costs, per event; of single tokens or of prompts."""
+
+    def __init__(self) -> None:
+        self.idle_ns: dict[int, float] = {}  # by layer: of the disk after its event, unguessed
+        self.guess_ns = 0.0
+        self.n_unguessed: float | None = None
+        self._stall_ns = self._waits = 0.0  # decayed sums
+
+    def wait_ns(self, most: float) -> float:
+        """How long an expert that is not there holds its layer up; ``most``, if not known."""
+        return min(most, self._stall_ns / self._waits) if self._waits else most
+
+    def learn(self, meters: Meters) -> None:
+        if meters.n_waits:
+            self._stall_ns = _SLOW_DECAY * self._stall_ns + meters.stall_ns
+            self._waits = _SLOW_DECAY * self._waits + meters.n_waits
+        if self.n_unguessed is None:
+            self.n_unguessed = meters.n_unguessed
+        self.n_unguessed += (1 - _SLOW_DECAY) * (meters.n_unguessed - self.n_unguessed)
+        if meters.guess_ns:
+            self.guess_ns += (1 - _SLOW_DECAY) * (meters.guess_ns - self.guess_ns)
 
 
 class IdleDisk:
     """Guesses only into the time the disk would idle, and only those that save more than they cost.
 
     Fate's budget n = window / t_expert, with the window measured as idle time of the disk itself,
-    so that it shrinks to nothing when demands keep the disk busy. Within it a guess of confidence
-    p, of whose read e falls into idle time, is expected to save p * e; if wrong, it costs the
-    chunks that cannot be stopped any more and the early end of its victim.
+    so that it shrinks to nothing when demands keep the disk busy. What an expert saves by being
+    there is not the time of its read but of the stall it causes, which is almost nothing where the
+    page cache serves the reads. Within the window a guess of confidence p, of whose read the share
+    e falls into idle time, is expected to save p * e * stall; if wrong, it costs the chunks that
+    cannot be stopped any more and the early end of its victim. There are no guesses at all where
+    the stalls of an event are worth less than the guessing takes.
     """
 
     def __init__(self) -> None:
-        self._idle_ns: dict[int, float] = {}  # per layer: after its event, without guesses
+        self._stakes = {True: _Stakes(), False: _Stakes()}  # by: one token
         self._bytes = self._busy_ns = 0.0  # decayed sums: their ratio is the speed
         self._n_reads = 0
-        self._last: tuple[int, int, int, int] | None = None
+        self._last: Meters | None = None
         self._guessed_ns = 0.0  # disk time of the guesses made since the last event
 
     @property
     def ns_per_byte(self) -> float:
         return self._busy_ns / self._bytes if self._bytes else 0.0
 
-    def event(self, layer: int, now_ns: int, disk_ns: int, read_bytes: int) -> None:
-        if self._last is not None:
-            before, then_ns, then_disk_ns, then_bytes = self._last
-            busy, n_bytes = disk_ns - then_disk_ns, read_bytes - then_bytes
+    def event(self, meters: Meters) -> bool:
+        last = self._last
+        if last is not None:
+            busy, n_bytes = meters.disk_ns - last.disk_ns, meters.read_bytes - last.read_bytes
             if n_bytes:
                 self._bytes = _DECAY * self._bytes + n_bytes
                 self._busy_ns = _DECAY * self._busy_ns + busy
                 self._n_reads += 1
-            idle = now_ns - then_ns - busy + min(busy, self._guessed_ns)
-            mean = self._idle_ns.get(before, idle)
-            self._idle_ns[before] = mean + (1 - _DECAY) * (idle - mean)
-        self._last = layer, now_ns, disk_ns, read_bytes
+            stakes = self._stakes[last.n_tokens == 1]
+            stakes.learn(meters)
+            idle = meters.now_ns - last.now_ns - busy + min(busy, self._guessed_ns)
+            mean = stakes.idle_ns.get(last.layer, idle)
+            stakes.idle_ns[last.layer] = mean + (1 - _DECAY) * (idle - mean)
+        self._last = meters
         self._guessed_ns = 0.0
+        if self._n_reads < _FEW:
+            return False
+        stakes = self._stakes[meters.n_tokens == 1]
+        if stakes.n_unguessed is None or meters.layer not in stakes.idle_ns:
+            return True
+        worth = stakes.n_unguessed * stakes.wait_ns(math.inf)
+        return stakes.idle_ns[meters.layer] > 0 and worth > stakes.guess_ns
 
     def choose(self, guesses: Sequence[Guess], n_bytes: int) -> list[Guess]:
         assert self._last is not None
-        if self._n_reads < _FEW:
-            return []
+        stakes = self._stakes[self._last.n_tokens == 1]
         each = n_bytes * self.ns_per_byte
+        wait = stakes.wait_ns(each)
         chunk = CHUNK_BYTES * self.ns_per_byte
-        idle = self._idle_ns.get(self._last[0], 0.0)
+        idle = stakes.idle_ns.get(self._last.layer, 0.0)
         chosen: list[Guess] = []
         for guess in guesses:
             room = idle - len(chosen) * each
             if room <= 0:
                 break
-            saved = min(each, room)
-            cost = min(chunk, each - saved) + VICTIM_VALUE * each
+            early = min(each, room)
+            cost = min(chunk, each - early) + VICTIM_VALUE * wait
             p = guess.confidence
-            if p * saved > (1 - p) * cost:
+            if p * wait * early > (1 - p) * cost * each:
                 chosen.append(guess)
         self._guessed_ns = len(chosen) * each
         return chosen

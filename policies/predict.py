@@ -8,6 +8,7 @@ slots, no files and no time. Whether a guess is worth reading is decided elsewhe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ Variant = Literal["raw", "renorm", "residual"]
 _RATE = 1 / 256
 
 
-class Router(NamedTuple):
+@dataclass(eq=False)
+class Router:
     """What one MoE layer chooses its experts with: logits = weight x + logit_bias.
 
     ``weight`` is [n_experts, n_embd] in float32. ``norm`` [n_embd] is the weight of the norm whose
@@ -43,6 +45,15 @@ class Router(NamedTuple):
         """
         logits: Floats = np.vecdot(x[:, None, :], self.weight)
         return logits if self.logit_bias is None else logits + self.logit_bias
+
+    def rank(self, x: Floats, width: int, shift: Floats | None = None) -> tuple[Ids, Floats]:
+        """The experts it would choose first for x + shift, and its confidence in each.
+
+        Both are [n_tokens, width], best first; ``x`` is [n_tokens, n_embd], ``shift`` [n_embd].
+        """
+        logits = self.logits(x if shift is None else x + shift)
+        ranked = top(self.rule.scores(logits), width)
+        return ranked, np.take_along_axis(self.rule.confidence(logits), ranked, axis=-1)
 
 
 class Prediction(NamedTuple):
@@ -140,37 +151,38 @@ class GatePredictor:
         self._seen: dict[tuple[int, int], int] = {}  # tokens behind each of these
         self._means: dict[int, Floats] = {}  # residual: of the gate input of this step's layers
 
-    def predict(self, layer: int, x: Floats, ahead: int = 1) -> Prediction | None:
+    def predict(
+        self, layer: int, x: Floats, ahead: int = 1, learn: bool = True
+    ) -> Prediction | None:
         """Guesses for the MoE layer ``ahead`` of ``layer``; None if there is none.
 
-        ``x`` [n_tokens, n_embd] is the gate input of ``layer``; it is not kept. For one token the
-        experts come in the order its router would choose them. For several, tokens vote: an
+        ``x`` [n_tokens, n_embd] is the gate input of ``layer``; it is not kept. Without ``learn``
+        nothing is taken from it, and what comes of the guesses is not to be observed. For one token
+        the experts come in the order its router would choose them. For several, tokens vote: an
         expert's votes are the number of tokens expected to choose it, and its confidence is
         1 - prod(1 - p) over them.
         """
         assert 1 <= ahead <= self.ahead
         i = self._index[layer]
-        if self.variant == "residual" and ahead == 1:
+        if self.variant == "residual" and ahead == 1 and learn:
             self._follow(i, x)
         if i + ahead >= len(self.layers):
             return None
         target = self.layers[i + ahead]
         router = self.routers[target]
-        logits = router.logits(self._fed(layer, target, x))
-        ranked = top(router.rule.scores(logits), self.width)
-        trust = router.rule.confidence(logits)
+        if self.variant == "renorm":
+            x = x * self._ratio(layer, target)
+        ranked, trust = router.rank(x, self.width, self._steps.get((layer, target)))
         key = target, ahead
         calibration = self._calibrations.get(key)
         if calibration is None:
             n_experts = len(router.weight)
             calibration = self._calibrations[key] = Calibration(n_experts, self.n_used)
+        cells = calibration.cells(trust)
+        if learn:
+            self._waiting[key] = _Guess(ranked, cells)
         if len(x) == 1:
-            ranked_1 = ranked[0]
-            cells = calibration.cells(trust[0][ranked_1])
-            self._waiting[key] = _Guess(ranked, cells[None])
-            return Prediction(target, ranked_1, calibration.chance(cells))
-        cells = calibration.cells(np.take_along_axis(trust, ranked, axis=-1))
-        self._waiting[key] = _Guess(ranked, cells)
+            return Prediction(target, ranked[0], calibration.chance(cells[0]))
         return _vote(target, ranked, calibration.chance(cells), len(router.weight))
 
     def observe(self, layer: int, ids: npt.NDArray[Any]) -> None:
@@ -187,12 +199,10 @@ class GatePredictor:
                 keep = (1 - _RATE) ** len(ids)
                 self.recall[layer] = now + keep * (self.recall.get(layer, now) - now)
 
-    def _fed(self, layer: int, target: int, x: Floats) -> Floats:
-        """What the target's router is given for ``layer``'s gate input."""
-        if self.variant == "renorm":
-            return x * self._ratio(layer, target)
-        step = self._steps.get((layer, target))
-        return x if step is None else x + step
+    def forget(self) -> None:
+        """Drop what waits to be observed: the truth is not going to come."""
+        self._waiting.clear()
+        self._means.clear()
 
     def _ratio(self, layer: int, target: int) -> Floats:
         ratio = self._ratios.get((layer, target))
@@ -230,31 +240,37 @@ def _vote(layer: int, ranked: Ids, chance: npt.NDArray[np.float64], n_experts: i
 class GateGuesses:
     """The predictor of Fate: the gate predictor's experts as keys.
 
-    After ``LEARN_ALL`` tokens it learns from one in ``LEARN_EVERY``: learning costs as much as
-    guessing, and what a few hundred tokens have taught changes slowly.
+    Learning costs as much as guessing, and what was learned changes slowly: after ``LEARN_ALL``
+    steps it learns from one of ``LEARN_EVERY`` steps of a single token.
     """
 
-    LEARN_ALL, LEARN_EVERY = 256, 4
+    LEARN_ALL, LEARN_EVERY = 64, 4
 
     def __init__(self, gates: GatePredictor, n_experts: int) -> None:
         self.gates = gates
         self.n_experts = n_experts
-        self._n_events = 0
+        self._n_steps = 0
+        self._learns = True
 
     @property
     def recall(self) -> Mapping[int, float]:
         return self.gates.recall
 
     def observe(self, event: RouteEvent, ids: base.Ids) -> None:
-        token = self._n_events // len(self.gates.layers)
-        self._n_events += 1
-        if event.n_tokens > 1 or token < self.LEARN_ALL or token % self.LEARN_EVERY == 0:
+        if event.layer == self.gates.layers[0]:
+            self._n_steps += 1
+            every = event.n_tokens > 1 or self._n_steps <= self.LEARN_ALL
+            self._learns = every or self._n_steps % self.LEARN_EVERY == 0
+        if self._learns:
             self.gates.observe(event.layer, ids)
 
     def guess(self, event: RouteEvent, x: base.Inputs) -> Sequence[Guess]:
-        prediction = self.gates.predict(event.layer, x)
+        prediction = self.gates.predict(event.layer, x, learn=self._learns)
         if prediction is None:
             return ()
         first = prediction.layer * self.n_experts
         experts, chances = prediction.experts.tolist(), prediction.confidence.tolist()
         return [Guess(first + e, p) for e, p in zip(experts, chances, strict=True)]
+
+    def forget(self) -> None:
+        self.gates.forget()

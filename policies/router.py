@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.intp]
+Ids = npt.NDArray[np.integer[Any]]
 Gating = Literal["softmax", "sigmoid", "softmax_weight", "sqrt_softplus"]
 
 # Values of the metadata key {architecture}.expert_gating_func.

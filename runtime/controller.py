@@ -9,15 +9,23 @@ after the layer's reads are under way. Does not know files, bytes or threads.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from moe_gguf.policies.base import Ids, Inputs, Predictor, RouteEvent
-from moe_gguf.policies.pace import Pace
+from moe_gguf.policies.pace import Meters, Pace
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime.plugin import MAX_GUESSES, PluginModel, i32
+
+
+@functools.lru_cache(maxsize=256)  # making one takes 20 us, and the plugin's memory rarely moves
+def _over(address: int, kind: str, n: int, width: int, stride: int) -> Any:
+    """Memory at an address as an array [n, width] of 4-byte numbers."""
+    memory = memoryview((ctypes.c_char * ((n - 1) * stride + 4 * width)).from_address(address))
+    return np.ndarray((n, width), kind, memory, 0, (stride, 4))
 
 
 class Recorder(Protocol):
@@ -60,6 +68,7 @@ class Controller:
         # Once set, every step fails with it: a thread that computes cannot be stopped otherwise.
         self.stop: Exception | None = None
         self._event = RouteEvent(-1, 0, (), ())
+        self._n_missing = self._n_guessed = 0  # of that event: experts read for it, good guesses
         self._failure: BaseException | None = None
         call, n = plugin.call, residency.n_experts
         self._call = call
@@ -110,9 +119,10 @@ class Controller:
                 event.layer,
                 n_tokens,
                 n_used,
-                call.ids[: n_tokens * n_used],
+                self._ids().reshape(-1).tolist(),
                 bool(call.continuation),
             )
+        guesses_used = self.residency.guesses_used
         plan = self.residency.plan(event)
         self._plan_experts[:n] = plan.experts
         self._plan_slots[:n] = plan.slots
@@ -126,17 +136,36 @@ class Controller:
             hits[layer] = hits.get(layer, 0) + plan.n_hits
             misses[layer] = misses.get(layer, 0) + n - plan.n_hits
             if self.guessing is not None:
-                # With everything there, nothing is worth guessing; but a recording wants to know
-                # how good guesses would be.
-                everything = len(self.residency.slot_of) == self._n_all
-                call.wants_guesses = not everything or self.recorder is not None
+                call.wants_guesses = self._wants_guesses(self.guessing)
+                self._n_missing = n - plan.n_hits
+                self._n_guessed = self.residency.guesses_used - guesses_used
+
+    def _wants_guesses(self, guessing: Guessing) -> bool:
+        call = self._call
+        meters = Meters(
+            call.layer,
+            call.n_tokens,
+            call.now_ns,
+            call.disk_ns,
+            call.read_bytes,
+            call.stall_ns,
+            call.guess_ns,
+            self._n_missing + call.n_late,
+            self._n_missing + self._n_guessed,
+        )
+        pays = guessing.pace.event(meters)
+        # With everything there, nothing is worth guessing; but a recording wants to know how good
+        # guesses would be.
+        wants = (pays and len(self.residency.slot_of) < self._n_all) or self.recorder is not None
+        if not wants:
+            guessing.predictor.forget()
+        return wants
 
     def on_guess(self) -> None:
         assert self.guessing is not None
         predictor, pace, blob_bytes = self.guessing
         call, event, residency = self._call, self._event, self.residency
         predictor.observe(event, self._ids())
-        pace.event(event.layer, call.now_ns, call.disk_ns, call.read_bytes)
         guesses = predictor.guess(event, self._inputs())
         missing = [guess for guess in guesses if guess.key not in residency.slot_of]
         if not missing:
@@ -151,16 +180,14 @@ class Controller:
     def _inputs(self) -> Inputs:
         """The layer's gate input, [n_tokens, n_embd], over the plugin's memory."""
         call = self._call
-        n, n_embd, stride = call.n_tokens, call.n_embd, call.x_stride
-        memory = (ctypes.c_char * ((n - 1) * stride + 4 * n_embd)).from_address(call.x)
-        return np.ndarray((n, n_embd), np.float32, memory, 0, (stride, 4))
+        x: Inputs = _over(call.x, "f4", call.n_tokens, call.n_embd, call.x_stride)
+        return x
 
     def _ids(self) -> Ids:
         """What the router chose, [n_tokens, n_used], over the plugin's memory."""
         call = self._call
-        n, n_used = call.n_tokens, call.n_used
-        memory = (i32 * (n * n_used)).from_address(ctypes.addressof(call.ids.contents))
-        return np.ndarray((n, n_used), np.int32, memory)
+        ids: Ids = _over(call.ids, "i4", call.n_tokens, call.n_used, 4 * call.n_used)
+        return ids
 
     def cancel_guesses(self) -> None:
         """Drop every guess that no lane has started; only between steps."""

@@ -20,7 +20,7 @@ import numpy as np
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.errors import ExpertReadError, UserError
 
-ABI = 3
+ABI = 4
 MAX_GUESSES = 256
 COPIES = 2
 LIBRARY = "libggml-moe.so"
@@ -113,13 +113,17 @@ class Call(ctypes.Structure):
         ("now_ns", i64),
         ("disk_ns", i64),
         ("read_bytes", i64),
+        ("stall_ns", i64),
+        ("guess_ns", i64),
         ("x", ctypes.c_void_p),
-        ("ids", i32_array),
+        ("ids", ctypes.c_void_p),
         ("experts", i32_array),
         ("counts", i32_array),
         ("cancelled", i32_array),
         ("n_cancelled", i32),
+        ("n_late", i32),
         ("wants_guesses", i32),
+        ("reserved0", i32),
         ("plan_experts", ctypes.c_void_p),
         ("plan_slots", ctypes.c_void_p),
         ("plan_loads", ctypes.c_void_p),
@@ -128,6 +132,24 @@ class Call(ctypes.Structure):
         ("n_guesses", i32),
         ("reserved", i32),
     ]
+
+
+class Router(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("logit_bias", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n_experts", i32),
+        ("n_embd", i32),
+        ("gating", i32),
+        ("n_groups", i32),
+        ("n_groups_used", i32),
+        ("reserved", i32),
+    ]
+
+
+# The values of moe_gating, by the names of policies/router.py.
+GATINGS = {"softmax": 0, "sigmoid": 1, "softmax_weight": 2, "sqrt_softplus": 3}
 
 
 class Stats(ctypes.Structure):
@@ -245,6 +267,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_inject", None, [handle, i32, i32]),
         ("moe_repack_supported", i32, [i32, i64, i64]),
         ("moe_repack", None, [i32, i64, i64, handle, handle]),
+        ("moe_rank", None, [handle, handle, i64, i32, handle, i32, handle, handle]),
         ("moe_probe_direct", None, [ctypes.c_char_p, ctypes.POINTER(Probe)]),
         (
             "moe_probe_speed",

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import llama_cpp
 import pytest
@@ -21,6 +21,7 @@ from conftest import TinyFile, missing
 from harness import ours
 
 from moe_gguf import UserError
+from moe_gguf.policies.router import Gating
 from moe_gguf.runtime import plugin
 from moe_gguf.runtime.model import BuftOverride
 
@@ -34,6 +35,7 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "moe_trunk_tensor": plugin.TrunkTensor,
     "moe_config": plugin.Config,
     "moe_call": plugin.Call,
+    "moe_router": plugin.Router,
     "moe_stats": plugin.Stats,
     "moe_event": plugin.Event,
     "moe_probe": plugin.Probe,
@@ -127,6 +129,13 @@ def test_event_kinds_have_the_numbers_of_the_header() -> None:
     assert {name: int(n) for name, n in kinds.items()} == {
         name: value for name, value in vars(plugin).items() if name.startswith("EVENT_")
     }
+
+
+def test_gatings_have_the_numbers_of_the_header() -> None:
+    names = re.findall(r"MOE_GATING_(\w+)", (NATIVE / "moe.h").read_text())
+    assert [name.lower() for name in names] == list(plugin.GATINGS)
+    assert tuple(plugin.GATINGS) == get_args(Gating)
+    assert list(plugin.GATINGS.values()) == list(range(len(names)))
 
 
 def test_the_pinned_release_is_installed() -> None:

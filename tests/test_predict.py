@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_renorm_swaps_the_norm_weights() -> None:
     rng = np.random.default_rng(3)
     norms = {layer: rng.uniform(0.5, 2, N_EMBD).astype(np.float32) for layer in LAYERS}
     norms[1][[0, 7]] = 0
-    with_norms = {k: r._replace(norm=norms[k]) for k, r in routers().items()}
+    with_norms = {k: replace(r, norm=norms[k]) for k, r in routers().items()}
     predictor = GatePredictor(with_norms, N_USED, "renorm")
     inner = vectors(1)
     prediction = predictor.predict(1, inner * norms[1])

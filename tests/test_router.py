@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
 import pytest
 from harness import ours, random_tokens, rows
 
-from moe_gguf.policies.router import Floats, Ids, RoutingRule, routing_rule, top
+from moe_gguf.policies.predict import Router
+from moe_gguf.policies.router import Floats, Gating, Ids, RoutingRule, routing_rule, top
 from moe_gguf.runtime.plugin import Call
+from moe_gguf.runtime.routers import NativeRouter
 
 
 class Watcher:
@@ -167,3 +169,31 @@ def test_top_is_a_sort_cut_short(n: int) -> None:
     scores = np.random.default_rng(n).standard_normal((6, 32)).astype(np.float32)
     assert (top(scores, n) == np.argsort(-scores, axis=-1)[:, :n]).all()
     assert (top(scores[0], n) == top(scores, n)[0]).all()
+
+
+@pytest.mark.parametrize("gating", get_args(Gating))
+@pytest.mark.parametrize("extras", ["", "bias", "groups", "logits"])
+def test_the_plugin_ranks_like_the_rule(gating: Gating, extras: str) -> None:
+    rng = np.random.default_rng(6)
+
+    def values(*shape: int) -> Floats:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    bias = values(24) if extras in ("bias", "groups") else None
+    rule = RoutingRule(gating, bias, *((4, 2) if extras == "groups" else ()))
+    parts = values(24, 83), rule, values(24) if extras == "logits" else None
+    ours, plugin = Router(*parts), NativeRouter(*parts)
+    x = values(7, 90)[:, :83]  # rows lie apart
+    for shift in (None, values(83)):
+        experts, confidence = plugin.rank(x, 9, shift)
+        want_experts, want_confidence = ours.rank(x, 9, shift)
+        assert (experts == want_experts).all()
+        np.testing.assert_allclose(confidence, want_confidence, 1e-4, 1e-6)
+
+
+def test_the_plugin_ranks_what_damaged_weights_make() -> None:
+    weight = np.full((8, 16), np.nan, np.float32)
+    weight[5] = 1
+    experts, _ = NativeRouter(weight, RoutingRule()).rank(np.ones((1, 16), np.float32), 4)
+    assert experts[0, 0] == 5
+    assert len(set(experts[0])) == 4

@@ -199,6 +199,7 @@ bool executor::ask() {
     model.stats.route_ns += now_ns() - t0;
     record(MOE_EVENT_ROUTE, t0);
     model.stats.events++;
+    call.stall_ns = call.guess_ns = call.n_late = 0;  // until here those of the event before
     return rc == 1 && read_plan();
 }
 
@@ -239,7 +240,7 @@ bool executor::read_plan() {
                     wrong = "takes an expert for resident that is not";
                     break;
                 }
-                model.reads->promote(slot);
+                model.call.n_late += model.reads->promote(slot);
                 load = !model.reads->coming(slot);  // a guess that failed or was given up
             } else if (copy < 0 || copy >= MOE_COPIES || !model.is_key(model.key_of(copy, c_.layer, expert))) {
                 wrong = "loads a copy that does not exist";
@@ -268,7 +269,8 @@ bool executor::read_guesses() {
     if (call.wants_guesses && model.guess) {
         const int64_t t0 = now_ns();
         const int32_t rc = model.guess();
-        model.stats.guess_ns += now_ns() - t0;
+        call.guess_ns    = now_ns() - t0;
+        model.stats.guess_ns += call.guess_ns;
         record(MOE_EVENT_PREDICT, t0);
         if (rc != 1) {
             return false;
@@ -375,7 +377,9 @@ ggml_status executor::run_entries() {
         if (ready_.empty()) {
             const int64_t t0 = now_ns();
             model.reads->wait_any(waiting_);
-            model.stats.stall_ns += now_ns() - t0;
+            const int64_t stall_ns = now_ns() - t0;
+            model.call.stall_ns += stall_ns;
+            model.stats.stall_ns += stall_ns;
             record(MOE_EVENT_STALL, t0);
             continue;
         }

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 3
+#define MOE_ABI 4
 #define MOE_MAX_GUESSES 256
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
@@ -111,13 +111,17 @@ struct moe_call {
     int64_t         now_ns;      // a steady clock
     int64_t         disk_ns;     // of it so far, some lane was reading
     int64_t         read_bytes;  // so far
+    int64_t         stall_ns;    // of the event before this one: with nothing to compute
+    int64_t         guess_ns;    // likewise: inside the guess callback
     const float *   x;           // input of the expert FFN, [n_tokens][n_embd] (Fate's gate input)
     const int32_t * ids;         // [n_tokens][n_used]
     int32_t *       experts;     // [n_experts] distinct, in first-seen order
     int32_t *       counts;      // [n_experts] (token, rank) pairs per expert
     int32_t *       cancelled;   // [n_cancelled] keys of guesses that will not arrive any more
     int32_t         n_cancelled;
+    int32_t         n_late;  // of the event before: guesses it demanded while they were being read
     int32_t         wants_guesses;
+    int32_t         reserved0;
 
     int32_t * plan_experts;  // [n_experts] in execution order
     int32_t * plan_slots;
@@ -151,6 +155,26 @@ struct moe_stats {
     int64_t guess_promoted;  // demanded while still being read
     int64_t guess_cancelled;
     int64_t scratch_bytes;  // high-water mark of the executor's own buffers
+};
+
+enum moe_gating {
+    MOE_GATING_SOFTMAX = 0,
+    MOE_GATING_SIGMOID,
+    MOE_GATING_SOFTMAX_WEIGHT,
+    MOE_GATING_SQRT_SOFTPLUS,
+};
+
+// How a layer chooses experts; policies/router.py says what each field means.
+struct moe_router {
+    const float * weight;      // [n_experts][n_embd]
+    const float * logit_bias;  // [n_experts] or NULL, added to the logits
+    const float * bias;        // [n_experts] or NULL, added to the gated scores for the choice alone
+    int32_t       n_experts;
+    int32_t       n_embd;
+    int32_t       gating;
+    int32_t       n_groups;
+    int32_t       n_groups_used;
+    int32_t       reserved;
 };
 
 enum moe_event_kind {
@@ -221,6 +245,11 @@ MOE_API void moe_model_inject(struct moe_model * model, int32_t skip, int32_t er
 MOE_API int32_t moe_repack_supported(int32_t type, int64_t ne0, int64_t ne1);
 // Brings one plain matrix into that layout; both are of the type's plain size.
 MOE_API void moe_repack(int32_t type, int64_t ne0, int64_t ne1, const uint8_t * plain, uint8_t * repacked);
+
+// The experts that a router would choose first for x + shift, [n_tokens][width], best first, and its
+// confidence in each. x is [n_tokens] rows of n_embd, x_stride bytes apart; shift [n_embd] may be NULL.
+MOE_API void moe_rank(const struct moe_router * router, const float * x, int64_t x_stride, int32_t n_tokens, const float * shift,
+                      int32_t width, int32_t * experts, float * confidence);
 
 // Tries O_DIRECT on a file and finds the smallest alignments that work.
 MOE_API void moe_probe_direct(const char * path, struct moe_probe * probe);

@@ -91,15 +91,15 @@ void reads::submit(int slot, int key, const std::vector<part> & parts, bool gues
     work_.notify_all();
 }
 
-void reads::promote(int slot) {
+bool reads::promote(int slot) {
     std::lock_guard<std::mutex> lock(mutex_);
     slot_info &                 s = slots_[slot];
     if (!s.guess) {
-        return;
+        return false;
     }
     s.guess = false;
     if (s.state != slot_state::LOADING || s.dropped) {
-        return;
+        return false;
     }
     count.guess_promoted++;
     for (auto it = guess_.begin(); it != guess_.end();) {
@@ -111,6 +111,7 @@ void reads::promote(int slot) {
         }
     }
     work_.notify_all();
+    return true;
 }
 
 void reads::drop_guesses(const std::function<bool(int)> & is_wrong, std::vector<int32_t> & keys, size_t limit) {

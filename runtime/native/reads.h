@@ -54,8 +54,9 @@ class reads {
 
     // Starts filling a slot with `key`; whatever the slot was loading is cancelled first.
     void submit(int slot, int key, const std::vector<part> & parts, bool guess);
-    // A guess that is demanded now: its queued chunks move to the demand queue.
-    void promote(int slot);
+    // A guess that is demanded now: its queued chunks move to the demand queue. Whether it was one
+    // and is still being read.
+    bool promote(int slot);
     // Drops guesses that no lane is at work on at this moment; returns how many slots became empty.
     int cancel_guesses();
     // Gives up guesses that turned out wrong: nothing more of them is read. Appends the keys of those

@@ -1,0 +1,116 @@
+"""How many guesses there is time for: windows, costs, and when guessing does not pay at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_gguf.policies.base import Guess
+from moe_gguf.policies.pace import Everything, IdleDisk, Meters
+
+MB = 1_000_000
+BLOB = 4 * MB  # read in 4 ms: the disk of these tests reads 1 GB/s
+LAYERS = 4
+
+
+class Machine:
+    """A model whose every layer takes ``compute_ns`` and then waits for ``n_waits`` reads."""
+
+    def __init__(self, pace: IdleDisk, compute_ns: int, n_waits: int, stall_ns: int) -> None:
+        self.pace = pace
+        self.compute_ns = compute_ns
+        self.n_waits = n_waits
+        self.stall_ns = stall_ns
+        self.guess_ns = 0
+        self.now_ns = self.disk_ns = self.read_bytes = self.n = 0
+
+    def event(self, n_tokens: int = 1) -> bool:
+        first = self.n == 0
+        wants = self.pace.event(
+            Meters(
+                self.n % LAYERS,
+                n_tokens,
+                self.now_ns,
+                self.disk_ns,
+                self.read_bytes,
+                0 if first else self.stall_ns,
+                0 if first else self.guess_ns,
+                0 if first else self.n_waits,
+                0 if first else self.n_waits,
+            )
+        )
+        self.n += 1
+        n_bytes = self.n_waits * BLOB
+        self.read_bytes += n_bytes
+        self.disk_ns += n_bytes  # 1 ns per byte
+        self.now_ns += self.compute_ns + n_bytes
+        return wants
+
+    def run(self, n: int, n_tokens: int = 1) -> bool:
+        return [self.event(n_tokens) for _ in range(n)][-1]
+
+
+def guesses(*confidences: float) -> list[Guess]:
+    return [Guess(key, p) for key, p in enumerate(confidences)]
+
+
+def test_nothing_is_guessed_before_the_disk_is_known() -> None:
+    pace = IdleDisk()
+    machine = Machine(pace, 10 * MB, 1, 4 * MB)
+    assert not machine.run(8)
+    assert machine.run(8)
+    assert pace.ns_per_byte == pytest.approx(1)
+
+
+def test_the_window_bounds_the_number() -> None:
+    """10 ms of idle disk hold two reads of 4 ms and half of a third."""
+    pace = IdleDisk()
+    Machine(pace, 10 * MB, 1, 4 * MB).run(40)
+    sure = guesses(*[0.99] * 8)
+    assert pace.choose(sure, BLOB) == sure[:3]
+    # Each read is 1 ms of stall at most: a third that falls half outside still pays, if sure.
+    assert pace.choose(guesses(0.99, 0.99, 0.05), BLOB) == guesses(0.99, 0.99)
+
+
+def test_a_saturated_disk_gets_no_guesses() -> None:
+    pace = IdleDisk()
+    machine = Machine(pace, 0, 2, 8 * MB)
+    assert not machine.run(40)
+    assert pace.choose(guesses(1.0), BLOB) == []
+
+
+def test_unsure_guesses_are_left() -> None:
+    pace = IdleDisk()
+    Machine(pace, 100 * MB, 1, 4 * MB).run(40)
+    chosen = pace.choose(guesses(0.9, 0.5, 0.01, 0.3), BLOB)
+    assert [guess.confidence for guess in chosen] == [0.9, 0.5, 0.3]
+
+
+def test_reads_that_nobody_waits_for_are_not_worth_a_guess() -> None:
+    """From the page cache a read overlaps the computation: there is no stall to save."""
+    pace = IdleDisk()
+    machine = Machine(pace, 10 * MB, 2, stall_ns=20_000)
+    machine.guess_ns = 300_000
+    assert not machine.run(200)
+    machine.stall_ns = 8 * MB  # and back, when the cache is gone
+    assert machine.run(200)
+
+
+def test_prompts_and_tokens_are_measured_apart() -> None:
+    """A prompt's long computation is no window for a token, and its costly guess no argument."""
+    pace = IdleDisk()
+    machine = Machine(pace, 10 * MB, 1, 4 * MB)
+    machine.guess_ns = 100_000
+    machine.run(40)
+    before = pace.choose(guesses(*[0.99] * 8), BLOB)
+    machine.compute_ns, machine.guess_ns = 1000 * MB, 50 * MB
+    machine.run(4 * LAYERS, n_tokens=512)
+    machine.compute_ns, machine.guess_ns = 10 * MB, 100_000
+    assert machine.event()
+    assert machine.event()
+    assert pace.choose(guesses(*[0.99] * 8), BLOB) == before
+
+
+def test_everything_means_everything() -> None:
+    pace = Everything()
+    assert pace.event(Meters(0, 1, 0, 0, 0, 0, 0, 0, 0))
+    assert pace.choose(guesses(0.1, 0.9), BLOB) == guesses(0.1, 0.9)
