@@ -48,6 +48,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("guesses made/used/late", _guesses),
     ("recall", _median("recall", "{:.1%}".format)),
     ("read/token", _median("bytes_per_token", format_size)),
+    ("disk busy", _median("disk_share", "{:.0%}".format)),
     ("stalled", _median("stall_share", "{:.1%}".format)),
     ("controller", _median("controller_share", "{:.1%}".format)),
     ("peak RSS", _median("rss_peak_bytes", format_size)),

@@ -122,6 +122,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         stats = ours.stats()
         result |= {name: stats.get(name) for name in STATS}
         result["prefill_low_share"] = prefill_low_share
+        result["disk_share"] = stats["disk_s"] / decode_s
         result["stall_share"] = stats["stall_s"] / decode_s
         result["controller_share"] = (stats["route_s"] + stats["guess_s"]) / decode_s
         result["mode_line"] = ours.mode_line
