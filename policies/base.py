@@ -88,9 +88,6 @@ class Predictor(Protocol):
     def observe(self, event: RouteEvent, ids: Ids) -> None:
         """What a layer really asked for, [n_tokens, n_used]; before ``guess``."""
 
-    def forget(self) -> None:
-        """An event passes for which neither ``observe`` nor ``guess`` is called."""
-
     def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         """Keys worth reading ahead after ``event``, best first; may be empty.
 

@@ -149,9 +149,6 @@ class PathPredictor:
             mean = self.recall.get(event.layer, now)
             self.recall[event.layer] = mean + (now - mean) / 256
 
-    def forget(self) -> None:
-        self._guessed.clear()
-
     def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         paths = self.paths
         uses = paths.next_uses()

@@ -13,18 +13,18 @@ from moe_gguf.policies.eap import ExpertPaths, Floats, PathCache, PathPredictor
 from moe_gguf.policies.layered import Layered, allocate, evenly
 from moe_gguf.policies.order import Popularity
 from moe_gguf.policies.pace import Everything, IdleDisk, Pace
-from moe_gguf.policies.predict import GateGuesses, GatePredictor, Router, Variant
+from moe_gguf.policies.predict import Gates
 
 
 class Policy(NamedTuple):
     """The decisions of a policy, fresh: each has state and serves one model.
 
-    ``pace`` says how many of the predictor's guesses are read.
+    ``predictor`` makes guesses, and ``pace`` says how many of them are read.
     """
 
     cache: CachePolicy
     order: LoadOrder
-    predictor: Predictor | None = None
+    predictor: Predictor | Gates | None = None
     pace: Pace = Everything()
 
 
@@ -32,7 +32,6 @@ class Policy(NamedTuple):
 class Facts:
     """What a policy may know of the model and the arena it is for.
 
-    ``routers`` reads the layers' routers; it gives none in the simulator, where nothing is guessed.
     Of earlier runs, where known: ``recall``, what gate guesses were worth in each layer;
     ``popularity``, by key its uses per token, unused ones left out; ``transitions``
     [n_layers - 1, n_experts, n_experts], how often per token one expert followed another.
@@ -42,7 +41,6 @@ class Facts:
     n_experts: int
     n_used: int
     layers: Sequence[int]
-    routers: Callable[[], Mapping[int, Router]] = dict
     recall: Mapping[int, float] = field(default_factory=dict)
     popularity: Mapping[int, float] = field(default_factory=dict)
     transitions: Callable[[], Floats | None] = lambda: None
@@ -50,15 +48,6 @@ class Facts:
     def history(self, layer: int) -> dict[int, float]:
         """``popularity`` in one layer."""
         return {k: uses for k, uses in self.popularity.items() if k // self.n_experts == layer}
-
-
-def _guessing(facts: Facts, cache: CachePolicy, variant: Variant) -> Policy:
-    """Guesses by the next layer's gate over this cache; none where no routers are known."""
-    routers = facts.routers()
-    if not routers:
-        return Policy(cache, Popularity())
-    gates = GatePredictor(routers, facts.n_used, variant)
-    return Policy(cache, Popularity(), GateGuesses(gates, facts.n_experts), IdleDisk())
 
 
 def _layered_lfu(facts: Facts) -> Layered:
@@ -85,8 +74,10 @@ POLICIES: Mapping[str, Callable[[Facts], Policy]] = {
     "arc": lambda facts: Policy(ARC(facts.n_slots), Popularity()),
     "eap": _eap,
     "layered-lfu": lambda facts: Policy(_layered_lfu(facts), Popularity()),
-    "fate": lambda facts: _guessing(facts, _layered_lfu(facts), "residual"),
-    "fate-paper": lambda facts: _guessing(facts, _shallow_favoring(facts), "raw"),
+    "fate": lambda facts: Policy(_layered_lfu(facts), Popularity(), Gates(), IdleDisk()),
+    "fate-paper": lambda facts: Policy(
+        _shallow_favoring(facts), Popularity(), Gates("raw"), IdleDisk()
+    ),
 }
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.integer[Any]]
 Gating = Literal["softmax", "sigmoid", "softmax_weight", "sqrt_softplus"]
 
 # Values of the metadata key {architecture}.expert_gating_func.
@@ -54,85 +53,18 @@ _GLM_LITE_LAYERS, _GLM_LITE_VOCAB = (47, 48), 154880
 
 @dataclass(frozen=True, eq=False)
 class RoutingRule:
-    """How one layer chooses experts from its logits.
+    """How one layer chooses experts from its logits; native/gates.cpp applies it.
 
-    ``bias`` is added to the gated scores for the choice alone (DeepSeek-V3). With ``n_groups`` > 1
-    only the experts of the best ``n_groups_used`` groups may be chosen; a group is as good as the
-    sum of its two best biased scores.
+    Every gating grows with the logit, so without bias and groups the logits decide. ``bias`` is
+    added to the gated scores for the choice alone (DeepSeek-V3). With ``n_groups`` > 1 only the
+    experts of the best ``n_groups_used`` groups may be chosen; a group is as good as the sum of its
+    two best biased scores.
     """
 
     gating: Gating = "softmax"
     bias: Floats | None = None
     n_groups: int = 1
     n_groups_used: int = 1
-
-    def gate(self, logits: Floats) -> Floats:
-        """The router's scores [..., n_experts], before any bias."""
-        if self.gating == "softmax":
-            return _softmax(logits)
-        if self.gating == "sigmoid":
-            return _sigmoid(logits)
-        if self.gating == "sqrt_softplus":
-            return np.sqrt(np.logaddexp(0, logits, dtype=np.float32))
-        return logits  # softmax_weight gates after the choice
-
-    def scores(self, logits: Floats) -> Floats:
-        """What the choice compares, [..., n_experts]: the highest are chosen; -inf never is.
-
-        Every gating grows with the logit, so without bias and groups that is the logits themselves.
-        """
-        if self.bias is None and self.n_groups <= 1:
-            return logits
-        scores = self.gate(logits)
-        if self.bias is not None:
-            scores = scores + self.bias
-        return scores if self.n_groups <= 1 else self._mask(scores)
-
-    def _mask(self, scores: Floats) -> Floats:
-        """Scores with every expert outside the best groups at -inf."""
-        groups = scores.reshape(*scores.shape[:-1], self.n_groups, -1)
-        best_two = np.partition(groups, -2, axis=-1)[..., -2:].sum(axis=-1)
-        out = np.argpartition(best_two, -self.n_groups_used, axis=-1)[..., : -self.n_groups_used]
-        masked = groups.copy()
-        np.put_along_axis(masked, out[..., None], -np.inf, axis=-2)
-        return masked.reshape(scores.shape)
-
-    def select(self, logits: Floats, n_used: int) -> Ids:
-        """The experts chosen, [..., n_used], best first."""
-        return top(self.scores(logits), n_used)
-
-    def confidence(self, logits: Floats) -> Floats:
-        """A number in [0, 1] per expert that grows with the chance of being chosen.
-
-        Not that chance: a softmax is over all experts and several are chosen, a sigmoid knows
-        neither the others nor the bias. Calibration makes it one.
-        """
-        if self.gating in ("softmax", "softmax_weight"):
-            return _softmax(logits)
-        return _sigmoid(logits)
-
-
-def top(scores: Floats, n: int) -> Ids:
-    """Indices of the n highest scores along the last axis, the highest first."""
-    if n < scores.shape[-1] // 4:  # below that a plain sort is as fast
-        some = np.argpartition(scores, -n, axis=-1)[..., -n:]
-        order = np.argsort(-np.take_along_axis(scores, some, axis=-1), axis=-1)
-        return np.take_along_axis(some, order, axis=-1)
-    return np.argsort(-scores, axis=-1)[..., :n]
-
-
-def _softmax(logits: Floats) -> Floats:
-    e: Floats = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    e /= e.sum(axis=-1, keepdims=True)
-    return e
-
-
-def _sigmoid(logits: Floats) -> Floats:
-    # The detour by tanh cannot overflow.
-    half: Floats = np.tanh(logits * np.float32(0.5))
-    half += 1
-    half *= np.float32(0.5)
-    return half
 
 
 def routing_rule(

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from moe_gguf.policies.base import Ids, Inputs, Predictor, RouteEvent
+from moe_gguf.policies.base import Guess, Ids, Inputs, Predictor, RouteEvent
 from moe_gguf.policies.pace import Meters, Pace
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime.plugin import MAX_GUESSES, PluginModel, i32
@@ -37,9 +37,9 @@ class Recorder(Protocol):
 
 
 class Guessing(NamedTuple):
-    """What it takes to read ahead."""
+    """What it takes to read ahead; without a predictor the plugin's gates make the guesses."""
 
-    predictor: Predictor
+    predictor: Predictor | None
     pace: Pace
     blob_bytes: Mapping[int, int]  # by layer
 
@@ -77,6 +77,10 @@ class Controller:
         self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
+        self._predicted_keys: Any = (i32 * (2 * n)).from_address(call.predicted_keys)
+        self._predicted_chances: Any = (ctypes.c_float * (2 * n)).from_address(
+            call.predicted_chances
+        )
         self._bind()
 
     def _bind(self) -> None:
@@ -156,17 +160,20 @@ class Controller:
         pays = guessing.pace.event(meters)
         # With everything there, nothing is worth guessing; but a recording wants to know how good
         # guesses would be.
-        wants = (pays and len(self.residency.slot_of) < self._n_all) or self.recorder is not None
-        if not wants:
-            guessing.predictor.forget()
-        return wants
+        return (pays and len(self.residency.slot_of) < self._n_all) or self.recorder is not None
 
     def on_guess(self) -> None:
         assert self.guessing is not None
         predictor, pace, blob_bytes = self.guessing
         call, event, residency = self._call, self._event, self.residency
-        predictor.observe(event, self._ids())
-        guesses = predictor.guess(event, self._inputs())
+        guesses: Sequence[Guess]
+        if predictor is None:
+            n = call.n_predicted
+            chances = self._predicted_chances[:n]
+            guesses = list(map(Guess, self._predicted_keys[:n], chances))
+        else:
+            predictor.observe(event, self._ids())
+            guesses = predictor.guess(event, self._inputs())
         missing = [guess for guess in guesses if guess.key not in residency.slot_of]
         if not missing:
             return

@@ -19,7 +19,7 @@ import psutil
 from moe_gguf.policies.base import CachePolicy, LoadOrder
 from moe_gguf.policies.layered import hottest
 from moe_gguf.policies.precision import MixedResidency, Precision
-from moe_gguf.policies.predict import GateGuesses
+from moe_gguf.policies.predict import Gates
 from moe_gguf.policies.presets import Facts, Policy, check_policy, policy
 from moe_gguf.policies.residency import Residency
 from moe_gguf.runtime import budget as budgets
@@ -28,10 +28,10 @@ from moe_gguf.runtime.budget import Budget, Needs, format_size
 from moe_gguf.runtime.controller import Controller, Guessing, Recorder
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.gguf_header import GGML_TYPES
+from moe_gguf.runtime.gates import NativeGates, read_routers
 from moe_gguf.runtime.layout import ModelLayout, read_layout, slot_layout
 from moe_gguf.runtime.plugin import PluginModel
 from moe_gguf.runtime.repack import Transforms
-from moe_gguf.runtime.routers import read_routers
 from moe_gguf.runtime.routing import Identity, Routing
 
 _MIB = 2**20
@@ -106,6 +106,7 @@ class OpenModel:
         self.n_ctx = 0  # likewise
         self.budget: Budget | None = None  # once divided
         self.controller: Controller | None = None
+        self.gates: NativeGates | None = None
 
     @property
     def routing_path(self) -> Path:
@@ -249,7 +250,9 @@ class OpenModel:
         cache, order, predictor, pace = self.make_policy(budget.n_slots)
         residency = self._residency(budget.n_slots, cache, order)
         guessing = None
-        if predictor is not None:
+        if isinstance(predictor, Gates):
+            predictor = self._guess_with(predictor)
+        if predictor is not None or self.gates is not None:
             blob_bytes = {layer.layer: layer.blob_bytes for layer in self.layout.layers}
             guessing = Guessing(predictor, pace, blob_bytes)
         self.controller = Controller(self.plugin, residency, recorder, guessing)
@@ -295,7 +298,6 @@ class OpenModel:
             self.layout.n_experts,
             self.n_used,
             [layer.layer for layer in self.layout.layers],
-            lambda: read_routers(self.layout, self.plugin),
         )
         if self.routing is not None:
             facts = replace(
@@ -306,16 +308,23 @@ class OpenModel:
             )
         return policy(self.options.policy, facts)
 
+    def _guess_with(self, how: Gates) -> None:
+        """Let the plugin guess; where a router is not known, nothing is guessed."""
+        routers = read_routers(self.layout, self.plugin)
+        if routers:
+            self.gates = NativeGates(routers, self.n_used, how)
+            self.plugin.guess_with(self.gates.handle)
+
     def recall(self) -> dict[int, float]:
         """By layer: how many of the experts a token used were among its best guesses, lately."""
+        if self.gates is not None:
+            return self.gates.recall
         guessing = self.controller.guessing if self.controller else None
-        return dict(guessing.predictor.recall) if guessing is not None else {}
+        return dict(guessing.predictor.recall) if guessing and guessing.predictor else {}
 
     def gate_recall(self) -> dict[int, float]:
         """``recall`` if the guesses were a router's: what a policy may be told of them later."""
-        guessing = self.controller.guessing if self.controller else None
-        gates = guessing is not None and isinstance(guessing.predictor, GateGuesses)
-        return self.recall() if gates else {}
+        return self.gates.recall if self.gates is not None else {}
 
     def warm_line(self) -> str:
         """What came of starting warm."""
@@ -389,6 +398,8 @@ class OpenModel:
 
     def close(self) -> None:
         self.plugin.close()
+        if self.gates is not None:
+            self.gates.close()
 
 
 def _experts_used(layout: ModelLayout, override: int | None) -> int:

@@ -130,7 +130,9 @@ class Call(ctypes.Structure):
         ("guess_keys", ctypes.c_void_p),
         ("guess_slots", ctypes.c_void_p),
         ("n_guesses", i32),
-        ("reserved", i32),
+        ("n_predicted", i32),
+        ("predicted_keys", ctypes.c_void_p),
+        ("predicted_chances", ctypes.c_void_p),
     ]
 
 
@@ -139,6 +141,7 @@ class Router(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("logit_bias", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
         ("n_experts", i32),
         ("n_embd", i32),
         ("gating", i32),
@@ -148,8 +151,22 @@ class Router(ctypes.Structure):
     ]
 
 
-# The values of moe_gating, by the names of policies/router.py.
+class GatesConfig(ctypes.Structure):
+    _fields_ = [
+        ("routers", ctypes.POINTER(Router)),
+        ("layers", i32_array),
+        ("n_layers", i32),
+        ("n_used", i32),
+        ("width", i32),
+        ("variant", i32),
+        ("ahead", i32),
+        ("reserved", i32),
+    ]
+
+
+# The values of moe_gating and moe_gates_variant, by the names the policies use.
 GATINGS = {"softmax": 0, "sigmoid": 1, "softmax_weight": 2, "sqrt_softplus": 3}
+GATES_VARIANTS = {"raw": 0, "renorm": 1, "residual": 2}
 
 
 class Stats(ctypes.Structure):
@@ -256,6 +273,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_trunk_data", handle, [handle, ctypes.c_char_p]),
         ("moe_model_arena", i32, [handle, i32]),
         ("moe_model_bind", None, [handle, ROUTE_FN, ROUTE_FN]),
+        ("moe_model_guess_with", None, [handle, handle]),
         ("moe_model_call", ctypes.POINTER(Call), [handle]),
         ("moe_model_stats", None, [handle, ctypes.POINTER(Stats), i32]),
         ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),
@@ -267,7 +285,12 @@ def load() -> ctypes.CDLL:
         ("moe_model_inject", None, [handle, i32, i32]),
         ("moe_repack_supported", i32, [i32, i64, i64]),
         ("moe_repack", None, [i32, i64, i64, handle, handle]),
-        ("moe_rank", None, [handle, handle, i64, i32, handle, i32, handle, handle]),
+        ("moe_gates_new", handle, [ctypes.POINTER(GatesConfig)]),
+        ("moe_gates_free", None, [handle]),
+        ("moe_gates_predict", i32, [handle, i32, handle, i64, i32, handle, handle, handle]),
+        ("moe_gates_observe", None, [handle, i32, handle, i32, i32]),
+        ("moe_gates_forget", None, [handle]),
+        ("moe_gates_recall", ctypes.c_float, [handle, i32]),
         ("moe_probe_direct", None, [ctypes.c_char_p, ctypes.POINTER(Probe)]),
         (
             "moe_probe_speed",
@@ -350,6 +373,10 @@ class PluginModel:
     def bind(self, route: Callable[[], int], guess: Callable[[], int]) -> None:
         self._bound = ROUTE_FN(route), ROUTE_FN(guess)
         self._lib.moe_model_bind(self._open, *self._bound)
+
+    def guess_with(self, gates: int) -> None:
+        """Guess with these native gates, which must outlive the model's last step."""
+        self._lib.moe_model_guess_with(self._open, gates)
 
     def stats(self, reset: bool = False) -> Stats:
         stats = Stats()

@@ -299,9 +299,6 @@ class Guesser:
     def observe(self, event: RouteEvent, ids: Ids) -> None:
         pass
 
-    def forget(self) -> None:
-        pass
-
     def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         return [Guess(key, 1.0) for key in self.keys(event)]
 

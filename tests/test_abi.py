@@ -21,6 +21,7 @@ from conftest import TinyFile, missing
 from harness import ours
 
 from moe_gguf import UserError
+from moe_gguf.policies.predict import Variant
 from moe_gguf.policies.router import Gating
 from moe_gguf.runtime import plugin
 from moe_gguf.runtime.model import BuftOverride
@@ -36,6 +37,7 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "moe_config": plugin.Config,
     "moe_call": plugin.Call,
     "moe_router": plugin.Router,
+    "moe_gates_config": plugin.GatesConfig,
     "moe_stats": plugin.Stats,
     "moe_event": plugin.Event,
     "moe_probe": plugin.Probe,
@@ -131,11 +133,15 @@ def test_event_kinds_have_the_numbers_of_the_header() -> None:
     }
 
 
-def test_gatings_have_the_numbers_of_the_header() -> None:
+def test_gatings_and_variants_have_the_numbers_of_the_header() -> None:
     names = re.findall(r"MOE_GATING_(\w+)", (NATIVE / "moe.h").read_text())
     assert [name.lower() for name in names] == list(plugin.GATINGS)
     assert tuple(plugin.GATINGS) == get_args(Gating)
     assert list(plugin.GATINGS.values()) == list(range(len(names)))
+    variants = re.findall(r"MOE_GATES_(\w+)(?: = 0)?,", (NATIVE / "moe.h").read_text())
+    assert [name.lower() for name in variants] == list(plugin.GATES_VARIANTS)
+    assert tuple(plugin.GATES_VARIANTS) == get_args(Variant)
+    assert list(plugin.GATES_VARIANTS.values()) == list(range(len(variants)))
 
 
 def test_the_pinned_release_is_installed() -> None:

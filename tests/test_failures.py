@@ -273,9 +273,6 @@ class FusedPart:
     def observe(self, event: RouteEvent, ids: Any) -> None:
         pass
 
-    def forget(self) -> None:
-        pass
-
     def guess(self, event: RouteEvent, x: Any) -> Sequence[Guess]:
         self.fuse.burn()
         return []

@@ -199,7 +199,9 @@ bool executor::ask() {
     model.stats.route_ns += now_ns() - t0;
     record(MOE_EVENT_ROUTE, t0);
     model.stats.events++;
-    call.stall_ns = call.guess_ns = call.n_late = 0;  // until here those of the event before
+    if (!call.continuation) {
+        call.stall_ns = call.guess_ns = call.n_late = 0;  // until here those of the event before
+    }
     return rc == 1 && read_plan();
 }
 
@@ -266,10 +268,14 @@ bool executor::read_plan() {
 bool executor::read_guesses() {
     moe_model & model = *c_.model;
     moe_call &  call  = model.call;
+    if (model.gates && !call.wants_guesses && !call.continuation) {
+        model.gates->forget();
+    }
     if (call.wants_guesses && model.guess) {
-        const int64_t t0 = now_ns();
-        const int32_t rc = model.guess();
-        call.guess_ns    = now_ns() - t0;
+        const int64_t t0  = now_ns();
+        const bool    any = model.gates == nullptr || model.predict();
+        const int32_t rc  = any ? model.guess() : 1;
+        call.guess_ns     = now_ns() - t0;
         model.stats.guess_ns += call.guess_ns;
         record(MOE_EVENT_PREDICT, t0);
         if (rc != 1) {

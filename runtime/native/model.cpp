@@ -49,6 +49,7 @@ moe_model::moe_model(const moe_config & config)
     }
     table_.assign(config.parts, config.parts + config.n_parts);
     first_part_.resize(MOE_COPIES * (size_t)n_layers * n_experts + 1);
+    slot_of_.assign(first_part_.size() - 1, -1);
     for (size_t key = 0, i = 0; key < first_part_.size(); key++) {
         first_part_[key] = (int32_t)i;
         while (i < table_.size() && table_[i].key == (int32_t)key) {
@@ -75,7 +76,8 @@ moe_model::moe_model(const moe_config & config)
     }
     reads = std::make_unique<moe::reads>(paths_, options);
 
-    arrays_.resize(5 * (size_t)n_experts + 3 * MOE_MAX_GUESSES);
+    arrays_.resize(7 * (size_t)n_experts + 3 * MOE_MAX_GUESSES);
+    chances_.resize(2 * (size_t)n_experts);
     int32_t * p       = arrays_.data();
     call.experts      = p;
     call.counts       = p + n_experts;
@@ -85,6 +87,8 @@ moe_model::moe_model(const moe_config & config)
     call.guess_keys   = p + 5 * n_experts;
     call.guess_slots  = p + 5 * n_experts + MOE_MAX_GUESSES;
     call.cancelled    = p + 5 * n_experts + 2 * MOE_MAX_GUESSES;
+    call.predicted_keys    = p + 5 * n_experts + 3 * MOE_MAX_GUESSES;
+    call.predicted_chances = chances_.data();
 }
 
 moe_model::~moe_model() {
@@ -130,6 +134,23 @@ void moe_model::load(int slot, int key, bool guess) {
         parts_.push_back({p.file, p.offset, p.n_bytes, arena + slot * slot_bytes + p.slot_offset});
     }
     reads->submit(slot, key, parts_, guess);
+    slot_of_[key] = slot;
+}
+
+bool moe_model::predict() {
+    gates->observe(call.layer, call.ids, call.n_tokens, call.n_used);
+    gates->predict(call.layer, call.x, call.x_stride, call.n_tokens);
+    const size_t n = std::min(gates->predicted.size(), chances_.size());
+    bool         any = false;
+    for (size_t i = 0; i < n; i++) {
+        const auto & guess        = gates->predicted[i];
+        const int    key          = key_of(0, guess.layer, guess.expert);
+        call.predicted_keys[i]    = key;
+        call.predicted_chances[i] = guess.chance;
+        any                       = any || !is_loaded(key);
+    }
+    call.n_predicted = (int32_t)n;
+    return any;
 }
 
 bool moe_model::fill(const int32_t * keys, const int32_t * slots, int n) {

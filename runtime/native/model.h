@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "gates.h"
 #include "ggml-iface.h"
 #include "moe.h"
 #include "reads.h"
@@ -27,6 +28,10 @@ struct moe_model {
     const moe_tensor * find(const ggml_tensor * weight) const;
     // Starts reading an expert into a slot.
     void load(int slot, int key, bool guess);
+    // Whether a slot holds or awaits it; a failed or cancelled read may go unnoticed.
+    bool is_loaded(int key) const { return slot_of_[key] >= 0 && reads->key_of(slot_of_[key]) == key; }
+    // Fills call.predicted_*: whether any of it is not loaded.
+    bool predict();
     // Reads experts into slots and waits for all of them; false after fail().
     bool fill(const int32_t * keys, const int32_t * slots, int n);
     int  key_of(int copy, int layer, int expert) const { return (copy * n_layers + layer) * n_experts + expert; }
@@ -57,6 +62,7 @@ struct moe_model {
     std::unique_ptr<moe::reads> reads;
     moe_route_fn                route = nullptr;
     moe_route_fn                guess = nullptr;
+    moe_gates *                 gates = nullptr;
     moe_call                    call{};
     moe_stats                   stats{};
     int64_t                     disk_ns_at_reset = 0;
@@ -93,4 +99,6 @@ struct moe_model {
     int64_t                                      stream_bytes_;
     std::vector<moe::part>                       parts_;
     std::vector<int32_t>                         arrays_;
+    std::vector<float>                           chances_;
+    std::vector<int>                             slot_of_;  // key -> the slot it was last read into, or -1
 };

@@ -26,6 +26,7 @@ extern "C" {
 #define MOE_COPIES 2
 
 struct moe_model;
+struct moe_gates;
 
 // How a matrix lies in its slot.
 enum moe_layout {
@@ -129,7 +130,10 @@ struct moe_call {
     int32_t * guess_keys;  // [n_guesses]
     int32_t * guess_slots;
     int32_t   n_guesses;
-    int32_t   reserved;
+
+    int32_t   n_predicted;     // by the model's gates, for the guess callback to choose from
+    int32_t * predicted_keys;  // [n_predicted], the nearest layer first, best first
+    float *   predicted_chances;
 };
 
 // Returns 1 when its part is filled; anything else fails the step. Not 0 for success: that is what
@@ -169,12 +173,31 @@ struct moe_router {
     const float * weight;      // [n_experts][n_embd]
     const float * logit_bias;  // [n_experts] or NULL, added to the logits
     const float * bias;        // [n_experts] or NULL, added to the gated scores for the choice alone
+    const float * norm;        // [n_embd] of the norm before it; only MOE_GATES_RENORM needs it
     int32_t       n_experts;
     int32_t       n_embd;
     int32_t       gating;
     int32_t       n_groups;
     int32_t       n_groups_used;
     int32_t       reserved;
+};
+
+// What is fed to the router of a later layer.
+enum moe_gates_variant {
+    MOE_GATES_RAW = 0,   // this layer's gate input as it is
+    MOE_GATES_RENORM,    // with this layer's norm weight taken out and the later layer's put in
+    MOE_GATES_RESIDUAL,  // plus the mean of how the gate input changed between the two so far
+};
+
+struct moe_gates_config {
+    const struct moe_router * routers;  // [n_layers], in model order; what they point to stays valid
+    const int32_t *           layers;   // [n_layers] their numbers
+    int32_t                   n_layers;
+    int32_t                   n_used;  // experts per token
+    int32_t                   width;   // experts ranked per token, at most any router's n_experts
+    int32_t                   variant;
+    int32_t                   ahead;  // for how many layers to guess
+    int32_t                   reserved;
 };
 
 enum moe_event_kind {
@@ -222,6 +245,8 @@ MOE_API const void * moe_model_trunk_data(struct moe_model * model, const char *
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
 MOE_API int32_t           moe_model_arena(struct moe_model * model, int32_t n_slots);
 MOE_API void              moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
+// From now on these gates guess for the model; NULL: none do. Not owned.
+MOE_API void              moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
 MOE_API struct moe_call * moe_model_call(struct moe_model * model);
 MOE_API void              moe_model_stats(struct moe_model * model, struct moe_stats * stats, int32_t reset);
 // The sentence of the last failed step, and clears it: 0 none, 1 a read failed, 2 anything else.
@@ -246,10 +271,21 @@ MOE_API int32_t moe_repack_supported(int32_t type, int64_t ne0, int64_t ne1);
 // Brings one plain matrix into that layout; both are of the type's plain size.
 MOE_API void moe_repack(int32_t type, int64_t ne0, int64_t ne1, const uint8_t * plain, uint8_t * repacked);
 
-// The experts that a router would choose first for x + shift, [n_tokens][width], best first, and its
-// confidence in each. x is [n_tokens] rows of n_embd, x_stride bytes apart; shift [n_embd] may be NULL.
-MOE_API void moe_rank(const struct moe_router * router, const float * x, int64_t x_stride, int32_t n_tokens, const float * shift,
-                      int32_t width, int32_t * experts, float * confidence);
+// Guesses with the routers of the layers ahead. Alone, or as part of a model, which then guesses
+// after each event that the route callback wants guesses for, before it asks for a choice.
+MOE_API struct moe_gates * moe_gates_new(const struct moe_gates_config * config);
+MOE_API void               moe_gates_free(struct moe_gates * gates);
+// From a layer's gate input, n_tokens rows of x, x_stride bytes apart: how many guesses, at most
+// ahead * n_experts, the nearest layer first and of each the best guess first. A chance is that any
+// token asks for the expert.
+MOE_API int32_t moe_gates_predict(struct moe_gates * gates, int32_t layer, const float * x, int64_t x_stride, int32_t n_tokens,
+                                  int32_t * layers, int32_t * experts, float * chances);
+// What a layer asked for, [n_tokens][n_used]: teaches what was predicted for it.
+MOE_API void moe_gates_observe(struct moe_gates * gates, int32_t layer, const int32_t * ids, int32_t n_tokens, int32_t n_used);
+// An event passes that is neither observed nor predicted from.
+MOE_API void moe_gates_forget(struct moe_gates * gates);
+// Lately: of the experts a token used, the share that was guessed first; -1 where nothing was.
+MOE_API float moe_gates_recall(struct moe_gates * gates, int32_t layer);
 
 // Tries O_DIRECT on a file and finds the smallest alignments that work.
 MOE_API void moe_probe_direct(const char * path, struct moe_probe * probe);
