@@ -12,6 +12,7 @@ from typing import NamedTuple
 from moe_gguf.policies.base import RouteEvent
 from moe_gguf.policies.cache import Belady
 from moe_gguf.policies.order import FirstSeen
+from moe_gguf.policies.predict import Gates
 from moe_gguf.policies.presets import Facts, Policy, policy
 from moe_gguf.policies.residency import Residency
 from moe_gguf.policies.trace import Ids, Trace, route_event
@@ -78,6 +79,7 @@ def _replay(trace: Trace, events: Sequence[Routed], name: str, n_slots: int) -> 
     else:
         chosen = Policy(belady, FirstSeen())
     residency = Residency(n_slots, n_experts, chosen.cache, chosen.order)
+    predictor = None if isinstance(chosen.predictor, Gates) else chosen.predictor
     layer_hits = dict.fromkeys(sorted({event.layer for event, *_ in events}), 0)
     layer_misses = layer_hits.copy()
     bytes_read = 0
@@ -87,8 +89,8 @@ def _replay(trace: Trace, events: Sequence[Routed], name: str, n_slots: int) -> 
         else:
             plan = residency.plan(event)
             n_hits = plan.n_hits
-            if chosen.predictor is not None and not continuation:
-                chosen.predictor.observe(event, ids)
+            if predictor is not None and not continuation:
+                predictor.observe(event, ids)  # a cache may go by what it learns
         n_misses = len(event.experts) - n_hits
         bytes_read += n_misses * blob_bytes[event.layer]
         if not continuation:

@@ -1,19 +1,20 @@
-"""The routers of a loaded model and the native gates that guess with them: weights as llama.cpp
-holds them, rules as it applies them. Copies nothing that is kept in float32, as routers usually are.
+"""The routers of a loaded model and the native gates that guess with them.
+
+Weights are as llama.cpp holds them, rules as it applies them. Copies nothing that is kept in
+float32, as routers usually are.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from numpy.typing import NDArray
 
 from moe_gguf.policies.base import Ids, Inputs
 from moe_gguf.policies.predict import Gates

@@ -27,8 +27,8 @@ from moe_gguf.runtime import disk, logs, mirror, routing
 from moe_gguf.runtime.budget import Budget, Needs, format_size
 from moe_gguf.runtime.controller import Controller, Guessing, Recorder
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import GGML_TYPES
 from moe_gguf.runtime.gates import NativeGates, read_routers
+from moe_gguf.runtime.gguf_header import GGML_TYPES
 from moe_gguf.runtime.layout import ModelLayout, read_layout, slot_layout
 from moe_gguf.runtime.plugin import PluginModel
 from moe_gguf.runtime.repack import Transforms
@@ -251,7 +251,8 @@ class OpenModel:
         residency = self._residency(budget.n_slots, cache, order)
         guessing = None
         if isinstance(predictor, Gates):
-            predictor = self._guess_with(predictor)
+            self._guess_with(predictor)
+            predictor = None
         if predictor is not None or self.gates is not None:
             blob_bytes = {layer.layer: layer.blob_bytes for layer in self.layout.layers}
             guessing = Guessing(predictor, pace, blob_bytes)

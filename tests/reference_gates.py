@@ -1,4 +1,4 @@
-"""What native/gates.cpp does, in numpy: the routing rule, its ranking, the calibration, the votes."""
+"""What native/gates.cpp does, in numpy: rule, ranking, calibration and votes."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def _sigmoid(logits: Floats) -> Floats:
     return half
 
 
-def rank(
-    router: Router, x: Floats, width: int, shift: Floats | None = None
-) -> tuple[Ids, Floats]:
+def rank(router: Router, x: Floats, width: int, shift: Floats | None = None) -> tuple[Ids, Floats]:
     """The experts a router would choose first for x + shift, and its confidence in each.
 
     Both are [n_tokens, width], best first; ``x`` is [n_tokens, n_embd], ``shift`` [n_embd].

@@ -229,7 +229,7 @@ void moe_gates::predict(int layer, const float * x, int64_t x_stride, int n_toke
             continue;
         }
         for (int r = 0; r < width_; r++) {
-            predicted.push_back({layers_[to], p.guess.experts[r], p.trust.chance(p.guess.cells[r])});
+            predicted.push_back({layers_[to], p.guess.experts[r], (float)p.trust.chance(p.guess.cells[r])});
         }
     }
 }

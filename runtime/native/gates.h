@@ -32,10 +32,10 @@ struct moe_gates {
     class calibration {
       public:
         explicit calibration(int n_used);
-        int   cell(float confidence, int rank) const;
-        float chance(int cell) const { return (float)chance_[cell]; }
-        void  count(int cell, bool right);
-        void  learn();  // from what was counted since
+        int    cell(float confidence, int rank) const;
+        double chance(int cell) const { return chance_[cell]; }
+        void   count(int cell, bool right);
+        void   learn();  // from what was counted since
 
       private:
         int                 n_used_;

@@ -378,7 +378,7 @@ void *       moe_model_repack_buffer_type(moe_model * model) { return moe::repac
 FILE *       moe_model_stream(moe_model * model) { return model->open_stream(); }
 const void * moe_model_trunk_data(moe_model * model, const char * name) { return model->trunk_data(name); }
 int32_t      moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate_arena(n_slots) ? 0 : -1; }
-void moe_model_guess_with(moe_model * model, moe_gates * gates) { model->gates = gates; }
+void         moe_model_guess_with(moe_model * model, moe_gates * gates) { model->gates = gates; }
 void         moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
     model->route = route;
     model->guess = guess;

@@ -78,15 +78,15 @@ moe_model::moe_model(const moe_config & config)
 
     arrays_.resize(7 * (size_t)n_experts + 3 * MOE_MAX_GUESSES);
     chances_.resize(2 * (size_t)n_experts);
-    int32_t * p       = arrays_.data();
-    call.experts      = p;
-    call.counts       = p + n_experts;
-    call.plan_experts = p + 2 * n_experts;
-    call.plan_slots   = p + 3 * n_experts;
-    call.plan_loads   = p + 4 * n_experts;
-    call.guess_keys   = p + 5 * n_experts;
-    call.guess_slots  = p + 5 * n_experts + MOE_MAX_GUESSES;
-    call.cancelled    = p + 5 * n_experts + 2 * MOE_MAX_GUESSES;
+    int32_t * p            = arrays_.data();
+    call.experts           = p;
+    call.counts            = p + n_experts;
+    call.plan_experts      = p + 2 * n_experts;
+    call.plan_slots        = p + 3 * n_experts;
+    call.plan_loads        = p + 4 * n_experts;
+    call.guess_keys        = p + 5 * n_experts;
+    call.guess_slots       = p + 5 * n_experts + MOE_MAX_GUESSES;
+    call.cancelled         = p + 5 * n_experts + 2 * MOE_MAX_GUESSES;
     call.predicted_keys    = p + 5 * n_experts + 3 * MOE_MAX_GUESSES;
     call.predicted_chances = chances_.data();
 }
@@ -140,7 +140,7 @@ void moe_model::load(int slot, int key, bool guess) {
 bool moe_model::predict() {
     gates->observe(call.layer, call.ids, call.n_tokens, call.n_used);
     gates->predict(call.layer, call.x, call.x_stride, call.n_tokens);
-    const size_t n = std::min(gates->predicted.size(), chances_.size());
+    const size_t n   = std::min(gates->predicted.size(), chances_.size());
     bool         any = false;
     for (size_t i = 0; i < n; i++) {
         const auto & guess        = gates->predicted[i];

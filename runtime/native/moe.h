@@ -243,8 +243,8 @@ MOE_API FILE * moe_model_stream(struct moe_model * model);
 // plainly. Valid as long as the llama model is.
 MOE_API const void * moe_model_trunk_data(struct moe_model * model, const char * name);
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
-MOE_API int32_t           moe_model_arena(struct moe_model * model, int32_t n_slots);
-MOE_API void              moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
+MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
+MOE_API void    moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
 // From now on these gates guess for the model; NULL: none do. Not owned.
 MOE_API void              moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
 MOE_API struct moe_call * moe_model_call(struct moe_model * model);
