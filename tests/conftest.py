@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from moe_gguf.converters.convert import Options, open_source
 from moe_gguf.runtime import bench
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin import probe_direct
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TinyFile = Callable[..., Path]
 MakeBundle = Callable[..., Path]
