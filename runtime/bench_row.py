@@ -28,7 +28,7 @@ DECODE_LIMIT_S = 90.0
 STATS = (
     *("hits", "misses", "hit_rate", "hit_rate_in_time", "bytes_read", "bytes_per_token"),
     *("low_share", "low_bytes_read"),
-    *("guesses", "guesses_used", "guesses_late", "recall", "layers"),
+    *("guesses", "guesses_used", "guesses_late", "guess_bytes", "recall", "layers"),
     *("disk_s", "guess_s"),
     *("stall_s", "route_s", "compute_s", "slots", "reads", "budget_bytes"),
 )

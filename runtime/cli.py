@@ -176,6 +176,14 @@ def warm_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    prompt = click.option("-p", "--prompt", help="prompt text")
+    file = click.option(
+        "-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file"
+    )
+    return prompt(file(command))
+
+
 def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
     """Open MODEL with the shared options and say on stderr what is in force."""
     from moe_gguf.runtime.llama import Llama
@@ -214,8 +222,7 @@ def cli(debug: bool) -> None:
 @cli.command()
 @model_options
 @warm_option
-@click.option("-p", "--prompt", help="prompt text")
-@click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
+@prompt_options
 @click.option(
     "-n",
     "n_predict",
@@ -335,9 +342,9 @@ def _complete(
                 click.echo(piece.text, nl=False)
     except KeyboardInterrupt:
         interrupted = True
-    except Exception:
+    except Exception:  # whatever it is: it goes on, only its sentence gets a line of its own
         if pieces and not as_json:
-            click.echo()  # the error gets a line of its own
+            click.echo()
         raise
     stats = llama.stats()
     if as_json:
@@ -545,8 +552,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 @cli.command()
 @model_options
 @warm_option
-@click.option("-p", "--prompt", help="prompt text")
-@click.option("-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file")
+@prompt_options
 @click.option(
     "-n", "n_predict", default=128, type=click.IntRange(min=1), metavar="N", show_default=True
 )

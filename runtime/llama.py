@@ -285,6 +285,7 @@ class _Timer:
             "guesses": native.guess_loads,
             "guesses_used": controller.residency.guesses_used,
             "guesses_late": late,
+            "guess_bytes": native.guess_bytes,
             "recall": sum(recall.values()) / len(recall) if recall else None,
             "layers": [
                 {

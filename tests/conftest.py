@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,12 @@ import tiny
 
 from moe_gguf.converters import convert
 from moe_gguf.converters.convert import Options, open_source
+from moe_gguf.runtime import bench
+from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin import probe_direct
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TinyFile = Callable[..., Path]
 MakeBundle = Callable[..., Path]
@@ -64,6 +70,13 @@ def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).with_name("hf_models.py")
     subprocess.run([sys.executable, script, root], check=True, capture_output=True)
     return root
+
+
+@pytest.fixture
+def known_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk's speed is taken for granted: measuring it takes longer than a tiny model's run."""
+    known = bench.Run(Ceiling(1e9, 4096, 2, direct=True)._asdict(), None)
+    monkeypatch.setattr(bench, "_probe_disk", lambda *_: known)
 
 
 def missing(what: str) -> None:

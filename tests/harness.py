@@ -22,7 +22,7 @@ from conftest import missing
 
 from moe_gguf.policies.base import CachePolicy, Guess, Ids, Inputs, LoadOrder, Predictor, RouteEvent
 from moe_gguf.policies.cache import LRU
-from moe_gguf.policies.pace import Everything
+from moe_gguf.policies.pace import Everything, Pace
 from moe_gguf.policies.precision import MixedResidency
 from moe_gguf.policies.presets import Policy
 from moe_gguf.runtime import llama as runtime_llama
@@ -141,7 +141,10 @@ class Stock(Model):
 
 
 class FixedModel(OpenModel):
-    """An OpenModel whose number of slots and policy the test chooses."""
+    """An OpenModel whose number of slots and policy the test chooses.
+
+    Of a predictor that is given everything is read, unless there is a pace too.
+    """
 
     def __init__(
         self,
@@ -151,17 +154,17 @@ class FixedModel(OpenModel):
         cache: CachePolicy | None = None,
         order: LoadOrder | None = None,
         predictor: Predictor | None = None,
+        pace: Pace | None = None,
     ) -> None:
         super().__init__(path, options)
         self.n_slots = n_slots or self.n_all
-        given = {"cache": cache, "order": order, "predictor": predictor}  # an empty cache is falsy
-        self.given = {k: v for k, v in given.items() if v is not None}
+        if predictor is not None and pace is None:
+            pace = Everything()
+        given = {"cache": cache, "order": order, "predictor": predictor, "pace": pace}
+        self.given = {k: v for k, v in given.items() if v is not None}  # an empty cache is falsy
 
     def make_policy(self, n_slots: int) -> Policy:
-        policy = super().make_policy(n_slots)
-        if "predictor" in self.given:
-            policy = policy._replace(pace=Everything())
-        return policy._replace(**self.given)
+        return super().make_policy(n_slots)._replace(**self.given)
 
     def divide(self) -> Budget:
         needs = self.needs or Needs(0, 0, 0, 0)
@@ -186,13 +189,14 @@ class Ours(Model):
         cache: CachePolicy | None = None,
         order: LoadOrder | None = None,
         predictor: Predictor | None = None,
+        pace: Pace | None = None,
         warm: bool = False,
         low_share: float = 0.0,
         low_on_miss: bool = False,
     ) -> None:
         more = {"warm": warm, "low_share": low_share, "low_on_miss": low_on_miss}
         options = Options("1GB", policy, reads, lanes, **more)
-        self.opened = FixedModel(path, options, n_slots, cache, order, predictor)
+        self.opened = FixedModel(path, options, n_slots, cache, order, predictor, pace)
         params = self.opened.model_params(llama_cpp.llama_model_default_params())
         super().__init__(self.opened.load(params))
         self.opened.needs = Needs(0, 0, 0, 0)

@@ -91,6 +91,7 @@ def test_command(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.usefixtures("known_disk")
 def test_interrupt_keeps_finished_runs(model: Path) -> None:
     def interrupt_after_first(line: str) -> None:
         raise KeyboardInterrupt
@@ -103,6 +104,7 @@ def test_interrupt_keeps_finished_runs(model: Path) -> None:
     assert "interrupted" in table(outcome.document)
 
 
+@pytest.mark.usefixtures("known_disk")
 def test_a_sweep_runs_uncapped_rows_once(model: Path, tmp_path: Path) -> None:
     files = {key: str(tmp_path / key) for key in ("json_file", "plot_file", "layers_file")}
     change = {"memory": "300MB,400MB", "rows": "resident,lru", **files}
@@ -127,6 +129,7 @@ def test_a_sweep_runs_uncapped_rows_once(model: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.usefixtures("known_disk")
 def test_a_timeline_of_a_named_row(model: Path, tmp_path: Path) -> None:
     change = {"rows": "lru,lfu", "timeline_file": str(tmp_path / "t.json"), "timeline_row": "lru"}
     outcome = bench(model, note=ignore, **{**OPTIONS, **change})
@@ -243,6 +246,7 @@ def test_other_kills_in_a_cgroup_are_not_blamed_on_memory(
     assert run.failure == "killed (SIGKILL)"
 
 
+@pytest.mark.usefixtures("known_disk")
 def test_killed_row_is_shown_and_not_run_again(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,12 @@ from counters, that what it is about really happened. A pass proves:
  7  split         experts spread over several files
  8  mixed         types that differ between layers and between gate, up and down
  9  reads         buffered; direct through bounce buffers; direct in place; one lane and eight
-10  guesses       random and useless guesses, with and without room: read, used, evicted, cancelled
+10  guesses       random and useless guesses, with and without room: read, used, evicted, cancelled;
+                  under every policy's cache; those of routers, also of wrong ones
 11  policies      every named policy, and experts loaded in random order
 12  pieces        graphs handed over node by node, and cut in the middle of an expert chain
-13  ubatches      a batch in several pieces, of which all but the last have no outputs
+13  ubatches      a batch in several pieces, of which all but the last may have no outputs, also
+                  under every policy that guesses
 14  threads       two compute threads
 15  power         one wrong byte in one expert is seen: these gates can fail
 """
@@ -30,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adversarial
 import llama_cpp
 import numpy as np
 import pytest
@@ -52,12 +55,14 @@ from harness import (
     stock,
 )
 
-from moe_gguf.policies import POLICIES
+from moe_gguf.policies import POLICIES, presets
 from moe_gguf.policies.base import CachePolicy, Predictor
 from moe_gguf.policies.cache import LRU
+from moe_gguf.policies.pace import Everything
 
 # scaled: qwen3moe with a scale per expert for gate, up and down (as NVFP4 conversions have).
 LAYOUTS = (*tiny.LAYOUTS, "scaled")
+TIGHT = {"mixtral": 10, "llama4": 12}  # slots for 40 % of the experts; of other layouts 19
 N_STEPS = 8
 LONG = 320
 
@@ -144,6 +149,13 @@ def last_of_many(model: Model) -> Logits:
     return np.concatenate([context.decode(batch), context.decode(rows([5, 6], 100))])
 
 
+def four_ubatches(model: Model) -> Logits:
+    context = model.context(n_ubatch=32)
+    return np.concatenate(
+        [context.decode(rows(random_tokens(100))), context.decode(rows([5], 100))]
+    )
+
+
 def two_threads(model: Model) -> Logits:
     return prefill_and_decode(model.context(n_threads=2, n_threads_batch=2))
 
@@ -173,7 +185,7 @@ def test_02_tight_budget(
 ) -> None:
     path = model_file(tiny_file, layout)
     expected = reference(path, generation)
-    n_slots = {"mixtral": 10, "llama4": 12}.get(layout, 19)
+    n_slots = TIGHT.get(layout, 19)
     # Direct and alone: a tiny expert in the page cache is read before anyone looks.
     with ours(path, n_slots, reads="direct", lanes=1) as model:
         same(generation(model), expected)
@@ -354,6 +366,35 @@ def test_10_guesses(
             assert model.controller.misses > model.n_slots
 
 
+@pytest.mark.parametrize("kind", ["random", "worst"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_10_wrong_guesses_under_every_cache(
+    policy: str, kind: str, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = tiny_file("qwen3moe")
+    wrong = {"random": RandomGuesses([0, 1, 2], 16, n=12), "worst": WorstGuesses(16)}
+    with ours(path, 19, policy=policy, predictor=wrong[kind]) as model:
+        same(token_by_token(model), reference(path, token_by_token))
+        assert model.stats().guess_loads > 0
+        assert model.controller.misses > model.n_slots
+
+
+@pytest.mark.parametrize("row", [*adversarial.WRONG, "fate", "fate-paper"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_10_guesses_of_gates(
+    layout: str,
+    row: str,
+    tiny_file: TinyFile,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = model_file(tiny_file, layout)
+    monkeypatch.setattr(presets, "POLICIES", {**POLICIES, **adversarial.WRONG})
+    with ours(path, 19, policy=row, pace=Everything()) as model:
+        same(token_by_token(model), reference(path, token_by_token))
+        assert model.stats().guess_loads > 0
+
+
 # A slow first guess: before it come the reads of layer 0's four experts, three parts each.
 SLOW_GUESS = {"skip": 4 * 3, "err": -60}  # milliseconds
 
@@ -490,6 +531,27 @@ def test_13_batch_in_ubatches(layout: str, tiny_file: TinyFile, reference: Refer
     with ours(path, 11, recorder=events) as model:
         same(last_of_many(model), reference(path, last_of_many))
         assert max(events.n_tokens) == 32
+
+
+@pytest.mark.parametrize("tiny_arena", [True, False])
+@pytest.mark.parametrize("policy", ["eap", "fate", "fate-paper"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_13_guesses_between_ubatches(
+    layout: str, policy: str, tiny_arena: bool, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = model_file(tiny_file, layout)
+    n_slots = 3 if tiny_arena else TIGHT.get(layout, 19)
+    events = Events()
+    with ours(path, n_slots, policy=policy, pace=Everything(), recorder=events) as model:
+        for script in (four_ubatches, last_of_many):
+            same(script(model), reference(path, script))
+        stats = model.stats()
+        assert events.n_tokens.count(32) >= 2 * 3
+        if tiny_arena:
+            assert events.widest > n_slots
+            assert stats.recycled > 0
+        else:
+            assert stats.guess_loads > 0
 
 
 @pytest.mark.parametrize("layout", ["qwen3moe", "mixtral"])  # slow where cores are busy

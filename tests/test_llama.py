@@ -45,7 +45,8 @@ STATS = {
 }
 EXTRA_STATS = {
     *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "disk_s"),
-    *("hit_rate_in_time", "guesses_late", "recall", "layers", "low_share", "low_bytes_read"),
+    *("hit_rate_in_time", "guesses_late", "guess_bytes", "recall", "layers"),
+    *("low_share", "low_bytes_read"),
 }
 
 

@@ -293,6 +293,7 @@ def test_run_names_what_it_loses(hybrid: Path) -> None:
     assert stats["low_share"] == stats["low_bytes_read"] == 0
 
 
+@pytest.mark.usefixtures("known_disk")
 def test_bench_measures_a_lossy_row_beside_its_lossless_twin(hybrid: Path) -> None:
     options = {"memory": "400MB", "repeat": 1, "n_predict": 8, "prompt_tokens": 24, "n_ctx": 256}
     more = {"threads": 1, "reads": "buffered", "lanes": 1, "note": lambda _: None}

@@ -7,31 +7,15 @@ the full-size presets and printed by `benchmarks/make_model.py` after every run.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
+import make_model
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "make_model.py"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_model", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_model"] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
-
-
-make_model: Any = load_script()
 SMALL, CALIBRATION = make_model.PRESETS["small"]
 TINY = dataclasses.replace(SMALL, n_layer=4, n_ff=64, n_vocab=1000)
 

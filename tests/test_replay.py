@@ -276,7 +276,7 @@ def test_replay_counts_what_the_run_counted(name: str, n_slots: int, tmp_path: P
     assert (row.hits, row.misses, row.bytes_read) == (hits, misses, loaded)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(10))
 def test_belady_bounds_every_policy(seed: int) -> None:
     trace = random_trace(seed)
     repeated = [e for event in trace.events for e in (event, event._replace(continuation=True))]

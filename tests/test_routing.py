@@ -449,6 +449,7 @@ def test_mistakes_with_statistics_are_told_before_the_work(
     assert "it is a folder" in refused.err
 
 
+@pytest.mark.usefixtures("known_disk")
 def test_bench_starts_warm_or_not_at_all(recorded: Path) -> None:
     options = {**OPTIONS, "rows": "lru", "warm": True}
     outcome = bench(recorded, note=lambda text: None, **options)
