@@ -5,11 +5,8 @@
 Each run is a fresh process, as in `moe-gguf bench`. Rows:
 
 - `lru`: no guesses; what the others are measured against;
-- `worst`: LRU and a gate predictor that ranks first what the next layer's router likes least; what
-  comes of it is learned, as by any predictor;
-- `random`: the same with the experts of every router shuffled;
-- `worst-claimed`, `random-claimed`: nothing is learned from being wrong: the least liked experts,
-  or random ones, get the confidence that the right predictor has in its own first guesses;
+- `worst`: LRU, and guesses of the experts that the next layer's router likes least;
+- `random`: LRU, and guesses with the experts of every router shuffled;
 - `fate`: the policy as it is.
 
 Guesses are paced as in `fate`. All rows must generate the same tokens. Prints a table of medians,
@@ -20,36 +17,37 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_gguf.policies import presets
-from moe_gguf.policies.base import Guess, Inputs, RouteEvent
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.order import Popularity
 from moe_gguf.policies.pace import IdleDisk
-from moe_gguf.policies.predict import GateGuesses, GatePredictor, Router
+from moe_gguf.policies.predict import Gates
 from moe_gguf.policies.presets import Facts, Policy
-from moe_gguf.runtime import bench, bench_row
+from moe_gguf.runtime import bench, bench_row, gates, model
 from moe_gguf.runtime.bench_row import Spec
 from moe_gguf.runtime.budget import parse_size
 from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.gates import Router
 
 COLUMNS = ("tok/s", "of lru", "guesses", "used", "guessed MB", "read MB", "hits", "guess ms")
 
 
 def worst(router: Router) -> Router:
-    """The same router with every logit negated."""
+    """The same router, liking best what it liked least."""
+    rule = router.rule
+    if rule.bias is not None:
+        rule = replace(rule, bias=-rule.bias)
     bias = None if router.logit_bias is None else -router.logit_bias
-    return Router(-router.weight, router.rule, bias, router.norm)
+    return Router(-router.weight, rule, bias, router.norm)
 
 
 def shuffled(router: Router) -> Router:
@@ -59,56 +57,25 @@ def shuffled(router: Router) -> Router:
     return Router(router.weight[order], router.rule, bias, router.norm)
 
 
-def learning(lie: Callable[[Router], Router], facts: Facts) -> Policy:
-    """LRU with the guesses of wrong routers, whose chances are learned."""
-    routers = {layer: lie(router) for layer, router in facts.routers().items()}
-    gates = GatePredictor(routers, facts.n_used, "residual")
-    return Policy(LRU(), Popularity(), GateGuesses(gates, facts.n_experts), IdleDisk())
+LIES: Mapping[str, Callable[[Router], Router]] = {"worst": worst, "random": shuffled}
+ROWS = ("lru", *LIES, "fate")
 
 
-class Claims(GateGuesses):
-    """Other experts with the confidence of the right ones; ``lie`` reorders a layer's keys."""
-
-    def __init__(
-        self, gates: GatePredictor, n_experts: int, lie: Callable[[Sequence[int]], Sequence[int]]
-    ) -> None:
-        super().__init__(gates, n_experts)
-        self.lie = lie
-
-    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
-        right = super().guess(event, x)
-        keys = self.lie([guess.key for guess in right])
-        width = 2 * self.gates.n_used  # as many as are guessed in earnest
-        return [Guess(key, r.confidence) for key, r in zip(keys[:width], right, strict=False)]
+def wrong(facts: Facts) -> Policy:
+    """LRU, and guesses paced as in ``fate``."""
+    return Policy(LRU(), Popularity(), Gates(), IdleDisk())
 
 
-def claiming(lie: Callable[[Sequence[int]], Sequence[int]], facts: Facts) -> Policy:
-    """LRU with wrong guesses in which the pace is made to trust."""
-    gates = GatePredictor(facts.routers(), facts.n_used, "residual", width=facts.n_experts)
-    return Policy(LRU(), Popularity(), Claims(gates, facts.n_experts, lie), IdleDisk())
-
-
-def least_liked_first(keys: Sequence[int]) -> Sequence[int]:
-    return keys[::-1]
-
-
-def in_any_order(rng: random.Random, keys: Sequence[int]) -> Sequence[int]:
-    return rng.sample(keys, len(keys))
-
-
-# The policies of the rows that no name on --policy has.
-WRONG: Mapping[str, Callable[[Facts], Policy]] = {
-    "worst": partial(learning, worst),
-    "random": partial(learning, shuffled),
-    "worst-claimed": partial(claiming, least_liked_first),
-    "random-claimed": lambda facts: claiming(partial(in_any_order, random.Random(0)), facts),
-}
-ROWS = ("lru", *WRONG, "fate")
+def lying(lie: Callable[[Router], Router]) -> Callable[..., dict[int, Router]]:
+    """``read_routers`` with every router replaced by its lie."""
+    return lambda *model: {n: lie(router) for n, router in gates.read_routers(*model).items()}
 
 
 def run_here(spec: Spec) -> dict[str, Any]:
-    """One run in this process, with the wrong policies known by name."""
-    presets.POLICIES = {**presets.POLICIES, **WRONG}
+    """One run in this process, in which the model's routers may lie."""
+    if spec.policy in LIES:
+        presets.POLICIES = {**presets.POLICIES, spec.policy: wrong}
+        model.read_routers = lying(LIES[spec.policy])
     return bench_row.measure(spec)
 
 
