@@ -141,7 +141,8 @@ def read_routers(layout: ModelLayout, plugin: PluginModel) -> dict[int, Router]:
     for layer in layout.layers:
         number = layer.layer
         weight = array(number, "ffn_gate_inp.weight")
-        if weight is None or weight.shape[0] != layout.n_experts:
+        n_embd = layer.tensors[0].ne[0]  # if experts read another width, it is not the router's
+        if weight is None or weight.shape != (layout.n_experts, n_embd):
             return {}
         bias = array(number, "exp_probs_b.bias", "exp_probs_b")
         routers[number] = Router(

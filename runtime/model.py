@@ -107,6 +107,7 @@ class OpenModel:
         self.budget: Budget | None = None  # once divided
         self.controller: Controller | None = None
         self.gates: NativeGates | None = None
+        self.is_blind = False  # the policy would guess, but cannot
 
     @property
     def routing_path(self) -> Path:
@@ -312,6 +313,7 @@ class OpenModel:
     def _guess_with(self, how: Gates) -> None:
         """Let the plugin guess; where a router is not known, nothing is guessed."""
         routers = read_routers(self.layout, self.plugin)
+        self.is_blind = not routers
         if routers:
             self.gates = NativeGates(routers, self.n_used, how)
             self.plugin.guess_with(self.gates.handle)
@@ -367,9 +369,16 @@ class OpenModel:
             f"trunk {format_size(needs.trunk)} + KV {format_size(needs.kv)} + compute "
             f"{format_size(needs.compute)} + experts {format_size(self.budget.experts)} "
             f"({self.budget.n_slots} slots, {self.budget.resident_share:.0%}) + process "
-            f"{format_size(needs.process)}; reads {self.mode}; policy {self.options.policy}; "
+            f"{format_size(needs.process)}; reads {self.mode}; policy {self._policy()}; "
             f"device cpu{self._kernels()}{lossy and f', LOSSY: {lossy}'}"
         )
+
+    def _policy(self) -> str:
+        if self.is_blind:
+            return (
+                f"{self.options.policy} without guesses (this model's routers are not understood)"
+            )
+        return self.options.policy
 
     def _kernels(self) -> str:
         """What is to be said about kernel layouts; nothing where weights are plain."""

@@ -9,10 +9,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from conftest import TinyFile
+from harness import ours, rows
 from reference_gates import Ids, ReferenceGates, rank
 
 from moe_gguf.policies.predict import Gates, Variant
 from moe_gguf.policies.router import Floats, Gating, RoutingRule
+from moe_gguf.runtime import model as runtime_model
 from moe_gguf.runtime.gates import NativeGates, Prediction, Router
 
 N_EXPERTS, N_EMBD, N_USED = 16, 53, 4
@@ -225,3 +228,18 @@ def test_damaged_weights_are_ranked_last() -> None:
         experts, _ = columns(native.predict(0, np.ones((1, 16), np.float32)), 1)
     assert experts[0] == 5
     assert len(set(experts)) == 4
+
+
+def test_without_a_router_nothing_is_guessed_and_the_mode_line_says_so(
+    tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_file("qwen3moe")
+    with ours(path, 19, policy="fate") as model:
+        assert "policy fate;" in model.opened.mode_line()
+    monkeypatch.setattr(runtime_model, "read_routers", lambda *_: {})
+    with ours(path, 19, policy="fate") as model:
+        for token in range(20):
+            model.context().decode(rows([token]))
+        assert "policy fate without guesses (" in model.opened.mode_line()
+        assert model.stats().guess_loads == 0
+        assert model.opened.recall() == {}
