@@ -202,6 +202,13 @@ bool moe_model::read_trunk(ggml_tensor * tensor) {
     if (it == trunk_by_name_.end()) {
         return false;
     }
+    // Some architectures (gemma4) have llama.cpp make a tied output matrix a tensor of its own in
+    // the same buffer: it is shown the bytes that are there, and its memory is never touched.
+    const void * const there = trunk_data_[it->second];
+    if (there != nullptr) {
+        tensor->data = (void *)there;
+        return true;
+    }
     trunk_data_[it->second]         = tensor->data;
     const moe_trunk_tensor & t      = trunk_[it->second];
     const std::string &      path   = paths_[t.file];
@@ -293,6 +300,7 @@ int stream_close(void * cookie) {
 }  // namespace
 
 FILE * moe_model::open_stream() {
+    std::fill(trunk_data_.begin(), trunk_data_.end(), nullptr);  // of an earlier load
     auto s      = std::make_unique<stream>();
     s->header   = header_;
     s->size     = stream_bytes_;
