@@ -42,7 +42,9 @@ class TrunkTensor:
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """The experts of one role in one layer; ``read(expert)`` gives one matrix ``ne0 x ne1``.
+    """The experts of one role in one layer, matrices of ``ne0 x ne1``.
+
+    ``read(expert, first, n)`` gives the bytes of rows [first, first + n) of one.
 
     ``name`` is the stacked tensor's name in a stock GGUF (``blk.3.ffn_gate_exps.weight``), ``role``
     what it is called inside a blob (gate, up, gate_up, down).
@@ -53,7 +55,7 @@ class ExpertStack:
     role: str
     ne: tuple[int, int]
     ggml_type: int
-    read: Callable[[int], Bytes]
+    read: Callable[[int, int, int], Bytes]
 
 
 class Source(Protocol):

@@ -51,15 +51,14 @@ class GgufSource:
             os.close(self._files.pop())
 
     def _stack(self, e: ExpertTensor, t: Tensor) -> ExpertStack:
-        read = partial(self._read_expert, t, e.expert_bytes)
+        def read(expert: int, first: int, n: int) -> Bytes:
+            return self._read_rows(t, expert * e.ne[1] + first, n)
+
         return ExpertStack(e.name, e.layer, e.role, e.ne[:2], e.ggml_type, read)
 
     def _read_rows(self, tensor: Tensor, first: int, n_rows: int) -> Bytes:
         row = type_bytes(tensor.ggml_type, tensor.ne[0])
         return self._read(tensor.file, tensor.offset + first * row, n_rows * row)
-
-    def _read_expert(self, tensor: Tensor, n_bytes: int, expert: int) -> Bytes:
-        return self._read(tensor.file, tensor.offset + expert * n_bytes, n_bytes)
 
     def _read(self, file: int, offset: int, n_bytes: int) -> Bytes:
         """Reads, not a mapping: the pages of one would count as memory of this process."""

@@ -20,7 +20,7 @@ import numpy as np
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.errors import ExpertReadError, UserError
 
-ABI = 3
+ABI = 4
 MAX_GUESSES = 256
 COPIES = 2
 LIBRARY = "libggml-moe.so"
@@ -244,7 +244,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_timeline_read", i32, [handle, ctypes.POINTER(Event), i32]),
         ("moe_model_inject", None, [handle, i32, i32]),
         ("moe_repack_supported", i32, [i32, i64, i64]),
-        ("moe_repack", None, [i32, i64, i64, handle, handle]),
+        ("moe_repack", None, [i32, i64, i64, i64, handle, handle]),
         ("moe_probe_direct", None, [ctypes.c_char_p, ctypes.POINTER(Probe)]),
         (
             "moe_probe_speed",

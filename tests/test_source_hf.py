@@ -73,7 +73,7 @@ def test_mxfp4_experts_are_kept_as_they_are(hf_root: Path, tmp_path: Path) -> No
             both = truth[f"model.layers.{stack.layer}.mlp.experts.{part}"]
             want = {"gate": both[..., ::2], "up": both[..., 1::2], "down": both}[stack.role]
             for expert in range(source.n_experts):
-                ours = dequantize(stack.read(expert), GGMLQuantizationType.MXFP4)
+                ours = dequantize(stack.read(expert, 0, stack.ne[1]), GGMLQuantizationType.MXFP4)
                 np.testing.assert_array_equal(ours.reshape(want[expert].T.shape), want[expert].T)
         logits, _ = compute(write_gguf(source, tmp_path / "m.gguf"))
     # llama.cpp rounds a row to 8 bits before it meets a 4-bit weight.
@@ -94,7 +94,7 @@ def test_stored_types_are_kept(dtype: str, kind: GGMLQuantizationType, hf_root: 
     with closing(open_hf(folder)) as source:
         stack = source.experts[4]  # up of the second layer
         assert (stack.layer, stack.role, stack.ggml_type) == (1, "up", kind)
-        assert stack.read(5).tobytes() == stored[EXPERT].data
+        assert stack.read(5, 0, stack.ne[1]).tobytes() == stored[EXPERT].data
         trunk = {tensor.name: tensor for tensor in source.trunk}
         embeddings, raw = trunk["token_embd.weight"], stored["model.embed_tokens.weight"]
         assert embeddings.ggml_type == kind
@@ -129,7 +129,7 @@ def contents(source: HfSource) -> Iterator[bytes]:
         yield tensor.read(0, math.prod(tensor.ne[1:])).tobytes()
     for stack in source.experts:
         for expert in range(source.n_experts):
-            yield stack.read(expert).tobytes()
+            yield stack.read(expert, 0, stack.ne[1]).tobytes()
 
 
 def test_shards_and_links_change_nothing(hf_root: Path, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ bool moe_model::read_trunk(ggml_tensor * tensor) {
         plain.resize(n * row_bytes);
         error = read_exactly(fd, plain.data(), n * row_bytes, t.offset + row * row_bytes);
         if (error == 0) {
-            moe::repack(tensor->type, tensor->ne[0], n, plain.data(), to);
+            moe::repack(tensor->type, tensor->ne[0], tensor->ne[1], n, plain.data(), to);
         }
     }
     if (error != 0) {  // set_tensor cannot fail: whoever loads asks for the error afterwards

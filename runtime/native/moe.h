@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 3
+#define MOE_ABI 4
 #define MOE_MAX_GUESSES 256
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
@@ -219,8 +219,9 @@ MOE_API void moe_model_inject(struct moe_model * model, int32_t skip, int32_t er
 
 // 1: ggml-cpu has a repacked layout for matrices of this type and shape on this machine.
 MOE_API int32_t moe_repack_supported(int32_t type, int64_t ne0, int64_t ne1);
-// Brings one plain matrix into that layout; both are of the type's plain size.
-MOE_API void moe_repack(int32_t type, int64_t ne0, int64_t ne1, const uint8_t * plain, uint8_t * repacked);
+// Brings rows of such a matrix into that layout: all, or those of whole interleaved groups. Both are
+// of the type's plain size.
+MOE_API void moe_repack(int32_t type, int64_t ne0, int64_t ne1, int64_t n_rows, const uint8_t * plain, uint8_t * repacked);
 
 // Tries O_DIRECT on a file and finds the smallest alignments that work.
 MOE_API void moe_probe_direct(const char * path, struct moe_probe * probe);
