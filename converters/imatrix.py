@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.gguf_header import GGML_TYPES, MAGIC, GgufHeader, read_header
 
 Floats = NDArray[np.float32]
@@ -59,8 +59,7 @@ def read_imatrix(path: Path) -> Imatrix:
             if not np.isfinite(weights.read(0, weights.n_values)).all():
                 raise _bad(path, f"{name} is not finite")
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot read the importance matrix {path} ({reason})") from error
+        raise UserError(f"cannot read the importance matrix {path} ({reason(error)})") from error
     return entries
 
 

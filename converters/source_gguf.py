@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.gguf_header import GgufHeader, KeyValue, ValueType, type_bytes
 from moe_gguf.runtime.layout import ExpertTensor, Tensor, read_layout
 
@@ -74,9 +74,8 @@ class GgufSource:
                     )
                 done += n
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
             raise UserError(
-                f"cannot read {self._paths[file]} ({reason}); check the disk"
+                f"cannot read {self._paths[file]} ({reason(error)}); check the disk"
             ) from error
         return out
 

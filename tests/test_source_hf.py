@@ -29,6 +29,7 @@ from harness import Logits, rows, stock
 from hf_files import Raw, load, save
 from hf_gguf import write_gguf
 
+from moe_gguf.converters import source_hf
 from moe_gguf.converters.source_hf import HfSource, open_hf
 from moe_gguf.runtime.errors import UserError
 
@@ -110,8 +111,13 @@ def test_stored_types_are_kept(dtype: str, kind: GGMLQuantizationType, hf_root: 
         assert trunk["blk.1.ffn_gate_inp.weight"].read(0, 8).tobytes() == values.tobytes()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2_full", "gpt_oss"])
-def test_any_slice_is_part_of_the_whole(name: str, hf_root: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["mixtral", "mixtral-fused", "deepseek_v2_full", "gpt_oss", "gpt_oss-mxfp4"]
+)
+def test_any_slice_is_part_of_the_whole(
+    name: str, hf_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_hf, "BLOCK_ROWS", 7)
     rng = np.random.default_rng(0)
     with closing(open_hf(hf_root / name)) as source:
         for tensor in source.trunk:
@@ -122,6 +128,14 @@ def test_any_slice_is_part_of_the_whole(name: str, hf_root: Path) -> None:
                 last = int(rng.integers(first, n_rows)) + 1
                 part = tensor.read(first, last - first)
                 assert part.tobytes() == whole[first:last].tobytes(), tensor.name
+        for stack in source.experts:
+            rows = stack.ne[1]
+            expert = int(rng.integers(source.n_experts))
+            whole = stack.read(expert, 0, rows).reshape(rows, -1)
+            first = int(rng.integers(rows))
+            n = int(rng.integers(rows - first)) + 1
+            part = stack.read(expert, first, n)
+            assert part.tobytes() == whole[first : first + n].tobytes(), stack.name
 
 
 def contents(source: HfSource) -> Iterator[bytes]:

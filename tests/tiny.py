@@ -18,6 +18,7 @@ What the tests may rely on, for every layout:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -493,6 +494,27 @@ def write_tiny(
     if trunk is not None:
         draft.quantize_trunk(trunk, embedding=tied)
     return draft.write(path, split, align)
+
+
+class _Hole(np.ndarray[Any, Any]):
+    """Zeros that take neither memory nor disk."""
+
+    def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
+        file.truncate(file.tell() + self.nbytes)
+        file.seek(self.nbytes, os.SEEK_CUR)
+
+
+def write_huge(path: Path) -> Path:
+    """One expert of three matrices of 205 MB, all zeros, in a file with holes; it is never run."""
+    draft = _Draft("qwen3moe", (Quant.F32,) * 3, False, np.random.default_rng(0))
+    ff = 784 * N_EMBD
+    draft.common(1, 1, 1, ff)
+    draft.attention(0)
+    draft.router(0, 1)
+    for part, shape in (("gate", (ff, N_EMBD)), ("up", (ff, N_EMBD)), ("down", (N_EMBD, ff))):
+        zeros = np.broadcast_to(np.zeros(1, np.float32), (1, *shape)).view(_Hole)
+        draft.tensors[f"blk.0.ffn_{part}_exps.weight"] = (zeros, Quant.F32)
+    return draft.write(path, split=False, align=32)
 
 
 def write_big(path: Path) -> Path:
