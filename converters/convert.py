@@ -31,7 +31,7 @@ from moe_gguf.converters.mix import (
 )
 from moe_gguf.converters.plan import Matrix, Plan, make_plan, trunk_rows
 from moe_gguf.converters.quantize import Job, Quantizer, Then
-from moe_gguf.converters.source import ExpertStack, Pair, Source, TrunkTensor
+from moe_gguf.converters.source import FORGET_BYTES, ExpertStack, Pair, Source, TrunkTensor
 from moe_gguf.converters.source_gguf import GgufSource
 from moe_gguf.runtime import repack
 from moe_gguf.runtime.budget import format_size
@@ -126,12 +126,17 @@ def convert(
         threads = options.threads or len(os.sched_getaffinity(0))
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
             work = _work(plan, writer.done, quantizer, choices.imatrix)
+            passed = 0
             for piece, jobs in _ahead(readers, work):
                 for which, job in enumerate(jobs):
                     offset = piece.offsets[which] if piece.offsets else None
                     writer.put(job.result(), which, offset)
                 if piece.ends_step:
                     writer.end_step()
+                passed += piece.n_bytes
+                if passed >= FORGET_BYTES:
+                    source.forget()
+                    passed = 0
                 progress(writer.done_bytes, writer.total_bytes)
         writer.finish()
     return _summary(plan)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
-from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
+from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor, forget
 from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.gguf_header import GgufHeader, KeyValue, ValueType, type_bytes
 from moe_gguf.runtime.layout import ExpertTensor, Tensor, read_layout
@@ -45,6 +45,9 @@ class GgufSource:
             TrunkTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
             for t in tensors.values()
         ]
+
+    def forget(self) -> None:
+        forget(self._files)
 
     def close(self) -> None:
         while self._files:

@@ -27,7 +27,7 @@ from gguf import (
 from moe_gguf.converters import hf_families, hf_tokenizer
 from moe_gguf.converters.checkpoint import INDEX, Array, Checkpoint, Stored, floats
 from moe_gguf.converters.hf_plan import OTHER_WAY, Config, Plan, Want, WantExperts
-from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
+from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor, forget
 from moe_gguf.runtime.errors import UserError
 
 # Part of some checkpoints and of no computation; prediction layers follow the last real one.
@@ -89,6 +89,9 @@ class HfSource:
                 digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
                 self.n_bytes += len(content)
         self.sha256 = digest.hexdigest()
+
+    def forget(self) -> None:
+        forget({stored.fd for stored in self._checkpoint.tensors.values()})
 
     def close(self) -> None:
         self._checkpoint.close()

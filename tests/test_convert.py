@@ -723,6 +723,23 @@ def test_memory_has_a_bound_whatever_the_size_of_a_matrix(tmp_path: Path) -> Non
     assert peak < 330e6  # with a window of 100 MB
 
 
+def test_what_has_passed_is_given_back_to_the_system(
+    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: set[Path] = set()
+
+    def advise(fd: int, offset: int, n_bytes: int, advice: int) -> None:
+        assert (offset, n_bytes, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        given.add(Path(f"/proc/self/fd/{fd}").readlink())
+
+    monkeypatch.setattr(convert, "FORGET_BYTES", 1 << 20)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    make(source, tmp_path / "b")
+    assert hashes(tmp_path / "b") == expected
+    written = {tmp_path / "b" / f"{name}.partial" for name in expected}
+    assert given == {source, *written}
+
+
 def command(*args: object) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "moe_gguf", *map(str, args)]
     return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
