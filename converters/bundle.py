@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import xxhash
 
@@ -26,7 +25,7 @@ from moe_gguf.converters.source import Bytes
 from moe_gguf.converters.verify import checksum
 from moe_gguf.runtime.budget import format_size
 from moe_gguf.runtime.bundle import BLOB_ALIGNMENT, TRUNK, BlobSet
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.gguf_header import DEFAULT_ALIGNMENT, pad_up
 
 JOURNAL = "convert.journal"
@@ -72,12 +71,7 @@ class BundleWriter:
     def __enter__(self) -> BundleWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             with contextlib.suppress(OSError):  # what is lost here is written again
                 self._checkpoints.close()
@@ -283,8 +277,9 @@ def _check_folder(folder: Path, plan: Plan) -> None:
     except FileExistsError:
         raise UserError(f"{folder} is a file; name a new or an empty folder") from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot write to {folder} ({reason}); name another folder") from error
+        raise UserError(
+            f"cannot write to {folder} ({reason(error)}); name another folder"
+        ) from error
     free = disk.f_bavail * disk.f_frsize + there
     need = sum(plan.expert_bytes) + plan.trunk_bytes
     if need > free:
@@ -300,10 +295,9 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise OSError(
-            f"cannot write to {folder} ({reason}); once that is mended the same command goes on"
-            " where this one stopped"
+            f"cannot write to {folder} ({reason(error)}); once that is mended the same command"
+            " goes on where this one stopped"
         ) from error
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from moe_gguf.converters.bundle import BundleWriter
-from moe_gguf.converters.imatrix import Floats, Imatrix, read_imatrix
+from moe_gguf.converters.imatrix import Imatrix, Weights, read_imatrix
 from moe_gguf.converters.mix import (
     FILE_TYPES,
     NEEDS_IMATRIX,
@@ -29,9 +29,9 @@ from moe_gguf.converters.mix import (
     type_name,
     type_number,
 )
-from moe_gguf.converters.plan import Matrix, Plan, make_plan, row_bytes, trunk_rows
+from moe_gguf.converters.plan import Matrix, Plan, make_plan, trunk_rows
 from moe_gguf.converters.quantize import Job, Quantizer, Then
-from moe_gguf.converters.source import ExpertStack, Pair, Source, TrunkTensor
+from moe_gguf.converters.source import FORGET_BYTES, ExpertStack, Pair, Source, TrunkTensor
 from moe_gguf.converters.source_gguf import GgufSource
 from moe_gguf.runtime import repack
 from moe_gguf.runtime.budget import format_size
@@ -44,10 +44,11 @@ Note = Callable[[str], None]
 
 LAYOUTS = ("auto", "plain", "repacked")
 
-# Source bytes that are read, quantized or waiting to be written: a few pieces of any size, so that
-# nobody waits for another, in little memory, so that a copied byte is still in the cache.
-WINDOW_BYTES, WINDOW_PIECES, WINDOW_MOST_BYTES = 16 << 20, 3, 256 << 20
-SLICE_BYTES = 8 << 20  # of a trunk tensor
+# Bytes that are read, quantized or waiting to be written: a few pieces of any size, so that nobody
+# waits for another, in little memory, so that a copied byte is still in the cache.
+WINDOW_BYTES, WINDOW_PIECES = 16 << 20, 3
+# A piece has no more than this: of an expert's matrix, which is usually smaller, of a trunk tensor.
+MATRIX_BYTES, SLICE_BYTES = 32 << 20, 8 << 20
 READERS = 2
 
 
@@ -125,12 +126,17 @@ def convert(
         threads = options.threads or len(os.sched_getaffinity(0))
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
             work = _work(plan, writer.done, quantizer, choices.imatrix)
+            passed = 0
             for piece, jobs in _ahead(readers, work):
                 for which, job in enumerate(jobs):
                     offset = piece.offsets[which] if piece.offsets else None
                     writer.put(job.result(), which, offset)
                 if piece.ends_step:
                     writer.end_step()
+                passed += piece.n_bytes
+                if passed >= FORGET_BYTES:
+                    source.forget()
+                    passed = 0
                 progress(writer.done_bytes, writer.total_bytes)
         writer.finish()
     return _summary(plan)
@@ -229,13 +235,13 @@ def _check_imatrix(source: Source, choices: _Choices) -> None:
     for name, ggml_type, size in items:
         changed = {type_name(kind) for kind in targets[name] if kind != ggml_type}
         weights = choices.imatrix.get(name)
-        if weights is not None and changed and len(weights) != size:
+        if weights is not None and changed and weights.n_values != size:
             if name == "token_embd.weight":
                 del choices.imatrix[name]  # looked up, not multiplied: never really measured
                 continue
             raise UserError(
-                f"the importance matrix has {len(weights)} values for {name} where the model has"
-                f" {size}; make one from this model"
+                f"the importance matrix has {weights.n_values} values for {name} where the model"
+                f" has {size}; make one from this model"
             )
         if weights is None and (needy := sorted(changed & NEEDS_IMATRIX)):
             where = "this one lacks" if choices.imatrix else "give one with --imatrix for"
@@ -246,18 +252,19 @@ def _check_imatrix(source: Source, choices: _Choices) -> None:
 
 
 def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- the pipeline -------------------------------------------------------------------------------
 
 
 class _Piece(NamedTuple):
-    """One expert's matrix, or rows of a trunk tensor, on its way to the writer."""
+    """Rows of one expert's matrix or of a trunk tensor on their way to the writer."""
 
-    n_bytes: int
-    start: Callable[[], list[Job]]  # reads it, and starts a job for each set
-    offsets: tuple[int, ...]  # in each set's blob; none for rows
+    n_bytes: int  # as read or as written, whichever is more
+    start: Callable[[], list[Job]]  # reads them, and starts a job for each set
+    offsets: tuple[int, ...]  # in each set's blob; none for rows that follow those before
     ends_step: bool
 
 
@@ -268,21 +275,22 @@ def _work(plan: Plan, first: int, quantizer: Quantizer, imatrix: Imatrix) -> Ite
         roles = list(zip(*(s.layers[layer] for s in plan.sets), strict=True))
         for role, matrices in enumerate(roles):
             stack = matrices[0].stack
+            row = _row_bytes(stack.ne[0], stack.ggml_type, *(m.ggml_type for m in matrices))
+            # A kernel's layout interleaves rows, and each piece is packed by itself.
+            step = max(MATRIX_BYTES // row // repack.MOST_ROWS, 1) * repack.MOST_ROWS
+            offsets = tuple(s.offsets[layer][role] for s in plan.sets)
             weights = imatrix.get(stack.name)
-            if weights is not None:
-                weights = weights[expert * stack.ne[0] : (expert + 1) * stack.ne[0]]
-            yield _Piece(
-                type_bytes(stack.ggml_type, stack.ne[0] * stack.ne[1]),
-                partial(_start_matrix, quantizer, matrices, expert, weights),
-                tuple(s.offsets[layer][role] for s in plan.sets),
-                role == len(roles) - 1,
-            )
+            for at, n in _slices(stack.ne[1], step):
+                yield _Piece(
+                    n * row,
+                    partial(_start_matrix, quantizer, matrices, expert, at, n, weights),
+                    () if at else offsets,
+                    role == len(roles) - 1 and at + n == stack.ne[1],
+                )
     for tensor, ggml_type in plan.trunk[max(first - plan.n_blobs, 0) :]:
-        row, rows = row_bytes(tensor), trunk_rows(tensor)
-        step = max(SLICE_BYTES // row, 1)
+        row, rows = _row_bytes(tensor.ne[0], tensor.ggml_type, ggml_type), trunk_rows(tensor)
         weights = imatrix.get(tensor.name)
-        for at in range(0, rows, step):
-            n = min(step, rows - at)
+        for at, n in _slices(rows, max(SLICE_BYTES // row, 1)):
             yield _Piece(
                 n * row,
                 partial(_start_rows, quantizer, tensor, ggml_type, at, n, weights),
@@ -291,16 +299,30 @@ def _work(plan: Plan, first: int, quantizer: Quantizer, imatrix: Imatrix) -> Ite
             )
 
 
+def _row_bytes(row: int, *ggml_types: int) -> int:
+    return max(type_bytes(ggml_type, row) for ggml_type in ggml_types)
+
+
+def _slices(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of each slice."""
+    return ((at, min(step, n_rows - at)) for at in range(0, n_rows, step))
+
+
 def _start_matrix(
-    quantizer: Quantizer, matrices: Sequence[Matrix], expert: int, weights: Floats | None
+    quantizer: Quantizer,
+    matrices: Sequence[Matrix],
+    expert: int,
+    first: int,
+    n: int,
+    weights: Weights | None,
 ) -> list[Job]:
     stack = matrices[0].stack
-    data = stack.read(expert)
+    row = stack.ne[0]
+    data = stack.read(expert, first, n)
     what = f"expert {expert} of {stack.name}"
+    values = None if weights is None else weights.read(expert * row, row)
     return [
-        quantizer.submit(
-            what, data, stack.ggml_type, m.ggml_type, stack.ne[0], weights, then=_packing(m)
-        )
+        quantizer.submit(what, data, stack.ggml_type, m.ggml_type, row, values, then=_packing(m))
         for m in matrices
     ]
 
@@ -317,7 +339,7 @@ def _start_rows(
     ggml_type: int,
     first: int,
     n: int,
-    weights: Floats | None,
+    weights: Weights | None,
 ) -> list[Job]:
     data = tensor.read(first, n)
     job = quantizer.submit(
@@ -326,7 +348,7 @@ def _start_rows(
         tensor.ggml_type,
         ggml_type,
         tensor.ne[0],
-        weights,
+        None if weights is None else weights.read(0, weights.n_values),
         first_row=first,
         matrix_rows=(*tensor.ne, 1)[1],
     )
@@ -340,7 +362,7 @@ def _ahead(
     queue: deque[tuple[_Piece, Future[list[Job]]]] = deque()
     held = 0
     for piece in pieces:
-        window = max(WINDOW_BYTES, min(WINDOW_PIECES * piece.n_bytes, WINDOW_MOST_BYTES))
+        window = max(WINDOW_BYTES, WINDOW_PIECES * piece.n_bytes)
         while queue and held + piece.n_bytes > window:
             first, jobs = queue.popleft()
             yield first, jobs.result()

@@ -33,10 +33,7 @@ def _mixtral(config: Config) -> Plan:
     p.keys(ff="intermediate_size", eps=1e-5)
     p.writer.add_vocab_size(config.count("vocab_size"))
     p.writer.add_rope_dimension_count(config.head_dim)
-    p.ends()
-    for layer in range(p.n_layers):
-        at = f"model.layers.{layer}"
-        p.norms(at)
+    for layer, at in p.layers():
         p.attention(at, rotate=True)
         moe, fused = f"{at}.block_sparse_moe", f"{at}.mlp"
         p.tensor(
@@ -60,10 +57,7 @@ def _qwen2_moe(config: Config) -> Plan:
     shared = config.count("shared_expert_intermediate_size")
     p.writer.add_expert_feed_forward_length(p.ff)
     p.writer.add_expert_shared_feed_forward_length(shared)
-    p.ends()
-    for layer in range(p.n_layers):
-        at = f"model.layers.{layer}"
-        p.norms(at)
+    for layer, at in p.layers():
         p.attention(at, ("q", "k", "v") if config.get("qkv_bias", True) else ())
         p.moe(layer)
         p.swiglu(f"{at}.mlp.shared_expert", shared)
@@ -83,10 +77,7 @@ def _qwen3_moe(config: Config) -> Plan:
     )
     p.keys(ff="moe_intermediate_size")
     p.writer.add_expert_feed_forward_length(p.ff)
-    p.ends()
-    for layer in range(p.n_layers):
-        at = f"model.layers.{layer}"
-        p.norms(at)
+    for layer, at in p.layers():
         p.attention(at)
         p.tensor(f"{at}.self_attn.q_norm.weight", config.head_dim)
         p.tensor(f"{at}.self_attn.k_norm.weight", config.head_dim)
@@ -99,10 +90,7 @@ def _olmoe(config: Config) -> Plan:
     p.only(hidden_act="silu", norm_topk_prob=False, attention_bias=False, clip_qkv=None)
     p.keys(ff="intermediate_size", eps=1e-5)
     p.only(num_key_value_heads=config.count("num_attention_heads"))
-    p.ends()
-    for layer in range(p.n_layers):
-        at = f"model.layers.{layer}"
-        p.norms(at)
+    for layer, at in p.layers():
         p.attention(at)
         # Over all heads at once, unlike everyone else's.
         p.tensor(f"{at}.self_attn.q_norm.weight", p.hidden)
@@ -119,11 +107,8 @@ def _gpt_oss(config: Config) -> Plan:
     p.only(layer_types=[turns[layer % 2] for layer in range(p.n_layers)])
     p.writer.add_sliding_window(config.count("sliding_window"))
     p.writer.add_expert_feed_forward_length(p.ff)
-    p.ends()
     n, ff = p.n_experts, p.ff
-    for layer in range(p.n_layers):
-        at = f"model.layers.{layer}"
-        p.norms(at)
+    for layer, at in p.layers():
         p.attention(at, ("q", "k", "v", "o"))
         sinks = f"{at}.self_attn.sinks"
         p.tensor(f"{sinks}.weight", config.count("num_attention_heads"), source=sinks)
@@ -189,10 +174,7 @@ def _deepseek(config: Config) -> Plan:
     p.writer.add_rope_dimension_count(config.head_dim)
     p.writer.add_expert_weights_scale(1.0)
     dense = _deepseek_keys(p)
-    p.ends()
-    for layer in range(p.n_layers):
-        at = f"model.layers.{layer}"
-        p.norms(at)
+    for layer, at in p.layers():
         p.attention(at, rotate=True)
         _deepseek_moe(p, layer, dense)
     return p
@@ -242,10 +224,7 @@ def _deepseek_v2(config: Config) -> Plan:
     w.add_rope_dimension_count(rope)
     if "mscale_all_dim" in config.rope:  # llama.cpp divides by the same 0.1 for this architecture
         w.add_rope_scaling_yarn_log_mul(0.1 * rope_number(config, config.rope, "mscale_all_dim"))
-    p.ends()
-    for layer in range(p.n_layers):
-        at = f"model.layers.{layer}"
-        p.norms(at)
+    for layer, at in p.layers():
         attn, q = f"{at}.self_attn", heads * (nope + rope)
         if q_rank is None:
             p.tensor(f"{attn}.q_proj.weight", q, p.hidden)

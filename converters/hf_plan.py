@@ -6,7 +6,7 @@ no family, and reads no weights and no tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,17 +171,19 @@ class Plan:
         small = as_f32 or len(shape) == 1 or target.endswith("_norm.weight")
         self.trunk.append(Want(names, shape, target, ne or shape[::-1], groups, small))
 
-    def ends(self) -> None:
-        """The tensors outside the layers; a tied output is not stored twice."""
+    def layers(self) -> Iterator[tuple[int, str]]:
+        """Every layer and the name it goes by, once the tensors outside the layers and then its own
+        norms are wanted. A tied output is not stored twice."""
         vocab = self.config.count("vocab_size")
         self.tensor("model.embed_tokens.weight", vocab, self.hidden)
         self.tensor("model.norm.weight", self.hidden)
         if not self.config.get("tie_word_embeddings", False):
             self.tensor("lm_head.weight", vocab, self.hidden)
-
-    def norms(self, at: str) -> None:
-        self.tensor(f"{at}.input_layernorm.weight", self.hidden)
-        self.tensor(f"{at}.post_attention_layernorm.weight", self.hidden)
+        for layer in range(self.n_layers):
+            at = f"model.layers.{layer}"
+            self.tensor(f"{at}.input_layernorm.weight", self.hidden)
+            self.tensor(f"{at}.post_attention_layernorm.weight", self.hidden)
+            yield layer, at
 
     def attention(self, at: str, biases: tuple[str, ...] = (), rotate: bool = False) -> None:
         """Grouped-query attention; ``rotate`` brings q and k to llama.cpp's first rope layout."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_gguf.converters.source import forget
 from moe_gguf.runtime.errors import UserError
 
 # How much may be on its way to the disk between two entries in the journal: what a power cut
@@ -132,6 +133,7 @@ class Checkpoints:
             closing = self._closing
         for fd in fds:
             os.fdatasync(fd)
+        forget(fds)
         if entries:
             self._journal.append(entries)
         return not closing

@@ -37,7 +37,6 @@ from moe_gguf.runtime.gguf_header import (
     TensorInfo,
     ValueType,
     pad_up,
-    type_bytes,
 )
 from moe_gguf.runtime.gguf_writer import encode_header, encode_info, encode_pair
 
@@ -243,10 +242,6 @@ def _offsets(blob: Sequence[BundleTensor]) -> tuple[int, ...]:
 
 def trunk_rows(tensor: TrunkTensor) -> int:
     return math.prod(tensor.ne[1:])
-
-
-def row_bytes(tensor: TrunkTensor) -> int:
-    return type_bytes(tensor.ggml_type, tensor.ne[0])
 
 
 def _encode(key: str, pair: Pair) -> bytes:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,12 +121,7 @@ class Quantizer:
     def __enter__(self) -> Quantizer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         if self._used_ggml:
             _ggml().ggml_quantize_free()

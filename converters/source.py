@@ -6,7 +6,8 @@ holds more than a few experts. It knows nothing of bundles or of what becomes of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,21 @@ from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
+
+
+# How much of a source may pass before its pages are given back.
+FORGET_BYTES = 128 << 20
+
+
+def forget(fds: Iterable[int]) -> None:
+    """Give back the pages of these files that are on disk: a checkpoint that passes through the
+    system's cache would push out everything else.
+
+    Of whole files, because a range leaves those large pages behind that reach beyond it.
+    """
+    if hasattr(os, "posix_fadvise"):
+        for fd in fds:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,9 @@ class TrunkTensor:
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """The experts of one role in one layer; ``read(expert)`` gives one matrix ``ne0 x ne1``.
+    """The experts of one role in one layer, matrices of ``ne0 x ne1``.
+
+    ``read(expert, first, n)`` gives the bytes of rows [first, first + n) of one.
 
     ``name`` is the stacked tensor's name in a stock GGUF (``blk.3.ffn_gate_exps.weight``), ``role``
     what it is called inside a blob (gate, up, gate_up, down).
@@ -53,7 +71,7 @@ class ExpertStack:
     role: str
     ne: tuple[int, int]
     ggml_type: int
-    read: Callable[[int], Bytes]
+    read: Callable[[int, int, int], Bytes]
 
 
 class Source(Protocol):
@@ -66,5 +84,8 @@ class Source(Protocol):
     metadata: Mapping[str, Pair]  # in order; without the keys of split sets and of alignment
     trunk: Sequence[TrunkTensor]
     experts: Sequence[ExpertStack]  # by layer, then gate, up, gate_up, down
+
+    def forget(self) -> None:
+        """What was read so far need not stay in the system's cache."""
 
     def close(self) -> None: ...

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
-from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor, forget
+from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.gguf_header import GgufHeader, KeyValue, ValueType, type_bytes
 from moe_gguf.runtime.layout import ExpertTensor, Tensor, read_layout
 
@@ -46,20 +46,22 @@ class GgufSource:
             for t in tensors.values()
         ]
 
+    def forget(self) -> None:
+        forget(self._files)
+
     def close(self) -> None:
         while self._files:
             os.close(self._files.pop())
 
     def _stack(self, e: ExpertTensor, t: Tensor) -> ExpertStack:
-        read = partial(self._read_expert, t, e.expert_bytes)
+        def read(expert: int, first: int, n: int) -> Bytes:
+            return self._read_rows(t, expert * e.ne[1] + first, n)
+
         return ExpertStack(e.name, e.layer, e.role, e.ne[:2], e.ggml_type, read)
 
     def _read_rows(self, tensor: Tensor, first: int, n_rows: int) -> Bytes:
         row = type_bytes(tensor.ggml_type, tensor.ne[0])
         return self._read(tensor.file, tensor.offset + first * row, n_rows * row)
-
-    def _read_expert(self, tensor: Tensor, n_bytes: int, expert: int) -> Bytes:
-        return self._read(tensor.file, tensor.offset + expert * n_bytes, n_bytes)
 
     def _read(self, file: int, offset: int, n_bytes: int) -> Bytes:
         """Reads, not a mapping: the pages of one would count as memory of this process."""
@@ -75,9 +77,8 @@ class GgufSource:
                     )
                 done += n
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
             raise UserError(
-                f"cannot read {self._paths[file]} ({reason}); check the disk"
+                f"cannot read {self._paths[file]} ({reason(error)}); check the disk"
             ) from error
         return out
 

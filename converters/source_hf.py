@@ -27,12 +27,14 @@ from gguf import (
 from moe_gguf.converters import hf_families, hf_tokenizer
 from moe_gguf.converters.checkpoint import INDEX, Array, Checkpoint, Stored, floats
 from moe_gguf.converters.hf_plan import OTHER_WAY, Config, Plan, Want, WantExperts
-from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor
+from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor, forget
 from moe_gguf.runtime.errors import UserError
 
 # Part of some checkpoints and of no computation; prediction layers follow the last real one.
 _UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+BLOCK_ROWS = 256  # of a matrix that lies the other way round
 
 # Files besides the tokenizer's and the weights that shape the result.
 _DESCRIBING = ("config.json", INDEX, "generation_config.json", "README.md")
@@ -87,6 +89,9 @@ class HfSource:
                 digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
                 self.n_bytes += len(content)
         self.sha256 = digest.hexdigest()
+
+    def forget(self) -> None:
+        forget({stored.fd for stored in self._checkpoint.tensors.values()})
 
     def close(self) -> None:
         self._checkpoint.close()
@@ -180,7 +185,7 @@ class _Binder:
                 f"{stored[0].path}: experts of layer {want.layer} are stored in "
                 "different types; save the model in one type first"
             )
-        return _type(stored[0]), lambda expert: _bytes(stored[expert].rows(0, shape[0]))
+        return _type(stored[0]), lambda expert, first, n: _bytes(stored[expert].rows(first, n))
 
     def _fused(self, prefix: str) -> list[_Read]:
         """All experts in one tensor, as transformers holds them in memory.
@@ -194,17 +199,16 @@ class _Binder:
             both = self.floating(names[0], n, n_embd, 2 * ff)
             down = self.floating(names[1], n, ff, n_embd)
             return [
-                (_type(both), lambda expert: _bytes(both.rows(expert, 1)[0][:, 0::2].T)),
-                (_type(both), lambda expert: _bytes(both.rows(expert, 1)[0][:, 1::2].T)),
-                (_type(down), lambda expert: _bytes(down.rows(expert, 1)[0].T)),
+                (_type(both), partial(_columns, both, 0, 2)),
+                (_type(both), partial(_columns, both, 1, 2)),
+                (_type(down), partial(_columns, down, 0, 1)),
             ]
         both = self.floating(names[0], n, 2 * ff, n_embd)
         down = self.floating(names[1], n, n_embd, ff)
-        half = ff * n_embd
         return [
-            (_type(both), lambda expert: _bytes(both.read(2 * expert * half, half))),
-            (_type(both), lambda expert: _bytes(both.read((2 * expert + 1) * half, half))),
-            (_type(down), lambda expert: _bytes(down.rows(expert, 1))),
+            (_type(both), partial(_rows_behind, both, 0)),
+            (_type(both), partial(_rows_behind, both, ff)),
+            (_type(down), partial(_rows_behind, down, 0)),
         ]
 
     def _mxfp4(self, prefix: str) -> list[_Read]:
@@ -230,9 +234,9 @@ class _Binder:
                     )
         kind = GGMLQuantizationType.MXFP4
         return [
-            (kind, partial(_mxfp4_expert, *found["gate_up"], slice(0, None, 2))),
-            (kind, partial(_mxfp4_expert, *found["gate_up"], slice(1, None, 2))),
-            (kind, partial(_mxfp4_expert, *found["down"], slice(None))),
+            (kind, partial(_mxfp4_rows, *found["gate_up"], 0, 2)),
+            (kind, partial(_mxfp4_rows, *found["gate_up"], 1, 2)),
+            (kind, partial(_mxfp4_rows, *found["down"], 0, 1)),
         ]
 
     def check_leftovers(self) -> None:
@@ -248,7 +252,7 @@ class _Binder:
             )
 
 
-_Read = tuple[GGMLQuantizationType, Callable[[int], Bytes]]
+_Read = tuple[GGMLQuantizationType, Callable[[int, int, int], Bytes]]
 
 
 def _type(stored: Stored) -> GGMLQuantizationType:
@@ -275,13 +279,35 @@ def _rows(want: Want, stored: Stored, first: int, n: int) -> Bytes:
     return _bytes(floats(values, stored.dtype) if want.as_f32 else values)
 
 
-def _mxfp4_expert(blocks: Stored, scales: Stored, rows: slice, expert: int) -> Bytes:
-    """One matrix in ggml's block_mxfp4: the scale, then 16 bytes, byte i holding weights i, i+16.
+def _rows_behind(stored: Stored, skipped: int, expert: int, first: int, n: int) -> Bytes:
+    """Rows of an expert, counted from behind its first ``skipped``."""
+    _, rows, length = stored.shape
+    return _bytes(stored.read((expert * rows + skipped + first) * length, n, length))
+
+
+def _columns(stored: Stored, start: int, step: int, expert: int, first: int, n: int) -> Bytes:
+    """Columns of an expert as rows: every ``step``-th from ``start`` on. What lies between them is
+    read too, a block at a time."""
+    _, rows, length = stored.shape
+    out = np.empty((n, rows), stored.kind.read_as)
+    for at in range(0, rows, BLOCK_ROWS):
+        block = stored.read((expert * rows + at) * length, min(BLOCK_ROWS, rows - at), length)
+        out[:, at : at + len(block)] = block[:, start + first * step : (first + n) * step : step].T
+    return _bytes(out)
+
+
+def _mxfp4_rows(
+    blocks: Stored, scales: Stored, start: int, step: int, expert: int, first: int, n: int
+) -> Bytes:
+    """Every ``step``-th row from ``start`` on in ggml's block_mxfp4: the scale, then 16 bytes, byte
+    i holding weights i, i+16.
 
     The checkpoint's byte i holds weights 2i and 2i + 1, the low half first.
     """
-    packed = blocks.rows(expert, 1)[0][rows]
-    scale = scales.rows(expert, 1)[0][rows]
+    _, rows, length = scales.shape
+    at = (expert * rows + first * step) * length
+    packed = blocks.read(16 * at, n * step, length, 16)[start::step]
+    scale = scales.read(at, n * step, length)[start::step]
     if int(scale.max()) == 0xFF:
         raise UserError(
             f"{scales.path}: {scales.name} holds NaN scales; the checkpoint is "

@@ -8,6 +8,7 @@ from pathlib import Path
 import xxhash
 
 from moe_gguf.runtime.bundle import TRUNK, BundleTable
+from moe_gguf.runtime.errors import reason
 from moe_gguf.runtime.gguf_header import read_header
 from moe_gguf.runtime.progress import Report
 
@@ -38,7 +39,7 @@ def verify(folder: Path, progress: Report) -> list[str]:
             try:
                 file = path.open("rb", buffering=0)
             except OSError as error:
-                findings.append(f"{path} cannot be read ({(error.strerror or '').lower()})")
+                findings.append(f"{path} cannot be read ({reason(error)})")
                 continue
             with file:
                 if (size := os.fstat(file.fileno()).st_size) != s.file_bytes[i]:

@@ -1,4 +1,4 @@
-"""The two exceptions a user of moe-gguf meets."""
+"""The two exceptions a user of moe-gguf meets, and how they quote the system."""
 
 
 class UserError(Exception):
@@ -10,3 +10,8 @@ class ExpertReadError(OSError):
 
     The step that needed it failed; no slot holds half an expert, and the model stays usable.
     """
+
+
+def reason(error: OSError) -> str:
+    """What the system says, for the middle of a sentence."""
+    return (error.strerror or str(error)).lower()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ from moe_gguf.runtime.gguf_writer import encode_header, encode_pair
 ROLES = ("gate", "up", "gate_up", "down")  # the order of a layer's tensors; others follow
 PAGE = 4096
 MAP_ALIGNMENT = 32  # ggml's TENSOR_ALIGNMENT
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 _EXPERT_NAME = re.compile(r"blk\.(\d+)\.(?:ffn_)?(.+)_exps\.(\w+)")
 _SINGLE_EXPERT_NAME = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
@@ -555,6 +556,21 @@ def _stream(first: GgufHeader, infos: Sequence[TensorInfo]) -> tuple[bytes, int]
         offset += pad_up(info.n_bytes, alignment)
     header = encode_header(pairs, placed, alignment)
     return header, len(header) + offset
+
+
+def untied(layout: ModelLayout) -> ModelLayout:
+    """The model with its output matrix spelled out, read from where its token embedding lies.
+
+    The same where it has one of its own, and for an encoder, which ends without.
+    """
+    tensors = {tensor.name: tensor for tensor in layout.tensors}
+    embedding = tensors.get(EMBEDDING)
+    if embedding is None or OUTPUT in tensors or layout.value(".attention.causal") is False:
+        return layout
+    both = (*layout.tensors, replace(embedding, name=OUTPUT))
+    infos = [TensorInfo(t.name, t.ne, t.ggml_type, 0) for t in both]
+    header, stream_bytes = _stream(layout.metadata, infos)
+    return replace(layout, tensors=both, header=header, stream_bytes=stream_bytes)
 
 
 def _tensors(headers: Sequence[GgufHeader]) -> Iterator[Tensor]:

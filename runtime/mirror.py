@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_gguf.runtime import disk
-from moe_gguf.runtime.layout import ModelLayout, MoeLayer, SlotLayout
+from moe_gguf.runtime.layout import OUTPUT, ModelLayout, MoeLayer, SlotLayout, untied
 from moe_gguf.runtime.plugin import ABI, COPIES, PART, Config, Tensor, Transform, TrunkTensor
 from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms, layout_name
 
@@ -48,6 +48,16 @@ def is_repacked(layout: ModelLayout, transforms: Transforms) -> bool:
         for copy in layer.copies
         for tensor, name, kind in zip(layer.tensors, copy.layouts, copy.types, strict=True)
     )
+
+
+def repacked_layout(layout: ModelLayout) -> ModelLayout:
+    """The model as stock llama.cpp holds it when it repacks.
+
+    A tied output matrix is then a repacked copy of the token embedding. Buffer types are chosen by
+    name, so the copy needs its own.
+    """
+    whole = untied(layout)
+    return whole if OUTPUT in repacked_trunk(whole) else layout
 
 
 def repacked_trunk(layout: ModelLayout) -> list[str]:

@@ -95,7 +95,10 @@ class OpenModel:
         self.mode = disk.choose(self.layout, probe, options.reads, options.lanes, spare)
         transforms = Transforms(self.layout.metadata)
         self.is_repacked = mirror.is_repacked(self.layout, transforms)
-        self.repacked_trunk = mirror.repacked_trunk(self.layout) if self.is_repacked else []
+        self.repacked_trunk: list[str] = []
+        if self.is_repacked:
+            self.layout = mirror.repacked_layout(self.layout)
+            self.repacked_trunk = mirror.repacked_trunk(self.layout)
         self.plugin = PluginModel(
             mirror.config_of(self.layout, self.slots, self.mode, transforms, self.repacked_trunk)
         )

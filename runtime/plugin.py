@@ -284,7 +284,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_timeline_read", i32, [handle, ctypes.POINTER(Event), i32]),
         ("moe_model_inject", None, [handle, i32, i32]),
         ("moe_repack_supported", i32, [i32, i64, i64]),
-        ("moe_repack", None, [i32, i64, i64, handle, handle]),
+        ("moe_repack", None, [i32, i64, i64, i64, handle, handle]),
         ("moe_gates_new", handle, [ctypes.POINTER(GatesConfig)]),
         ("moe_gates_free", None, [handle]),
         ("moe_gates_predict", i32, [handle, i32, handle, i64, i32, handle, handle, handle]),

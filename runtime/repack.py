@@ -23,7 +23,7 @@ from moe_gguf.runtime.plugin import load
 
 Bytes = NDArray[np.uint8]
 
-_MOST_ROWS = 16  # the greatest interleaving ggml knows
+MOST_ROWS = 16  # the greatest interleaving ggml knows
 _KEY = PREFIX + "layout."
 
 
@@ -60,15 +60,19 @@ def interleaving(ggml_type: int, ne: tuple[int, int]) -> Interleaving | None:
     """The rule behind ``layout_name``."""
     if not load().moe_repack_supported(ggml_type, ne[0], ne[1]):
         return None
-    return _learn(ggml_type, math.gcd(ne[1], _MOST_ROWS))
+    return _learn(ggml_type, math.gcd(ne[1], MOST_ROWS))
 
 
 def repack(ggml_type: int, ne: tuple[int, int], plain: Bytes) -> Bytes:
-    """One matrix in this machine's layout, which must exist; the number of bytes stays."""
-    assert plain.nbytes == type_bytes(ggml_type, ne[0] * ne[1])
+    """Rows of a matrix in this machine's layout for it, which must exist; as many bytes.
+
+    All rows, or those that make up whole groups of interleaved ones.
+    """
+    n_rows, rest = divmod(plain.nbytes, type_bytes(ggml_type, ne[0]))
+    assert rest == 0
     plain = np.ascontiguousarray(plain)
     packed = np.empty(plain.nbytes, np.uint8)
-    load().moe_repack(ggml_type, *ne, plain.ctypes.data, packed.ctypes.data)
+    load().moe_repack(ggml_type, *ne, n_rows, plain.ctypes.data, packed.ctypes.data)
     return packed
 
 

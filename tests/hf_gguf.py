@@ -28,7 +28,9 @@ def write_gguf(source: Source, path: Path) -> Path:
         ]
         _add(writer, tensor.name, tensor.ne, tensor.ggml_type, np.concatenate(slices))
     for stack in source.experts:
-        data = np.concatenate([stack.read(expert) for expert in range(source.n_experts)])
+        data = np.concatenate(
+            [stack.read(expert, 0, stack.ne[1]) for expert in range(source.n_experts)]
+        )
         _add(writer, stack.name, (*stack.ne, source.n_experts), stack.ggml_type, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

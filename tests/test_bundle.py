@@ -3,7 +3,7 @@
 1. *Plain.* The logits of a bundle are stock's on the GGUF it came from, with all experts resident,
    with few slots and with slots used in turns; one read brings one expert.
 2. *Repacked.* The logits of a bundle in this machine's kernel layout are those of stock llama.cpp
-   with weight repacking on, and so are repacked trunk tensors.
+   with weight repacking on, and so are repacked trunk tensors, a tied output matrix included.
 3. *Foreign.* A kernel layout that this machine does not have is undone after each read: the logits
    are stock's without repacking.
 4. *Damage.* A bundle that cannot be right is refused in one sentence before llama.cpp sees it.
@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tiny
 from conftest import MakeBundle, TinyFile
@@ -24,7 +25,7 @@ from harness import Context, Logits, Model, ours, random_tokens, rows, stock
 from moe_gguf.runtime.bundle import PLAIN, TRUNK
 from moe_gguf.runtime.describe import describe, describe_text
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.layout import read_layout
+from moe_gguf.runtime.layout import EMBEDDING, OUTPUT, read_layout
 from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms
 
 N_STEPS = 6
@@ -85,6 +86,34 @@ def test_a_repacked_bundle_computes_what_stock_s_fastest_kernels_do(
         assert model.opened.repacked_trunk
     if layout != "updown":  # there both kinds of kernels give the same bits
         assert not np.array_equal(plainly, expected), "repacking changed nothing"
+
+
+@pytest.mark.parametrize("layout", ["qwen3moe", "gemma4", "deepseek2"])
+def test_a_tied_output_matrix_is_repacked_as_stock_does(
+    layout: str, tiny_file: TinyFile, bundle: MakeBundle
+) -> None:
+    path = tiny_file(layout, tied=True, vocab=16, **FLAGS)
+    for repack, form in ((True, "repacked"), (False, "plain")):
+        with stock(path, repack=repack) as model:
+            expected = generation(model)
+        folder = bundle(path, form)
+        with ours(folder, 13) as model:
+            same(generation(model), expected)
+            assert (OUTPUT in model.opened.repacked_trunk) is repack
+            held = {tensor.name: tensor.n_bytes for tensor in read_layout(folder).trunk}
+            copy = held[EMBEDDING] if repack else 0
+            assert model.opened.layout.trunk_bytes == sum(held.values()) + copy
+
+
+def test_a_tied_output_matrix_takes_no_memory_where_it_stays_plain(tiny_file: TinyFile) -> None:
+    """gemma4 asks for its output matrix before its embedding: llama.cpp then makes two tensors."""
+    path = tiny_file("gemma4", tied=True, vocab=1 << 16)  # large: from the system, not the heap
+    before = psutil.Process().memory_info().rss
+    with ours(path) as model:
+        grown = psutil.Process().memory_info().rss - before
+        trunk_bytes = model.opened.layout.trunk_bytes
+    embedding = (1 << 16) * tiny.N_EMBD * 2
+    assert trunk_bytes - 2**20 < grown < trunk_bytes + embedding - 2**20
 
 
 def test_layouts_are_those_of_this_machine(tiny_file: TinyFile, bundle: MakeBundle) -> None:

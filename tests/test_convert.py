@@ -14,12 +14,13 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_experts_trunk_and_metadata_are_the_sources(
                 assert tensor.layout == repack.layout_name(tensor.ggml_type, tensor.ne)
                 rule = repack.stored_interleaving(header, tensor.layout, tensor.ggml_type)
                 found = repack.unpack(rule, tensor.ne, found)
-            assert np.array_equal(found, stack.read(expert))
+            assert np.array_equal(found, stack.read(expert, 0, stack.ne[1]))
     if layout == "plain":
         assert {t.layout for t in blobs.tensors} == {PLAIN}
 
@@ -238,6 +239,21 @@ def test_same_source_and_options_give_the_same_bytes(source: Path, tmp_path: Pat
     make(source, tmp_path / "one", options)
     make(source, tmp_path / "two", Options(quant="Q4_K", low_quant="q2_k", threads=1))
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [PLAINLY, Options(layout="auto"), Options(quant="q4_0", low_quant="q2_k", shard_bytes=10**6)],
+    ids=str,
+)
+def test_large_matrices_are_converted_a_few_rows_at_a_time(
+    options: Options, tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_file("qwen3moe", mixed=True)
+    make(path, tmp_path / "whole", options)
+    monkeypatch.setattr(convert, "MATRIX_BYTES", 40 * 256)  # 16 rows, or some more
+    make(path, tmp_path / "rows", options)
+    assert hashes(tmp_path / "rows") == hashes(tmp_path / "whole")
 
 
 def test_a_linked_source_is_its_target(
@@ -553,6 +569,61 @@ def test_folders_that_cannot_be_written_to(source: Path, tmp_path: Path) -> None
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["letters.txt"]
 
 
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder nobody can write to; root has to mount it so."""
+    if os.geteuid() != 0:
+        folder.chmod(0o555)
+        yield
+        folder.chmod(0o755)
+        return
+    again = [["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder]]
+    if any(subprocess.run(args, capture_output=True, check=False).returncode for args in again):
+        pytest.skip("mounting is not permitted; another user than root needs no mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_target_that_cannot_be_written_to_is_named_in_a_sentence(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """A new folder in one that is read-only, that folder itself, a conversion begun there."""
+    target = tmp_path / "target"
+    target.mkdir()
+    half_way(source, tmp_path / "begun")
+    with read_only(target):
+        with pytest.raises(UserError, match=r"cannot write to \S+ \(.*\); name another folder$"):
+            make(source, target / "new")
+        with pytest.raises(OSError, match=r"cannot write to \S+ \(.*\); once that is mended"):
+            make(source, target)
+    assert list(target.iterdir()) == []
+    before = hashes(tmp_path / "begun")
+    (tmp_path / "begun" / JOURNAL).chmod(0o444)
+    with (
+        read_only(tmp_path / "begun"),
+        pytest.raises(OSError, match=r"cannot write to \S+ \(.*\); once that is mended"),
+    ):
+        make(source, tmp_path / "begun")
+    assert hashes(tmp_path / "begun") == before
+    (tmp_path / "begun" / JOURNAL).chmod(0o644)
+    make(source, tmp_path / "begun")
+    assert hashes(tmp_path / "begun") == expected
+
+
+def test_a_source_that_cannot_be_written_to_is_read(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    shutil.copy2(source, folder)
+    with read_only(folder):
+        make(folder / source.name, tmp_path / "b")
+    assert hashes(tmp_path / "b") == expected
+    assert [path.name for path in folder.iterdir()] == [source.name]
+
+
 def test_a_bundle_is_never_written_over(source: Path, tmp_path: Path) -> None:
     make(source, tmp_path / "b")
     before = hashes(tmp_path / "b")
@@ -641,6 +712,32 @@ def test_memory_is_a_few_experts(tmp_path: Path) -> None:
     assert is_complete(tmp_path / "copy") and is_complete(tmp_path / "q4_0")
     assert regrouped < 200e6  # of which half is Python and llama.cpp's libraries
     assert quantized < 230e6
+
+
+def test_memory_has_a_bound_whatever_the_size_of_a_matrix(tmp_path: Path) -> None:
+    path = tiny.write_huge(tmp_path / "huge.gguf")
+    folder = tmp_path / "b"
+    peak = peak_bytes("convert", path, folder, "--quant", "q8_0", "--low-quant", "q4_0")
+    assert path.stat().st_size > 3 * 205e6
+    assert is_complete(folder)
+    assert peak < 330e6  # with a window of 100 MB
+
+
+def test_what_has_passed_is_given_back_to_the_system(
+    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: set[Path] = set()
+
+    def advise(fd: int, offset: int, n_bytes: int, advice: int) -> None:
+        assert (offset, n_bytes, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        given.add(Path(f"/proc/self/fd/{fd}").readlink())
+
+    monkeypatch.setattr(convert, "FORGET_BYTES", 1 << 20)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    make(source, tmp_path / "b")
+    assert hashes(tmp_path / "b") == expected
+    written = {tmp_path / "b" / f"{name}.partial" for name in expected}
+    assert given == {source, *written}
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:

@@ -198,8 +198,9 @@ def test_both_formats_of_an_imatrix_say_the_same(tiny_file: TinyFile, tmp_path: 
     old = read_imatrix(write_dat(tmp_path / "i.dat", imatrix))
     assert new.keys() == old.keys() == imatrix.keys()
     for name, values in imatrix.items():
-        np.testing.assert_array_equal(new[name], values)
-        np.testing.assert_allclose(old[name], values, rtol=1e-6)
+        np.testing.assert_array_equal(new[name].read(0, len(values)), values)
+        np.testing.assert_allclose(old[name].read(0, len(values)), values, rtol=1e-6)
+        np.testing.assert_array_equal(new[name].read(200, 50), values[200:250])
 
 
 def test_experts_that_no_token_reached_weigh_all_columns_alike(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_experts_that_no_token_reached_weigh_all_columns_alike(tmp_path: Path) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert read_imatrix(tmp_path / "i.gguf")["x"].tolist() == [1, 2, 1, 1]
+    assert read_imatrix(tmp_path / "i.gguf")["x"].read(0, 4).tolist() == [1, 2, 1, 1]
 
 
 def _cut(path: Path) -> None:

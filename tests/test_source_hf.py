@@ -29,6 +29,7 @@ from harness import Logits, rows, stock
 from hf_files import Raw, load, save
 from hf_gguf import write_gguf
 
+from moe_gguf.converters import source_hf
 from moe_gguf.converters.source_hf import HfSource, open_hf
 from moe_gguf.runtime.errors import UserError
 
@@ -73,7 +74,7 @@ def test_mxfp4_experts_are_kept_as_they_are(hf_root: Path, tmp_path: Path) -> No
             both = truth[f"model.layers.{stack.layer}.mlp.experts.{part}"]
             want = {"gate": both[..., ::2], "up": both[..., 1::2], "down": both}[stack.role]
             for expert in range(source.n_experts):
-                ours = dequantize(stack.read(expert), GGMLQuantizationType.MXFP4)
+                ours = dequantize(stack.read(expert, 0, stack.ne[1]), GGMLQuantizationType.MXFP4)
                 np.testing.assert_array_equal(ours.reshape(want[expert].T.shape), want[expert].T)
         logits, _ = compute(write_gguf(source, tmp_path / "m.gguf"))
     # llama.cpp rounds a row to 8 bits before it meets a 4-bit weight.
@@ -94,7 +95,7 @@ def test_stored_types_are_kept(dtype: str, kind: GGMLQuantizationType, hf_root: 
     with closing(open_hf(folder)) as source:
         stack = source.experts[4]  # up of the second layer
         assert (stack.layer, stack.role, stack.ggml_type) == (1, "up", kind)
-        assert stack.read(5).tobytes() == stored[EXPERT].data
+        assert stack.read(5, 0, stack.ne[1]).tobytes() == stored[EXPERT].data
         trunk = {tensor.name: tensor for tensor in source.trunk}
         embeddings, raw = trunk["token_embd.weight"], stored["model.embed_tokens.weight"]
         assert embeddings.ggml_type == kind
@@ -110,8 +111,13 @@ def test_stored_types_are_kept(dtype: str, kind: GGMLQuantizationType, hf_root: 
         assert trunk["blk.1.ffn_gate_inp.weight"].read(0, 8).tobytes() == values.tobytes()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2_full", "gpt_oss"])
-def test_any_slice_is_part_of_the_whole(name: str, hf_root: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["mixtral", "mixtral-fused", "deepseek_v2_full", "gpt_oss", "gpt_oss-mxfp4"]
+)
+def test_any_slice_is_part_of_the_whole(
+    name: str, hf_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_hf, "BLOCK_ROWS", 7)
     rng = np.random.default_rng(0)
     with closing(open_hf(hf_root / name)) as source:
         for tensor in source.trunk:
@@ -122,6 +128,14 @@ def test_any_slice_is_part_of_the_whole(name: str, hf_root: Path) -> None:
                 last = int(rng.integers(first, n_rows)) + 1
                 part = tensor.read(first, last - first)
                 assert part.tobytes() == whole[first:last].tobytes(), tensor.name
+        for stack in source.experts:
+            rows = stack.ne[1]
+            expert = int(rng.integers(source.n_experts))
+            whole = stack.read(expert, 0, rows).reshape(rows, -1)
+            first = int(rng.integers(rows))
+            n = int(rng.integers(rows - first)) + 1
+            part = stack.read(expert, first, n)
+            assert part.tobytes() == whole[first : first + n].tobytes(), stack.name
 
 
 def contents(source: HfSource) -> Iterator[bytes]:
@@ -129,7 +143,7 @@ def contents(source: HfSource) -> Iterator[bytes]:
         yield tensor.read(0, math.prod(tensor.ne[1:])).tobytes()
     for stack in source.experts:
         for expert in range(source.n_experts):
-            yield stack.read(expert).tobytes()
+            yield stack.read(expert, 0, stack.ne[1]).tobytes()
 
 
 def test_shards_and_links_change_nothing(hf_root: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ What the tests may rely on, for every layout:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,12 +116,15 @@ class _Vocab:
     controls: int
 
     @classmethod
-    def make(cls) -> _Vocab:
+    def make(cls, multiple: int = 1) -> _Vocab:
+        """Padded with control tokens to a multiple of so many."""
         merges: dict[str, str] = {}
         for word in _WORDS.split():
             for i in range(1, len(word)):
                 merges.setdefault(word[: i + 1], f"{word[:i]} {word[i]}")
         controls = [BOS, EOS, TURN, END]
+        spare = -(256 + len(merges) + len(controls)) % multiple
+        controls += [f"<|spare_{i}|>" for i in range(spare)]
         return cls([*_byte_letters(), *merges, *controls], list(merges.values()), len(controls))
 
     def faint(self) -> list[int]:
@@ -172,9 +176,9 @@ class _Draft:
         data = random_weights(self.rng, Quant.F16, shape, gain / n_in**0.5)
         self.tensors[name] = (data, Quant.F16)
 
-    def quantize_trunk(self, quant: Quant) -> None:
+    def quantize_trunk(self, quant: Quant, embedding: bool) -> None:
         for name, (data, kind) in self.tensors.items():
-            if kind is Quant.F16 and data.ndim == 2 and name != "token_embd.weight":
+            if kind is Quant.F16 and data.ndim == 2 and (embedding or name != "token_embd.weight"):
                 self.tensors[name] = (quantize(data.astype(np.float32), quant), quant)
 
     def router(self, layer: int, n_experts: int) -> None:
@@ -465,6 +469,8 @@ def write_tiny(
     scales: bool = False,
     experts: Quant | None = None,
     trunk: Quant | None = None,
+    tied: bool = False,
+    vocab: int = 1,
 ) -> Path:
     """Write a tiny model and return the path to open.
 
@@ -474,16 +480,41 @@ def write_tiny(
     scales: a scale per expert for gate and up (and down) as well; qwen3moe and mixtral apply it.
     experts: the type of every expert tensor, instead of the layout's own.
     trunk: the type of the trunk's matrices, instead of F16.
+    tied: the token embedding, then of the trunk's type, is the output matrix too.
+    vocab: the vocabulary is padded to a multiple of so many tokens; kernels want 16 to repack.
     """
     arch, types, build = _LAYOUTS[layout]
     types = types if experts is None else (experts, experts, experts)
-    draft = _Draft(arch, types, mixed, np.random.default_rng(seed))
+    draft = _Draft(arch, types, mixed, np.random.default_rng(seed), _Vocab.make(vocab))
     build(draft)
     if scales:
         draft.scales()
+    if tied:
+        del draft.tensors["output.weight"]
     if trunk is not None:
-        draft.quantize_trunk(trunk)
+        draft.quantize_trunk(trunk, embedding=tied)
     return draft.write(path, split, align)
+
+
+class _Hole(np.ndarray[Any, Any]):
+    """Zeros that take neither memory nor disk."""
+
+    def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
+        file.truncate(file.tell() + self.nbytes)
+        file.seek(self.nbytes, os.SEEK_CUR)
+
+
+def write_huge(path: Path) -> Path:
+    """One expert of three matrices of 205 MB, all zeros, in a file with holes; it is never run."""
+    draft = _Draft("qwen3moe", (Quant.F32,) * 3, False, np.random.default_rng(0))
+    ff = 784 * N_EMBD
+    draft.common(1, 1, 1, ff)
+    draft.attention(0)
+    draft.router(0, 1)
+    for part, shape in (("gate", (ff, N_EMBD)), ("up", (ff, N_EMBD)), ("down", (N_EMBD, ff))):
+        zeros = np.broadcast_to(np.zeros(1, np.float32), (1, *shape)).view(_Hole)
+        draft.tensors[f"blk.0.ffn_{part}_exps.weight"] = (zeros, Quant.F32)
+    return draft.write(path, split=False, align=32)
 
 
 def write_big(path: Path) -> Path:

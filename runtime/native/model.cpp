@@ -223,6 +223,13 @@ bool moe_model::read_trunk(ggml_tensor * tensor) {
     if (it == trunk_by_name_.end()) {
         return false;
     }
+    // Some architectures (gemma4) have llama.cpp make a tied output matrix a tensor of its own in
+    // the same buffer: it is shown the bytes that are there, and its memory is never touched.
+    const void * const there = trunk_data_[it->second];
+    if (there != nullptr) {
+        tensor->data = (void *)there;
+        return true;
+    }
     trunk_data_[it->second]         = tensor->data;
     const moe_trunk_tensor & t      = trunk_[it->second];
     const std::string &      path   = paths_[t.file];
@@ -240,7 +247,7 @@ bool moe_model::read_trunk(ggml_tensor * tensor) {
         plain.resize(n * row_bytes);
         error = read_exactly(fd, plain.data(), n * row_bytes, t.offset + row * row_bytes);
         if (error == 0) {
-            moe::repack(tensor->type, tensor->ne[0], n, plain.data(), to);
+            moe::repack(tensor->type, tensor->ne[0], tensor->ne[1], n, plain.data(), to);
         }
     }
     if (error != 0) {  // set_tensor cannot fail: whoever loads asks for the error afterwards
@@ -314,6 +321,7 @@ int stream_close(void * cookie) {
 }  // namespace
 
 FILE * moe_model::open_stream() {
+    std::fill(trunk_data_.begin(), trunk_data_.end(), nullptr);  // of an earlier load
     auto s      = std::make_unique<stream>();
     s->header   = header_;
     s->size     = stream_bytes_;

@@ -268,8 +268,9 @@ MOE_API void moe_model_inject(struct moe_model * model, int32_t skip, int32_t er
 
 // 1: ggml-cpu has a repacked layout for matrices of this type and shape on this machine.
 MOE_API int32_t moe_repack_supported(int32_t type, int64_t ne0, int64_t ne1);
-// Brings one plain matrix into that layout; both are of the type's plain size.
-MOE_API void moe_repack(int32_t type, int64_t ne0, int64_t ne1, const uint8_t * plain, uint8_t * repacked);
+// Brings rows of such a matrix into that layout: all, or those of whole interleaved groups. Both are
+// of the type's plain size.
+MOE_API void moe_repack(int32_t type, int64_t ne0, int64_t ne1, int64_t n_rows, const uint8_t * plain, uint8_t * repacked);
 
 // Guesses with the routers of the layers ahead. Alone, or as part of a model, which then guesses
 // after each event that the route callback wants guesses for, before it asks for a choice.

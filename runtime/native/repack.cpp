@@ -67,10 +67,13 @@ ggml_backend_buffer_t repack_buffer_over(void * memory, size_t n_bytes) {
     return ggml_backend_buffer_init(repack_type(), borrowed_iface, memory, n_bytes);
 }
 
-void repack(enum ggml_type type, int64_t ne0, int64_t ne1, const void * plain, void * out) {
-    ggml_tensor t = matrix(type, ne0, ne1);
+void repack(enum ggml_type type, int64_t ne0, int64_t ne1, int64_t n_rows, const void * plain, void * out) {
+    ggml_tensor whole = matrix(type, ne0, ne1);  // its number of rows decides the layout
+    init(whole);
+    ggml_tensor t = matrix(type, ne0, n_rows);
+    t.buffer      = whole.buffer;
+    t.extra       = whole.extra;
     t.data        = out;
-    init(t);
     t.buffer->iface.set_tensor(t.buffer, &t, plain, 0, ggml_nbytes(&t));
 }
 
@@ -98,6 +101,6 @@ int32_t moe_repack_supported(int32_t type, int64_t ne0, int64_t ne1) {
     return moe::repack_traits((enum ggml_type)type, ne0, ne1) != nullptr;
 }
 
-void moe_repack(int32_t type, int64_t ne0, int64_t ne1, const uint8_t * plain, uint8_t * repacked) {
-    moe::repack((enum ggml_type)type, ne0, ne1, plain, repacked);
+void moe_repack(int32_t type, int64_t ne0, int64_t ne1, int64_t n_rows, const uint8_t * plain, uint8_t * repacked) {
+    moe::repack((enum ggml_type)type, ne0, ne1, n_rows, plain, repacked);
 }

@@ -19,7 +19,7 @@ void * repack_traits(enum ggml_type type, int64_t ne0, int64_t ne1);
 ggml_backend_buffer_t repack_buffer_over(void * memory, size_t n_bytes);
 
 // Repacks rows [0, ne1) of a plain matrix into `out`; traits are those of the whole tensor.
-void repack(enum ggml_type type, int64_t ne0, int64_t ne1, const void * plain, void * out);
+void repack(enum ggml_type type, int64_t ne0, int64_t ne1, int64_t n_rows, const void * plain, void * out);
 
 // Undoes an interleaving in place; scratch has room for the matrix.
 void unpack(const moe_transform & how, int64_t n_blocks, int64_t n_rows, uint8_t * matrix, uint8_t * scratch);
