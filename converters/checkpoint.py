@@ -25,7 +25,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 
 Array = NDArray[Any]
 
@@ -82,7 +82,7 @@ class Stored:
             try:
                 n = os.preadv(self.fd, [view], at)
             except OSError as error:
-                raise UserError(f"{self.path}: reading {self.name}: {error.strerror}") from error
+                raise UserError(f"{self.path}: reading {self.name}: {reason(error)}") from error
             if n == 0:
                 raise UserError(f"{self.path} ends inside {self.name}; download it again")
             view, at = view[n:], at + n
@@ -162,7 +162,7 @@ class Checkpoint:
             size = os.fstat(fd).st_size
             header = _header(path, fd, size)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; download this shard again") from error
+            raise UserError(f"{path}: {reason(error)}; download this shard again") from error
         self.n_bytes += size
         self.headers.update(f"{path.name}\0{size}\0".encode() + header)
         found = _entries(path, fd, size, header)
@@ -180,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; download it again") from error
+        raise UserError(f"{path}: {reason(error)}; download it again") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 import platformdirs
 
-from moe_gguf.runtime.errors import ExpertReadError, UserError
+from moe_gguf.runtime.errors import ExpertReadError, UserError, reason
 
 if TYPE_CHECKING:
     from moe_gguf.runtime.generate import Sampling
@@ -304,8 +304,7 @@ def _prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> 
         try:
             return _decoded(Path(file).read_bytes(), file)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise UserError(f"cannot read the prompt from {file} ({reason})") from None
+            raise UserError(f"cannot read the prompt from {file} ({reason(error)})") from None
     if not sys.stdin.isatty():
         if text := _decoded(sys.stdin.buffer.read(), "standard input"):
             return text

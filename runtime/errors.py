@@ -12,6 +12,6 @@ class ExpertReadError(OSError):
     """
 
 
-def reason(error: OSError) -> str:
+def reason(error: Exception) -> str:
     """What the system says, for the middle of a sentence."""
-    return (error.strerror or str(error)).lower()
+    return (getattr(error, "strerror", None) or str(error)).lower()

@@ -15,7 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
 
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...]
@@ -226,8 +226,9 @@ def _open(path: Path) -> BinaryIO:
         if stat.S_ISREG(mode):
             return path.open("rb", buffering=0)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise UserError(f"cannot open {path} ({reason}); check the name and its rights") from error
+        raise UserError(
+            f"cannot open {path} ({reason(error)}); check the name and its rights"
+        ) from error
     kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
     raise UserError(f"{path} is {kind}; name a GGUF file")
 
@@ -266,8 +267,7 @@ class _Reader:
                 parts.append(part)
                 want -= len(part)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise UserError(f"cannot read {self.path} ({reason}); check the disk") from error
+            raise UserError(f"cannot read {self.path} ({reason(error)}); check the disk") from error
         self.window, self.window_at = b"".join(parts), self.at
         if len(self.window) < n_bytes:  # it shrank since it was opened
             raise self.truncated()

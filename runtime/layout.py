@@ -24,7 +24,7 @@ from moe_gguf.runtime.bundle import (
     BundleTable,
     is_bundle,
 )
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.gguf_header import (
     GGML_TYPES,
     MAX_NAME_BYTES,
@@ -477,8 +477,7 @@ def _check_size(file: Path, n_bytes: int) -> None:
     try:
         found = file.stat().st_size
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot open {file} ({reason}); convert the model again") from None
+        raise UserError(f"cannot open {file} ({reason(error)}); convert the model again") from None
     if found != n_bytes:
         raise UserError(
             f"{file} has {found} bytes instead of {n_bytes}: the bundle is damaged; convert the "

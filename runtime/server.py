@@ -21,7 +21,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_chat_format import get_chat_completion_handler
 
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.llama import Llama
 
 try:
@@ -54,9 +54,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise UserError(
-            f"cannot listen on {host}:{port} ({reason}): give another --host or --port"
+            f"cannot listen on {host}:{port} ({reason(error)}): give another --host or --port"
         ) from None
     return listener
 

@@ -11,7 +11,7 @@ from moe_gguf.policies.replay import BELADY, ReplayResult, replay_table
 from moe_gguf.policies.trace import Trace, load_trace
 from moe_gguf.runtime import routing
 from moe_gguf.runtime.budget import format_size
-from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.errors import UserError, reason
 from moe_gguf.runtime.routing import Identity
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def replay_document(path: Path, policies: str | None, slots: str | None) -> dict
     try:
         trace = load_trace(path)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot open {path} ({reason}): record one with moe-gguf trace") from None
+        raise UserError(
+            f"cannot open {path} ({reason(error)}): record one with moe-gguf trace"
+        ) from None
     except ValueError as error:
         raise UserError(str(error)) from None
     names = [*POLICIES, BELADY] if policies is None else policies.split(",")
