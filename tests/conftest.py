@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,14 @@ def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).with_name("hf_models.py")
     subprocess.run([sys.executable, script, root], check=True, capture_output=True)
     return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidy() -> Iterator[None]:
+    """Budgets cover the whole process: what one module's tests freed must not weigh on the next."""
+    yield
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

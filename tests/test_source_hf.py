@@ -314,7 +314,7 @@ QUERY = "model.layers.2.self_attn.q_proj.weight"
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated shard": (cut_shard, "cut short"),
     "missing shard": (lambda f: shard_of(f, EXPERT).unlink(), "no such file"),
-    "a folder for a shard": (replace_by_folder, "Is a directory"),
+    "a folder for a shard": (replace_by_folder, "is a directory"),
     "index lies about a tensor": (lie, "does not hold it"),
     "index lies about a shard": (rename_shard_in_index, "model-00099-of-00099.safetensors"),
     "index leads outside": (
