@@ -61,6 +61,8 @@ class MixedResidency(Residency):
     In the plugin the low copies' keys follow all others, from ``first_low_key``.
     """
 
+    is_plain = False
+
     def __init__(
         self,
         n_slots: int,

@@ -37,6 +37,8 @@ class Residency:
     when it is demanded. One that was wrong is ``stale``, the next to lose its slot.
     """
 
+    is_plain = True  # every resident key is an expert as it is
+
     def __init__(
         self, n_slots: int, n_experts: int, cache: CachePolicy, order: LoadOrder | None = None
     ) -> None:

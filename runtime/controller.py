@@ -45,12 +45,13 @@ class Guessing(NamedTuple):
 
 
 class Controller:
-    """Answers the route events of one model."""
+    """Answers the route events of one model, whose MoE layers are ``layers``."""
 
     def __init__(
         self,
         plugin: PluginModel,
         residency: Residency,
+        layers: Sequence[int],
         recorder: Recorder | None = None,
         guessing: Guessing | None = None,
     ) -> None:
@@ -58,7 +59,8 @@ class Controller:
         self.residency = residency
         self.recorder = recorder
         self.guessing = guessing
-        self._n_all = len(guessing.blob_bytes) * residency.n_experts if guessing else 0
+        self.layers = list(layers)
+        self._n_all = len(layers) * residency.n_experts
         # Demands by layer: found (in the slots or on their way), and not.
         self.layer_hits: dict[int, int] = {}
         self.layer_misses: dict[int, int] = {}
@@ -143,6 +145,22 @@ class Controller:
                 call.wants_guesses = self._wants_guesses(self.guessing)
                 self._n_missing = n - plan.n_hits
                 self._n_guessed = self.residency.guesses_used - guesses_used
+            if n_tokens == 1 and layer == self.layers[0] and self._has_everything:
+                self._settle(n)
+
+    @property
+    def _has_everything(self) -> bool:
+        """Every expert has its slot, and nobody wants to hear of each event."""
+        held = len(self.residency.slot_of)
+        return held == self._n_all and self.recorder is None and self.residency.is_plain
+
+    def _settle(self, n_used: int) -> None:
+        """Let the rest of a token's layers pass unasked, and count them now."""
+        self._call.settled = 1
+        for layer in self.layers[1:]:
+            self.layer_hits[layer] = self.layer_hits.get(layer, 0) + n_used
+            self.layer_misses.setdefault(layer, 0)
+        self.pairs += n_used * (len(self.layers) - 1)
 
     def _wants_guesses(self, guessing: Guessing) -> bool:
         call = self._call

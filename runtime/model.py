@@ -260,7 +260,8 @@ class OpenModel:
         if predictor is not None or self.gates is not None:
             blob_bytes = {layer.layer: layer.blob_bytes for layer in self.layout.layers}
             guessing = Guessing(predictor, pace, blob_bytes)
-        self.controller = Controller(self.plugin, residency, recorder, guessing)
+        layers = [layer.layer for layer in self.layout.layers]
+        self.controller = Controller(self.plugin, residency, layers, recorder, guessing)
         if self.routing is not None:
             # What is worth most is admitted last.
             keys = hottest(self.routing.uses(), budget.n_slots, cache)[::-1]

@@ -123,7 +123,7 @@ class Call(ctypes.Structure):
         ("n_cancelled", i32),
         ("n_late", i32),
         ("wants_guesses", i32),
-        ("reserved0", i32),
+        ("settled", i32),
         ("plan_experts", ctypes.c_void_p),
         ("plan_slots", ctypes.c_void_p),
         ("plan_loads", ctypes.c_void_p),

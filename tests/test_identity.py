@@ -180,6 +180,30 @@ def test_01_everything_resident(layout: str, tiny_file: TinyFile, reference: Ref
         assert model.controller.hits > 0
 
 
+class Counting(LRU):
+    touched = 0
+
+    def touch(self, key: int) -> None:
+        self.touched += 1
+        super().touch(key)
+
+
+def test_01_a_token_that_finds_everything_asks_in_its_first_layer(
+    tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = tiny_file("qwen3moe")
+    cache = Counting()
+    with ours(path, cache=cache) as model:
+        opened = model.opened
+        n_layers, n_experts = len(opened.layout.layers), opened.layout.n_experts
+        opened.fill(range(n_layers * n_experts))
+        same(token_by_token(model), reference(path, token_by_token))
+        assert cache.touched == 24 * opened.n_used
+        assert model.controller.hits == 24 * n_layers * opened.n_used
+        assert model.controller.misses == 0
+        assert model.stats().events == 24 * n_layers
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_02_tight_budget(
     layout: str, tiny_file: TinyFile, reference: Reference, direct_io: None

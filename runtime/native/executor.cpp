@@ -162,6 +162,7 @@ bool executor::ask() {
         const moe_tensor * where = model.find(t->src[0]);
         return std::find(model.last_seen.begin(), model.last_seen.end(), where) != model.last_seen.end();
     };
+    const bool later  = c.layer > model.last_layer;
     call.continuation = model.last_layer == c.layer;
     for (const ggml_tensor * t : c.nodes) {
         if (t->op == GGML_OP_MUL_MAT_ID && seen(t)) {
@@ -190,6 +191,11 @@ bool executor::ask() {
         model.fail(ERROR_OTHER, "the model has no controller or no arena");
         return false;
     }
+    model.stats.events++;
+    if (call.settled && c.n_tokens == 1 && (later || call.continuation)) {
+        return plan_settled();
+    }
+    call.settled = 0;
     drop_wrong_guesses();
     const int64_t t0 = now_ns();
     call.now_ns      = t0;
@@ -198,11 +204,22 @@ bool executor::ask() {
     const int32_t rc = model.route();
     model.stats.route_ns += now_ns() - t0;
     record(MOE_EVENT_ROUTE, t0);
-    model.stats.events++;
     if (!call.continuation) {
         call.stall_ns = call.guess_ns = call.n_late = 0;  // until here those of the event before
     }
     return rc == 1 && read_plan();
+}
+
+// The plan when every expert has its slot for good. It is checked like any other.
+bool executor::plan_settled() {
+    moe_model & model = *c_.model;
+    moe_call &  call  = model.call;
+    for (int i = 0; i < call.n_experts; i++) {
+        call.plan_experts[i] = call.experts[i];
+        call.plan_slots[i]   = model.slot_of(model.key_of(0, c_.layer, call.experts[i]));
+        call.plan_loads[i]   = 0;
+    }
+    return read_plan();
 }
 
 // Guesses for this layer that it did not ask for, and those of layers already passed.
@@ -312,7 +329,8 @@ ggml_status executor::run_chain() {
             waiting_.push_back(e.slot);
         }
         model.reads->abandon(waiting_);
-        model.last_layer = -1;
+        model.last_layer   = -1;
+        model.call.settled = 0;
     }
     model.stats.scratch_bytes = std::max<int64_t>(model.stats.scratch_bytes, scratch_.capacity() + kept_.capacity());
     return status;

@@ -51,6 +51,7 @@ class executor {
     ggml_status   run_chain();
     bool          group_pairs();
     bool          ask();
+    bool          plan_settled();
     bool          read_plan();
     bool          read_guesses();
     void          drop_wrong_guesses();

@@ -28,6 +28,8 @@ struct moe_model {
     const moe_tensor * find(const ggml_tensor * weight) const;
     // Starts reading an expert into a slot.
     void load(int slot, int key, bool guess);
+    // The slot a key was last read into, or -1.
+    int slot_of(int key) const { return slot_of_[key]; }
     // Whether a slot holds or awaits it; a failed or cancelled read may go unnoticed.
     bool is_loaded(int key) const { return slot_of_[key] >= 0 && reads->key_of(slot_of_[key]) == key; }
     // Fills call.predicted_*: whether any of it is not loaded.
@@ -100,5 +102,5 @@ struct moe_model {
     std::vector<moe::part>                       parts_;
     std::vector<int32_t>                         arrays_;
     std::vector<float>                           chances_;
-    std::vector<int>                             slot_of_;  // key -> the slot it was last read into, or -1
+    std::vector<int>                             slot_of_;
 };

@@ -122,7 +122,7 @@ struct moe_call {
     int32_t         n_cancelled;
     int32_t         n_late;  // of the event before: guesses it demanded while they were being read
     int32_t         wants_guesses;
-    int32_t         reserved0;
+    int32_t         settled;  // set by the callback: the rest of this step of one token finds all it needs, so do not ask
 
     int32_t * plan_experts;  // [n_experts] in execution order
     int32_t * plan_slots;
