@@ -63,7 +63,7 @@ ROWS = ("lru", *LIES, "fate")
 
 def wrong(facts: Facts) -> Policy:
     """LRU, and guesses paced as in ``fate``."""
-    return Policy(LRU(), Popularity(), Gates(), IdleDisk())
+    return Policy(LRU(), Popularity(), Gates(), IdleDisk(facts.buffered))
 
 
 def lying(lie: Callable[[Router], Router]) -> Callable[..., dict[int, Router]]:

@@ -30,7 +30,7 @@ class Policy(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a policy may know of the model and the arena it is for.
+    """What a policy may know of the model and the arena it is for, and whether reads are buffered.
 
     Of earlier runs, where known: ``recall``, what gate guesses were worth in each layer;
     ``popularity``, by key its uses per token, unused ones left out; ``transitions``
@@ -41,6 +41,7 @@ class Facts:
     n_experts: int
     n_used: int
     layers: Sequence[int]
+    buffered: bool = False
     recall: Mapping[int, float] = field(default_factory=dict)
     popularity: Mapping[int, float] = field(default_factory=dict)
     transitions: Callable[[], Floats | None] = lambda: None
@@ -74,9 +75,11 @@ POLICIES: Mapping[str, Callable[[Facts], Policy]] = {
     "arc": lambda facts: Policy(ARC(facts.n_slots), Popularity()),
     "eap": _eap,
     "layered-lfu": lambda facts: Policy(_layered_lfu(facts), Popularity()),
-    "fate": lambda facts: Policy(_layered_lfu(facts), Popularity(), Gates(), IdleDisk()),
+    "fate": lambda facts: Policy(
+        _layered_lfu(facts), Popularity(), Gates(), IdleDisk(facts.buffered)
+    ),
     "fate-paper": lambda facts: Policy(
-        _shallow_favoring(facts), Popularity(), Gates("raw"), IdleDisk()
+        _shallow_favoring(facts), Popularity(), Gates("raw"), IdleDisk(facts.buffered)
     ),
 }
 

@@ -304,6 +304,7 @@ class OpenModel:
             self.layout.n_experts,
             self.n_used,
             [layer.layer for layer in self.layout.layers],
+            not self.mode.direct,
         )
         if self.routing is not None:
             facts = replace(

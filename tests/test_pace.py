@@ -21,6 +21,7 @@ class Machine:
         self.n_waits = n_waits
         self.stall_ns = stall_ns
         self.guess_ns = 0
+        self.speed = 1  # bytes per ns
         self.now_ns = self.disk_ns = self.read_bytes = self.n = 0
 
     def event(self, n_tokens: int = 1) -> bool:
@@ -41,8 +42,8 @@ class Machine:
         self.n += 1
         n_bytes = self.n_waits * BLOB
         self.read_bytes += n_bytes
-        self.disk_ns += n_bytes  # 1 ns per byte
-        self.now_ns += self.compute_ns + n_bytes
+        self.disk_ns += n_bytes // self.speed
+        self.now_ns += self.compute_ns + n_bytes // self.speed
         return wants
 
     def run(self, n: int, n_tokens: int = 1) -> bool:
@@ -93,6 +94,15 @@ def test_reads_that_nobody_waits_for_are_not_worth_a_guess() -> None:
     assert not machine.run(200)
     machine.stall_ns = 8 * MB  # and back, when the cache is gone
     assert machine.run(200)
+
+
+def test_copies_from_the_page_cache_are_not_made_ahead() -> None:
+    for buffered in (False, True):
+        pace = IdleDisk(buffered)
+        machine = Machine(pace, 10 * MB, 1, 4 * MB)
+        assert machine.run(40)  # 1 GB/s: buffered or not, that is a disk
+        machine.speed = 10
+        assert machine.run(40) is not buffered
 
 
 def test_prompts_and_tokens_are_measured_apart() -> None:

@@ -201,7 +201,7 @@ def test_a_damaged_file_is_refused_or_harmless(seed: int, tmp_path: Path) -> Non
     (stats + counted(2)).save(path)
     assert load(path, IDENTITY) is not None
     for name in POLICIES:
-        facts = Facts(12, 10, 3, [0, 1, 2], stats.recalls(), stats.uses(), stats.follows)
+        facts = Facts(12, 10, 3, [0, 1, 2], False, stats.recalls(), stats.uses(), stats.follows)
         cache = policy(name, facts).cache
         for key in hottest(stats.uses(), 12, cache)[::-1]:
             cache.admit(key)
