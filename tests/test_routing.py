@@ -403,6 +403,11 @@ def model_copy(tiny_file: TinyFile, tmp_path: Path) -> Path:
     return Path(shutil.copy(tiny_file("qwen3moe"), tmp_path / "model.gguf"))
 
 
+def traced(model: Path, to: Path) -> tuple[object, ...]:
+    """A command that records a short run, by a policy whose replay is the run's own."""
+    return ("trace", model, *ONE, "-p", "Hello", "-n", 4, "-o", to, "--policy", "lru")
+
+
 def test_trace_adds_and_run_starts_warm(
     moe_gguf: Command,  # noqa: F811
     model_copy: Path,
@@ -412,8 +417,7 @@ def test_trace_adds_and_run_starts_warm(
     said = moe_gguf("run", model_copy, *ONE, "--warm", "-p", "Hello", "-n", 4, "--temp", 0)
     assert said.code == 0
     assert f"nothing to start warm from: {file} does not exist" in said.err
-    trace = ("trace", model_copy, *ONE, "-p", "Hello", "-n", 4, "-o", tmp_path / "t")
-    trace = (*trace, "--policy", "lru")  # what guesses is not replayed
+    trace = traced(model_copy, tmp_path / "t")
     first = moe_gguf(*trace, "--save-routing")
     assert first.code == 0
     assert f"wrote {file}: routing statistics of 5 tokens" in first.err
@@ -434,8 +438,7 @@ def test_mistakes_with_statistics_are_told_before_the_work(
 ) -> None:
     file = tmp_path / "model.routing.gguf"
     counted(1).save(file)
-    trace = ("trace", model_copy, *ONE, "-p", "Hello", "-n", 4, "-o", tmp_path / "t")
-    trace = (*trace, "--policy", "lru")  # what guesses is not replayed
+    trace = traced(model_copy, tmp_path / "t")
     assert "of another model" in moe_gguf("run", model_copy, "--warm", "-p", "x").error(2)
     refused = moe_gguf(*trace, "--save-routing")
     assert (refused.code, refused.out) == (2, "")
