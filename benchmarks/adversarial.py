@@ -32,11 +32,13 @@ from moe_gguf.policies.order import Popularity
 from moe_gguf.policies.pace import IdleDisk
 from moe_gguf.policies.predict import Gates
 from moe_gguf.policies.presets import Facts, Policy
-from moe_gguf.runtime import bench, bench_row, gates, model
-from moe_gguf.runtime.bench_row import Spec
-from moe_gguf.runtime.budget import parse_size
+from moe_gguf.runtime import opening, routers
+from moe_gguf.runtime.bench import process, results
+from moe_gguf.runtime.bench import row as bench_row
+from moe_gguf.runtime.bench.row import Spec
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gates import Router
+from moe_gguf.runtime.plugin.gates import Router
+from moe_gguf.runtime.sizes import parse_size
 
 COLUMNS = ("tok/s", "of lru", "guesses", "used", "guessed MB", "read MB", "hits", "guess ms")
 
@@ -68,21 +70,21 @@ def wrong(facts: Facts) -> Policy:
 
 def lying(lie: Callable[[Router], Router]) -> Callable[..., dict[int, Router]]:
     """``read_routers`` with every router replaced by its lie."""
-    return lambda *model: {n: lie(router) for n, router in gates.read_routers(*model).items()}
+    return lambda *model: {n: lie(router) for n, router in routers.read_routers(*model).items()}
 
 
 def run_here(spec: Spec) -> dict[str, Any]:
     """One run in this process, in which the model's routers may lie."""
     if spec.policy in LIES:
         presets.POLICIES = {**presets.POLICIES, spec.policy: wrong}
-        model.read_routers = lying(LIES[spec.policy])
+        opening.read_routers = lying(LIES[spec.policy])
     return bench_row.measure(spec)
 
 
 def run_apart(spec: Spec) -> dict[str, Any]:
     """One run in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--spec", json.dumps(asdict(spec))]
-    run = bench.run_process(command, None)
+    run = process.run_process(command, None)
     if run.failure is not None:
         raise UserError(f"{spec.policy}: {run.failure}")
     return run.result
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<14}" + " ".join(f"{cell:>10}" for cell in row))
     first = runs["lru"][0]["tokens"]
     differ = [
-        n for n in names if any(not bench.same_start(run["tokens"], first) for run in runs[n])
+        n for n in names if any(not results.same_start(run["tokens"], first) for run in runs[n])
     ]
     if differ:
         print(f"other tokens than lru: {', '.join(differ)}", file=sys.stderr)

@@ -33,7 +33,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
-from moe_gguf.runtime.errors import UserError
+from ..runtime.errors import UserError
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""

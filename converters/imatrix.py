@@ -16,8 +16,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_gguf.runtime.errors import UserError, reason
-from moe_gguf.runtime.gguf_header import GGML_TYPES, MAGIC, GgufHeader, read_header
+from ..runtime.errors import UserError, reason
+from ..runtime.formats.ggml_types import GGML_TYPES
+from ..runtime.formats.gguf_header import MAGIC, GgufHeader, read_header
 
 Floats = NDArray[np.float32]
 

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_gguf.converters.source import forget
-from moe_gguf.runtime.errors import UserError
+from ..runtime.errors import UserError
+from .source import forget
 
 # How much may be on its way to the disk between two entries in the journal: what a power cut
 # costs, against a wait for the disk for each.

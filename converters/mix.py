@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_gguf.converters.source import Pair, Source, TrunkTensor
-from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import GGML_TYPES
+from ..runtime.errors import UserError
+from ..runtime.formats.ggml_types import GGML_TYPES
+from .source import Pair, Source, TrunkTensor
 
 NUMBERS: dict[str, int] = {kind.name.lower(): number for number, kind in GGML_TYPES.items()}
 

@@ -14,10 +14,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_gguf.converters.mix import NUMBERS
-from moe_gguf.converters.source import Bytes
-from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import GGML_TYPES, type_bytes
+from ..runtime.errors import UserError
+from ..runtime.formats.ggml_types import GGML_TYPES, type_bytes
+from .mix import NUMBERS
+from .source import Bytes
 
 Floats = NDArray[np.float32]
 

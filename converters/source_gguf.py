@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
-from moe_gguf.converters.source import Bytes, ExpertStack, Pair, TrunkTensor, forget
-from moe_gguf.runtime.errors import UserError, reason
-from moe_gguf.runtime.gguf_header import GgufHeader, KeyValue, ValueType, type_bytes
-from moe_gguf.runtime.layout import ExpertTensor, Tensor, read_layout
+from ..runtime.errors import UserError, reason
+from ..runtime.formats.ggml_types import type_bytes
+from ..runtime.formats.gguf_header import GgufHeader, KeyValue, ValueType
+from ..runtime.formats.layout import ExpertTensor, Tensor
+from ..runtime.formats.open import read_layout
+from .source import Bytes, ExpertStack, Pair, TrunkTensor, forget
 
 _LEFT_OUT = ("split.", "general.alignment")  # what speaks of the files, not of the model
 

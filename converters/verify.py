@@ -7,10 +7,10 @@ from pathlib import Path
 
 import xxhash
 
-from moe_gguf.runtime.bundle import TRUNK, BundleTable
-from moe_gguf.runtime.errors import reason
-from moe_gguf.runtime.gguf_header import read_header
-from moe_gguf.runtime.progress import Report
+from ..runtime.errors import reason
+from ..runtime.formats.bundle import TRUNK, BundleTable
+from ..runtime.formats.gguf_header import read_header
+from ..runtime.progress import Report
 
 _READ_BYTES = 8 << 20
 

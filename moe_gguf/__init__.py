@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_gguf.runtime.errors import ExpertReadError, UserError
+from .runtime.errors import ExpertReadError, UserError
 
 if TYPE_CHECKING:
-    from moe_gguf.runtime.llama import Llama
+    from .runtime.llama import Llama
 
 __all__ = ["ExpertReadError", "Llama", "UserError"]
 
@@ -15,7 +15,7 @@ __all__ = ["ExpertReadError", "Llama", "UserError"]
 def __getattr__(name: str) -> Any:
     # llama_cpp takes a quarter of a second to import; `moe-gguf --help` should not wait for it.
     if name == "Llama":
-        from moe_gguf.runtime.llama import Llama
+        from .runtime.llama import Llama
 
         return Llama
     raise AttributeError(f"module 'moe_gguf' has no attribute {name!r}")

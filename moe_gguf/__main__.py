@@ -1,5 +1,5 @@
 """``python -m moe_gguf`` is the command ``moe-gguf``."""
 
-from moe_gguf.runtime.cli import main
+from .runtime.cli.main import main
 
 main()

@@ -3,9 +3,9 @@
 Plain Python on integers and numpy arrays. Nothing here knows llama.cpp, weights or time.
 """
 
-from moe_gguf.policies.precision import MixedResidency, Precision
-from moe_gguf.policies.presets import POLICIES, Facts, Policy, policy
-from moe_gguf.policies.residency import Plan, Residency
+from .precision import MixedResidency, Precision
+from .presets import POLICIES, Facts, Policy, policy
+from .residency import Plan, Residency
 
 __all__ = [
     "POLICIES",

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_gguf.policies.base import Guess, Ids, Inputs, RouteEvent
+from .base import Guess, Ids, Inputs, RouteEvent
 
 Floats = npt.NDArray[np.float32]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
-from moe_gguf.policies.arc import ARC
-from moe_gguf.policies.base import CachePolicy
+from .arc import ARC
+from .base import CachePolicy
 
 # Below this recall a layer predicts badly: more of its guesses are wrong than right.
 BAD_RECALL = 0.5

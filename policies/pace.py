@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from moe_gguf.policies.base import Guess
+from .base import Guess
 
 # A reader in the middle of a chunk cannot be stopped: what a wrong guess may cost a demand.
 CHUNK_BYTES = 1 << 20  # native/reads.h

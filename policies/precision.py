@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from moe_gguf.policies.base import CachePolicy, Guess, LoadOrder, RouteEvent
-from moe_gguf.policies.order import Popularity
-from moe_gguf.policies.residency import Plan, Residency
+from .base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .order import Popularity
+from .residency import Plan, Residency
 
 
 class Precision(NamedTuple):

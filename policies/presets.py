@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from moe_gguf.policies.arc import ARC
-from moe_gguf.policies.base import CachePolicy, LoadOrder, Predictor
-from moe_gguf.policies.cache import LFU, LRU, LoadOnDemand
-from moe_gguf.policies.eap import ExpertPaths, Floats, PathCache, PathPredictor
-from moe_gguf.policies.layered import Layered, allocate, evenly
-from moe_gguf.policies.order import Popularity
-from moe_gguf.policies.pace import Everything, IdleDisk, Pace
-from moe_gguf.policies.predict import Gates
+from .arc import ARC
+from .base import CachePolicy, LoadOrder, Predictor
+from .cache import LFU, LRU, LoadOnDemand
+from .eap import ExpertPaths, Floats, PathCache, PathPredictor
+from .layered import Layered, allocate, evenly
+from .order import Popularity
+from .pace import Everything, IdleDisk, Pace
+from .predict import Gates
 
 
 class Policy(NamedTuple):

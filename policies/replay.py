@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from moe_gguf.policies.base import RouteEvent
-from moe_gguf.policies.cache import Belady
-from moe_gguf.policies.order import FirstSeen
-from moe_gguf.policies.predict import Gates
-from moe_gguf.policies.presets import Facts, Policy, policy
-from moe_gguf.policies.residency import Residency
-from moe_gguf.policies.trace import Ids, Trace, route_event
+from .base import RouteEvent
+from .cache import Belady
+from .order import FirstSeen
+from .predict import Gates
+from .presets import Facts, Policy, policy
+from .residency import Residency
+from .trace import Ids, Trace, route_event
 
 Routed = tuple[RouteEvent, Ids, bool]  # an event, its ids, whether it continues the one before
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
-from moe_gguf.policies.base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .base import CachePolicy, Guess, LoadOrder, RouteEvent
 
 
 class Plan(NamedTuple):

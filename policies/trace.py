@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_gguf.policies.base import RouteEvent
+from .base import RouteEvent
 
 FORMAT = "moe-gguf trace"
 VERSION = 1

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from moe_gguf.policies.base import Guess, Ids, Inputs, Predictor, RouteEvent
-from moe_gguf.policies.pace import Meters, Pace
-from moe_gguf.policies.residency import Residency
-from moe_gguf.runtime.plugin import MAX_GUESSES, PluginModel, i32
+from ..policies.base import Guess, Ids, Inputs, Predictor, RouteEvent
+from ..policies.pace import Meters, Pace
+from ..policies.residency import Residency
+from .plugin.abi import MAX_GUESSES, i32
+from .plugin.model import PluginModel
 
 
 @functools.lru_cache(maxsize=256)  # making one takes 20 us, and the plugin's memory rarely moves

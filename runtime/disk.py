@@ -9,9 +9,9 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.layout import ModelLayout
-from moe_gguf.runtime.plugin import DirectProbe, probe_direct, probe_speed
+from .errors import UserError
+from .formats.layout import ModelLayout
+from .plugin.library import DirectProbe, probe_direct, probe_speed
 
 READ_MODES = ("auto", "direct", "buffered")
 LANE_CHOICES = (2, 4, 8)

@@ -1,5 +1,7 @@
 """The two exceptions a user of moe-gguf meets, and how they quote the system."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Unusable input: one sentence that names the cause and the mend; the CLI exits with 2."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import llama_cpp
 import llama_cpp._logger
 
 _MIB = 2**20

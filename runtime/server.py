@@ -21,8 +21,8 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_chat_format import get_chat_completion_handler
 
-from moe_gguf.runtime.errors import UserError, reason
-from moe_gguf.runtime.llama import Llama
+from .errors import UserError, reason
+from .llama import Llama
 
 try:
     import llama_cpp.server.app as api

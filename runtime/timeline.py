@@ -10,34 +10,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from moe_gguf.runtime import plugin
-from moe_gguf.runtime.errors import UserError
+from .errors import UserError
+from .plugin import abi
+from .stats import Step
 
 if TYPE_CHECKING:
-    from moe_gguf.runtime.llama import Llama
+    from .llama import Llama
 
 # Some ten times what a token of a large model makes; 2 MB, which the budget's margin covers.
 CAPACITY = 1 << 16
 _PIECE = 1024  # events taken at once: as Python objects they are four times as large
 _MODEL_TRACK, _FIRST_LANE_TRACK = 0, 1
 _NAMES = {
-    plugin.EVENT_ROUTE: "route",
-    plugin.EVENT_PREDICT: "predict",
-    plugin.EVENT_COMPUTE: "compute",
-    plugin.EVENT_STALL: "stall",
-    plugin.EVENT_DEMAND: "demand",
-    plugin.EVENT_GUESS: "guess",
+    abi.EVENT_ROUTE: "route",
+    abi.EVENT_PREDICT: "predict",
+    abi.EVENT_COMPUTE: "compute",
+    abi.EVENT_STALL: "stall",
+    abi.EVENT_DEMAND: "demand",
+    abi.EVENT_GUESS: "guess",
 }
-
-
-class Step(NamedTuple):
-    """One call of llama_decode, on the clock of ``time.perf_counter_ns``."""
-
-    start_ns: int
-    end_ns: int
-    n_tokens: int
 
 
 def record(llama: Llama) -> None:
@@ -61,14 +54,12 @@ def write(llama: Llama, path: Path) -> str:
     return f"{other['tokens']} token(s) in {other['step_ms']:.1f} ms ({parts} ms)"
 
 
-def _events_of(llama: Llama, step: Step) -> Iterator[plugin.Event]:
+def _events_of(llama: Llama, step: Step) -> Iterator[abi.Event]:
     while events := llama.opened.plugin.timeline_read(_PIECE):
         yield from (e for e in events if e.end_ns > step.start_ns and e.start_ns < step.end_ns)
 
 
-def trace(
-    events: Iterable[plugin.Event], step: Step, n_experts: int, n_layers: int
-) -> dict[str, Any]:
+def trace(events: Iterable[abi.Event], step: Step, n_experts: int, n_layers: int) -> dict[str, Any]:
     """The trace document of one step; times in it are microseconds from the step's start.
 
     A read that a guess began before the step has a negative start. ``otherData`` has the sums, in
@@ -95,13 +86,13 @@ def trace(
     at, layers_ns = step.start_ns, 0
     for event in sorted(events, key=lambda e: (e.start_ns, -e.end_ns)):
         span = event.start_ns, event.end_ns
-        if event.kind == plugin.EVENT_LAYER:
+        if event.kind == abi.EVENT_LAYER:
             put(f"trunk before layer {event.key}", "trunk", _MODEL_TRACK, at, event.start_ns)
             put(f"layer {event.key}", "layer", _MODEL_TRACK, *span, layer=event.key)
             sums["trunk"] += event.start_ns - at
             layers_ns += event.end_ns - event.start_ns
             at = event.end_ns
-        elif event.kind in (plugin.EVENT_DEMAND, plugin.EVENT_GUESS):
+        elif event.kind in (abi.EVENT_DEMAND, abi.EVENT_GUESS):
             row, expert = divmod(event.key, n_experts)
             copy, layer = divmod(row, n_layers)
             kind = _NAMES[event.kind]

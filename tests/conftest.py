@@ -16,10 +16,11 @@ import pytest
 import tiny
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.convert import Options, open_source
-from moe_gguf.runtime import bench
+from moe_gguf.converters.choose import Options
+from moe_gguf.converters.convert import open_source
+from moe_gguf.runtime.bench import process, rounds
 from moe_gguf.runtime.disk import Ceiling
-from moe_gguf.runtime.plugin import probe_direct
+from moe_gguf.runtime.plugin.library import probe_direct
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -85,8 +86,8 @@ def tidy() -> Iterator[None]:
 @pytest.fixture
 def known_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk's speed is taken for granted: measuring it takes longer than a tiny model's run."""
-    known = bench.Run(Ceiling(1e9, 4096, 2, direct=True)._asdict(), None)
-    monkeypatch.setattr(bench, "_probe_disk", lambda *_: known)
+    known = process.Run(Ceiling(1e9, 4096, 2, direct=True)._asdict(), None)
+    monkeypatch.setattr(rounds, "_probe_disk", lambda *_: known)
 
 
 def missing(what: str) -> None:

@@ -39,7 +39,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from moe_gguf.converters.hf_tokenizer import O200K, QWEN2
+from moe_gguf.converters.hf.tokenizer import O200K, QWEN2
 
 torch.set_num_threads(1)  # waiting threads spin, and these models are too small for two
 

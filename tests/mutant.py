@@ -23,14 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from moe_gguf.runtime.gguf_header import (
-    GGML_TYPES,
-    Scalar,
-    ValueType,
-    pad_up,
-    read_header,
-    type_bytes,
-)
+from moe_gguf.runtime.formats.ggml_types import GGML_TYPES, pad_up, type_bytes
+from moe_gguf.runtime.formats.gguf_header import Scalar, ValueType, read_header
 
 T = ValueType
 _CODES = {T.UINT8: "B", T.INT8: "b", T.UINT16: "H", T.INT16: "h", T.UINT32: "I", T.INT32: "i"}

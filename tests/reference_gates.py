@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_gguf.policies.predict import Variant
-from moe_gguf.policies.router import Floats, RoutingRule
-from moe_gguf.runtime.gates import Router
+from moe_gguf.runtime.plugin.gates import Floats, Router, RoutingRule
 
 Ids = npt.NDArray[np.integer[Any]]
 

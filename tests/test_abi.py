@@ -22,25 +22,25 @@ from harness import ours
 
 from moe_gguf import UserError
 from moe_gguf.policies.predict import Variant
-from moe_gguf.policies.router import Gating
-from moe_gguf.runtime import plugin
-from moe_gguf.runtime.model import BuftOverride
+from moe_gguf.runtime.opening import BuftOverride
+from moe_gguf.runtime.plugin import abi, library, model
+from moe_gguf.runtime.plugin.gates import Gating
 
 NATIVE = Path(__file__).parent.parent / "runtime" / "native"
 INCLUDE = Path(str(importlib.metadata.distribution("llama-cpp-python").locate_file("include")))
 
 MIRRORS: dict[str, type[ctypes.Structure]] = {
-    "moe_tensor": plugin.Tensor,
-    "moe_part": plugin.Part,
-    "moe_transform": plugin.Transform,
-    "moe_trunk_tensor": plugin.TrunkTensor,
-    "moe_config": plugin.Config,
-    "moe_call": plugin.Call,
-    "moe_router": plugin.Router,
-    "moe_gates_config": plugin.GatesConfig,
-    "moe_stats": plugin.Stats,
-    "moe_event": plugin.Event,
-    "moe_probe": plugin.Probe,
+    "moe_tensor": abi.Tensor,
+    "moe_part": abi.Part,
+    "moe_transform": abi.Transform,
+    "moe_trunk_tensor": abi.TrunkTensor,
+    "moe_config": abi.Config,
+    "moe_call": abi.Call,
+    "moe_router": abi.Router,
+    "moe_gates_config": abi.GatesConfig,
+    "moe_stats": abi.Stats,
+    "moe_event": abi.Event,
+    "moe_probe": abi.Probe,
 }
 
 # sizeof of ggml's own declarations in ggml-backend-impl.h, release 0.3.36 of llama-cpp-python
@@ -86,8 +86,8 @@ def show(name: str, expression: str) -> str:
 def test_the_mirror_equals_the_header(tmp_path: Path) -> None:
     lines = [show("MOE_ABI", "MOE_ABI"), show("MOE_MAX_GUESSES", "MOE_MAX_GUESSES")]
     lines.append(show("MOE_COPIES", "MOE_COPIES"))
-    expected = {"MOE_ABI": plugin.ABI, "MOE_MAX_GUESSES": plugin.MAX_GUESSES}
-    expected["MOE_COPIES"] = plugin.COPIES
+    expected = {"MOE_ABI": abi.ABI, "MOE_MAX_GUESSES": abi.MAX_GUESSES}
+    expected["MOE_COPIES"] = abi.COPIES
     for name, mirror in MIRRORS.items():
         lines.append(show(name, f"sizeof(struct {name})"))
         expected[name] = ctypes.sizeof(mirror)
@@ -107,10 +107,10 @@ def test_the_mirror_is_complete() -> None:
     assert structs == MIRRORS.keys()
     functions = re.findall(r"^MOE_API\s+[^;(]*?(\w+)\(([^;]*)\);", text, re.MULTILINE)
     assert len(functions) == text.count("MOE_API ") - text.count("define MOE_API ")
-    library = plugin.load()
+    lib = library.load()
     for name, arguments in functions:
         n_arguments = 0 if arguments.strip() == "void" else arguments.count(",") + 1
-        assert len(getattr(library, name).argtypes or ()) == n_arguments, name
+        assert len(getattr(lib, name).argtypes or ()) == n_arguments, name
 
 
 def test_errors_have_the_numbers_of_the_header() -> None:
@@ -118,9 +118,9 @@ def test_errors_have_the_numbers_of_the_header() -> None:
     numbers = re.search(r"ERROR_NONE = (\d), ERROR_READ = (\d), ERROR_OTHER = (\d)", text)
     assert numbers
     assert tuple(map(int, numbers.groups())) == (
-        plugin.ERROR_NONE,
-        plugin.ERROR_READ,
-        plugin.ERROR_OTHER,
+        abi.ERROR_NONE,
+        abi.ERROR_READ,
+        abi.ERROR_OTHER,
     )
 
 
@@ -129,19 +129,19 @@ def test_event_kinds_have_the_numbers_of_the_header() -> None:
     kinds = dict(re.findall(r"MOE_(EVENT_\w+)\s+= (\d)", text))
     assert kinds
     assert {name: int(n) for name, n in kinds.items()} == {
-        name: value for name, value in vars(plugin).items() if name.startswith("EVENT_")
+        name: value for name, value in vars(abi).items() if name.startswith("EVENT_")
     }
 
 
 def test_gatings_and_variants_have_the_numbers_of_the_header() -> None:
     names = re.findall(r"MOE_GATING_(\w+)", (NATIVE / "moe.h").read_text())
-    assert [name.lower() for name in names] == list(plugin.GATINGS)
-    assert tuple(plugin.GATINGS) == get_args(Gating)
-    assert list(plugin.GATINGS.values()) == list(range(len(names)))
+    assert [name.lower() for name in names] == list(abi.GATINGS)
+    assert tuple(abi.GATINGS) == get_args(Gating)
+    assert list(abi.GATINGS.values()) == list(range(len(names)))
     variants = re.findall(r"MOE_GATES_(\w+)(?: = 0)?,", (NATIVE / "moe.h").read_text())
-    assert [name.lower() for name in variants] == list(plugin.GATES_VARIANTS)
-    assert tuple(plugin.GATES_VARIANTS) == get_args(Variant)
-    assert list(plugin.GATES_VARIANTS.values()) == list(range(len(variants)))
+    assert [name.lower() for name in variants] == list(abi.GATES_VARIANTS)
+    assert tuple(abi.GATES_VARIANTS) == get_args(Variant)
+    assert list(abi.GATES_VARIANTS.values()) == list(range(len(variants)))
 
 
 def test_the_pinned_release_is_installed() -> None:
@@ -175,7 +175,7 @@ pointer, size_t = ctypes.c_void_p, ctypes.c_size_t
 
 @pytest.fixture(scope="module")
 def devices() -> dict[str, int]:
-    plugin.load()
+    library.load()
     count = host("ggml_backend_dev_count", restype=size_t)()
     name = host("ggml_backend_dev_name", pointer, restype=ctypes.c_char_p)
     get = host("ggml_backend_dev_get", size_t)
@@ -266,22 +266,22 @@ def test_llama_cpp_s_structs() -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("abi", [0, plugin.ABI - 1, plugin.ABI + 1, -1, 2**31 - 1])
+@pytest.mark.parametrize("abi", [0, abi.ABI - 1, abi.ABI + 1, -1, 2**31 - 1])
 def test_another_abi_is_refused(abi: int) -> None:
     """Before anything else of the struct is read: here every pointer of it leads nowhere."""
     nowhere = ctypes.cast(8, ctypes.c_void_p)
-    config = plugin.Config(abi=abi, n_experts=-1, n_files=10**6, n_trunk_tensors=10**6)
+    config = abi.Config(abi=abi, n_experts=-1, n_files=10**6, n_trunk_tensors=10**6)
     config.n_tensors, config.lanes = 10**6, 10**6
     config.header_bytes = config.stream_bytes = 2**40
     for name in ("paths", "trunk_tensors", "tensors", "parts", "transforms", "header"):
-        kind = dict(plugin.Config._fields_)[name]
+        kind = dict(abi.Config._fields_)[name]
         setattr(config, name, ctypes.cast(nowhere, kind))
     with pytest.raises(UserError, match="reinstall moe-gguf"):
-        plugin.PluginModel(config)
+        model.PluginModel(config)
 
 
 def test_the_plugin_is_loaded_once(tiny_file: TinyFile, devices: dict[str, int]) -> None:
-    assert plugin.load() is plugin.load()
+    assert library.load() is library.load()
     with ours(tiny_file("qwen3moe")) as first, ours(tiny_file("gpt-oss")) as second:
         kinds = [model.opened.plugin.expert_buffer_type() for model in (first, second)]
         assert len(set(kinds)) == 2

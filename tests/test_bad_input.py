@@ -20,8 +20,9 @@ from mutant import Autopsy, Field, Mutant, Weight, llama_keys, mutate
 from tiny import LAYOUTS, write_tiny
 
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import GGML_TYPES, Scalar, ValueType
-from moe_gguf.runtime.layout import read_layout
+from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
+from moe_gguf.runtime.formats.gguf_header import Scalar, ValueType
+from moe_gguf.runtime.formats.open import read_layout
 
 Edit = Callable[[Mutant], None]
 TYPE = {t.name: number for number, t in GGML_TYPES.items()}

@@ -10,10 +10,11 @@ import psutil
 import pytest
 import tiny
 
-from moe_gguf.runtime import budget, logs
-from moe_gguf.runtime.budget import GB, MB, Needs, fit, format_size, parse_size
+from moe_gguf.runtime import budget, logs, system
+from moe_gguf.runtime.budget import Needs, fit
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.model import OpenModel, Options
+from moe_gguf.runtime.opening import OpenModel, Options
+from moe_gguf.runtime.sizes import GB, MB, format_size, parse_size
 
 # --- sizes as text ------------------------------------------------------------------------------
 
@@ -148,20 +149,20 @@ def rss(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_no_cgroups_no_limit(tmp_path: Path) -> None:
-    assert budget.cgroup_limit(tmp_path) is None
+    assert system.cgroup_limit(tmp_path) is None
 
 
 def test_v2_limit_less_what_others_use(tmp_path: Path, rss: int) -> None:
     tree(tmp_path, "0::/work\n")
     put(tmp_path, "work", memory_max=1000 * MB, memory_stat=f"anon {300 * MB}\nfile {600 * MB}")
     # 300 MB are in use, 100 of them ours; 600 MB of page cache give way.
-    assert budget.cgroup_limit(tmp_path) == 1000 * MB - 300 * MB + rss
+    assert system.cgroup_limit(tmp_path) == 1000 * MB - 300 * MB + rss
 
 
 def test_v2_max_is_no_limit(tmp_path: Path, rss: int) -> None:
     tree(tmp_path, "0::/work\n")
     put(tmp_path, "work", memory_max="max", memory_stat="anon 5")
-    assert budget.cgroup_limit(tmp_path) is None
+    assert system.cgroup_limit(tmp_path) is None
 
 
 def test_v2_the_tightest_of_the_parents_counts(tmp_path: Path, rss: int) -> None:
@@ -169,13 +170,13 @@ def test_v2_the_tightest_of_the_parents_counts(tmp_path: Path, rss: int) -> None
     put(tmp_path, "a/b/c", memory_max="max", memory_stat=f"anon {rss}")
     put(tmp_path, "a/b", memory_max=900 * MB, memory_stat=f"anon {600 * MB}")
     put(tmp_path, "a", memory_max=950 * MB, memory_stat=f"anon {rss}")
-    assert budget.cgroup_limit(tmp_path) == 900 * MB - 600 * MB + rss
+    assert system.cgroup_limit(tmp_path) == 900 * MB - 600 * MB + rss
 
 
 def test_v2_inside_a_container_only_the_mount_exists(tmp_path: Path, rss: int) -> None:
     tree(tmp_path, "0::/../../docker/abc\n")
     put(tmp_path, "", memory_max=700 * MB, memory_stat=f"anon {rss}")
-    assert budget.cgroup_limit(tmp_path) == 700 * MB
+    assert system.cgroup_limit(tmp_path) == 700 * MB
 
 
 def test_v1_limit(tmp_path: Path, rss: int) -> None:
@@ -187,28 +188,28 @@ def test_v1_limit(tmp_path: Path, rss: int) -> None:
         memory_stat=f"cache {400 * MB}\ntotal_rss {250 * MB}",
     )
     put(tmp_path, "memory", memory_limit_in_bytes=2**63 - 4096, memory_stat="total_rss 0")
-    assert budget.cgroup_limit(tmp_path) == 800 * MB - 250 * MB + rss
+    assert system.cgroup_limit(tmp_path) == 800 * MB - 250 * MB + rss
 
 
 def test_a_full_cgroup_leaves_nothing(tmp_path: Path, rss: int) -> None:
     tree(tmp_path, "0::/work\n")
     put(tmp_path, "work", memory_max=300 * MB, memory_stat=f"anon {500 * MB}")
-    assert budget.cgroup_limit(tmp_path) == 0
+    assert system.cgroup_limit(tmp_path) == 0
 
 
 def test_auto_stays_below_the_cgroup_s_limit(tmp_path: Path, rss: int) -> None:
     tree(tmp_path, "0::/work\n")
     put(tmp_path, "work", memory_max=400 * MB, memory_stat=f"anon {rss}")
-    assert budget.auto_size(tmp_path) == int(400 * MB * (1 - budget.AUTO_HEADROOM))
+    assert system.auto_size(tmp_path) == int(400 * MB * (1 - system.AUTO_HEADROOM))
 
 
 def test_auto_stays_below_what_is_free(tmp_path: Path) -> None:
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    assert 0 < budget.auto_size(tmp_path) <= free
+    assert 0 < system.auto_size(tmp_path) <= free
 
 
 def test_the_peak_is_at_least_what_is_resident() -> None:
-    assert budget.rss_peak() >= psutil.Process().memory_info().rss * 0.9
+    assert system.rss_peak() >= psutil.Process().memory_info().rss * 0.9
 
 
 # --- llama.cpp's lines --------------------------------------------------------------------------

@@ -22,11 +22,12 @@ from conftest import MakeBundle, TinyFile
 from gguf import GGMLQuantizationType as Quant
 from harness import Context, Logits, Model, ours, random_tokens, rows, stock
 
-from moe_gguf.runtime.bundle import PLAIN, TRUNK
-from moe_gguf.runtime.describe import describe, describe_text
+from moe_gguf.runtime.cli.inspect import describe, describe_text
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.layout import EMBEDDING, OUTPUT, read_layout
-from moe_gguf.runtime.repack import LAYOUT_REPACKED, Transforms
+from moe_gguf.runtime.formats.bundle import PLAIN, TRUNK
+from moe_gguf.runtime.formats.layout import EMBEDDING, OUTPUT
+from moe_gguf.runtime.formats.open import read_layout
+from moe_gguf.runtime.kernels import LAYOUT_REPACKED, Transforms
 
 N_STEPS = 6
 # Types that kernels of ggml-cpu want repacked, beside others.

@@ -28,12 +28,14 @@ from conftest import TinyFile
 
 from moe_gguf.policies.presets import POLICIES
 from moe_gguf.runtime import budget as budgets
-from moe_gguf.runtime import cli, logs
-from moe_gguf.runtime.budget import MB, Budget, Needs
-from moe_gguf.runtime.describe import describe
-from moe_gguf.runtime.gguf_header import read_header
+from moe_gguf.runtime import logs
+from moe_gguf.runtime.budget import Budget, Needs
+from moe_gguf.runtime.cli import main, options, run
+from moe_gguf.runtime.cli.inspect import describe
+from moe_gguf.runtime.cli.replay import replay_document
+from moe_gguf.runtime.formats.gguf_header import read_header
 from moe_gguf.runtime.llama import Llama
-from moe_gguf.runtime.traces import replay_document
+from moe_gguf.runtime.sizes import MB
 
 # The names every command and document uses.
 STATS = {
@@ -70,7 +72,7 @@ def moe_gguf(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", ["moe-gguf", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as exit:
-            cli.main()
+            main.main()
         out, err = capfd.readouterr()
         return Result(int(exit.value.code or 0), out, err)
 
@@ -303,14 +305,14 @@ def test_an_expert_that_cannot_be_read(
     moe_gguf: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of llama.cpp's own remarks on the failed step, and the sentence on its own line."""
-    open_llama = cli.open_llama
+    open_llama = options.open_llama
 
     def on_a_bad_disk(*args: Any, **options: Any) -> Llama:
         llama = open_llama(*args, **options)
         llama.opened.plugin.inject(60, errno.EIO)
         return llama
 
-    monkeypatch.setattr(cli, "open_llama", on_a_bad_disk)
+    monkeypatch.setattr(run, "open_llama", on_a_bad_disk)
     args = ("--policy", "load-on-demand", "-p", "Hello", "-n", 50, "--temp", 0)
     result = moe_gguf("run", model, *ONE, *args)
     assert result.code == 1
@@ -335,7 +337,7 @@ def test_the_unforeseen_is_a_sentence_too(
     def broken(path: Path) -> None:
         raise KeyError("no idea")
 
-    monkeypatch.setattr("moe_gguf.runtime.describe.describe", broken)
+    monkeypatch.setattr("moe_gguf.runtime.cli.inspect.describe", broken)
     assert "--debug shows where" in moe_gguf("inspect", model).error(1)
 
 
@@ -361,7 +363,7 @@ def test_inspect_names_what_the_file_holds(moe_gguf: Command, tiny_file: TinyFil
 
 def test_inspect_does_not_load_llama_cpp(model: Path) -> None:
     code = (
-        "import sys; from moe_gguf.runtime.describe import describe, describe_text;"
+        "import sys; from moe_gguf.runtime.cli.inspect import describe, describe_text;"
         "from pathlib import Path; describe_text(describe(Path(sys.argv[1])));"
         "assert 'llama_cpp' not in sys.modules"
     )

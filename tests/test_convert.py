@@ -33,14 +33,16 @@ from conftest import TinyFile
 from gguf import GGMLQuantizationType as Quant
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.bundle import JOURNAL
-from moe_gguf.converters.convert import Options, Summary, open_source
+from moe_gguf.converters.bundle_writer import JOURNAL
+from moe_gguf.converters.choose import Options
+from moe_gguf.converters.convert import Summary, open_source
 from moe_gguf.converters.verify import verify
+from moe_gguf.runtime import kernels
 from moe_gguf.runtime import progress as runtime_progress
-from moe_gguf.runtime import repack
-from moe_gguf.runtime.bundle import BLOB_ALIGNMENT, PLAIN, TRUNK, BundleTable
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import read_header
+from moe_gguf.runtime.formats import interleaving
+from moe_gguf.runtime.formats.bundle import BLOB_ALIGNMENT, PLAIN, TRUNK, BundleTable
+from moe_gguf.runtime.formats.gguf_header import read_header
 
 Progress = Callable[[float, float], None]
 
@@ -135,9 +137,9 @@ def test_experts_trunk_and_metadata_are_the_sources(
             at = blobs.blob_offset[blob] + tensor.offset
             found = files[blobs.blob_file[blob]][at : at + tensor.n_bytes]
             if tensor.layout != PLAIN:
-                assert tensor.layout == repack.layout_name(tensor.ggml_type, tensor.ne)
-                rule = repack.stored_interleaving(header, tensor.layout, tensor.ggml_type)
-                found = repack.unpack(rule, tensor.ne, found)
+                assert tensor.layout == kernels.layout_name(tensor.ggml_type, tensor.ne)
+                rule = interleaving.stored_interleaving(header, tensor.layout, tensor.ggml_type)
+                found = interleaving.unpack(rule, tensor.ne, found)
             assert np.array_equal(found, stack.read(expert, 0, stack.ne[1]))
     if layout == "plain":
         assert {t.layout for t in blobs.tensors} == {PLAIN}
@@ -689,7 +691,7 @@ def test_verify_names_what_has_changed(source: Path, tmp_path: Path) -> None:
 WEIGH = """
 import contextlib
 from pathlib import Path
-from moe_gguf.runtime.cli import main
+from moe_gguf.runtime.cli.main import main
 with contextlib.suppress(SystemExit):
     main()
 status = Path("/proc/self/status").read_text()

@@ -9,10 +9,12 @@ import hf_gguf
 import pytest
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.convert import Options, open_source
-from moe_gguf.runtime.bundle import TRUNK, BlobSet, BundleTable
-from moe_gguf.runtime.gguf_header import GGML_TYPES, GgufHeader, read_header
-from moe_gguf.runtime.layout import read_layout
+from moe_gguf.converters.choose import Options
+from moe_gguf.converters.convert import open_source
+from moe_gguf.runtime.formats.bundle import TRUNK, BlobSet, BundleTable
+from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
+from moe_gguf.runtime.formats.gguf_header import GgufHeader, read_header
+from moe_gguf.runtime.formats.open import read_layout
 from moe_gguf.runtime.llama import Llama
 
 

@@ -52,7 +52,7 @@ from moe_gguf import ExpertReadError
 from moe_gguf.policies.base import Guess, RouteEvent
 from moe_gguf.policies.cache import LFU
 from moe_gguf.policies.residency import Plan
-from moe_gguf.runtime import cgroup
+from moe_gguf.runtime.bench import cgroup
 
 LAYOUTS = ("qwen3moe", "gemma4", "gpt-oss")
 PROMPT = random_tokens(40)

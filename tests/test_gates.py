@@ -14,9 +14,15 @@ from harness import ours, rows
 from reference_gates import Ids, ReferenceGates, rank
 
 from moe_gguf.policies.predict import Gates, Variant
-from moe_gguf.policies.router import Floats, Gating, RoutingRule
-from moe_gguf.runtime import model as runtime_model
-from moe_gguf.runtime.gates import NativeGates, Prediction, Router
+from moe_gguf.runtime import opening as runtime_model
+from moe_gguf.runtime.plugin.gates import (
+    Floats,
+    Gating,
+    NativeGates,
+    Prediction,
+    Router,
+    RoutingRule,
+)
 
 N_EXPERTS, N_EMBD, N_USED = 16, 53, 4
 LAYERS = [1, 2, 5]

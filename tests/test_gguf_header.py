@@ -14,7 +14,8 @@ from mutant import Field, Mutant
 from tiny import write_tiny
 
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import GGML_TYPES, ValueType, read_header
+from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
+from moe_gguf.runtime.formats.gguf_header import ValueType, read_header
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from gguf import GGUFWriter, TokenType
 from hf_files import TEXTS, use_tokenizer
 from hf_gguf import write_gguf
 
-from moe_gguf.converters.hf_plan import Config
-from moe_gguf.converters.hf_tokenizer import add_tokenizer
-from moe_gguf.converters.source_hf import open_hf
+from moe_gguf.converters.hf.source import open_hf
+from moe_gguf.converters.hf.tokenizer import add_tokenizer
+from moe_gguf.converters.hf.wants import Config
 from moe_gguf.runtime.errors import UserError
 
 

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from moe_gguf.converters.hub import download
+from moe_gguf.converters.hf.hub import download
 from moe_gguf.runtime.errors import UserError
 
 REPO_FILES = [

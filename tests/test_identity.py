@@ -59,7 +59,7 @@ from moe_gguf.policies import POLICIES, presets
 from moe_gguf.policies.base import CachePolicy, Predictor
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything
-from moe_gguf.runtime import model as runtime_model
+from moe_gguf.runtime import opening as runtime_model
 
 # scaled: qwen3moe with a scale per expert for gate, up and down (as NVFP4 conversions have).
 LAYOUTS = (*tiny.LAYOUTS, "scaled")

@@ -11,15 +11,9 @@ from mutant import Field, Mutant
 from tiny import LAYOUTS, write_tiny
 
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import ValueType, read_header
-from moe_gguf.runtime.layout import (
-    MAP_ALIGNMENT,
-    PAGE,
-    ROLES,
-    ModelLayout,
-    read_layout,
-    slot_layout,
-)
+from moe_gguf.runtime.formats.gguf_header import ValueType, read_header
+from moe_gguf.runtime.formats.layout import MAP_ALIGNMENT, PAGE, ROLES, ModelLayout, slot_layout
+from moe_gguf.runtime.formats.open import read_layout
 
 EXPERTS = {layout: 8 if layout == "mixtral" else 16 for layout in LAYOUTS}
 USED = {"mixtral": 2, "llama4": 1}

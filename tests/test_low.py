@@ -40,11 +40,12 @@ from harness import (
 from moe_gguf import ExpertReadError, UserError
 from moe_gguf.policies.precision import tail
 from moe_gguf.policies.trace import TraceRecorder, route_event
-from moe_gguf.runtime.bench import bench
-from moe_gguf.runtime.bench_report import table
+from moe_gguf.runtime.bench.quality import kl_divergence, log_softmax
+from moe_gguf.runtime.bench.report import table
+from moe_gguf.runtime.bench.rounds import bench
+from moe_gguf.runtime.cli.replay import replay_document
+from moe_gguf.runtime.cli.trace import trace_metadata
 from moe_gguf.runtime.llama import Llama
-from moe_gguf.runtime.quality import kl_divergence, log_softmax
-from moe_gguf.runtime.traces import replay_document, trace_metadata
 
 N_STEPS = 6
 PROMPT = random_tokens(40)

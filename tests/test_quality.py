@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from conftest import TinyFile
 
-from moe_gguf.runtime.bench_row import PROSE
-from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.llama import Llama
-from moe_gguf.runtime.quality import (
+from moe_gguf.runtime.bench.quality import (
     LOSSLESS,
     kl_divergence,
     log_softmax,
     quality,
     quality_text,
 )
+from moe_gguf.runtime.bench.row import PROSE
+from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.llama import Llama
 
 N_CTX = 256
 TEXT = PROSE * 3  # two chunks and a rest that is left out

@@ -20,13 +20,15 @@ import pytest
 from conftest import TinyFile
 from gguf import GGMLQuantizationType as Quant
 
-from moe_gguf.converters.convert import Options, convert, open_source
+from moe_gguf.converters.choose import Options
+from moe_gguf.converters.convert import convert, open_source
 from moe_gguf.converters.imatrix import read_imatrix
 from moe_gguf.converters.mix import FILE_TYPES, FLOATS, NEEDS_IMATRIX, NUMBERS, fitting_type
 from moe_gguf.converters.quantize import Quantizer, requires_imatrix
-from moe_gguf.runtime.bundle import TRUNK
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.gguf_header import GGML_TYPES, read_header
+from moe_gguf.runtime.formats.bundle import TRUNK
+from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
+from moe_gguf.runtime.formats.gguf_header import read_header
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

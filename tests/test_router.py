@@ -13,8 +13,9 @@ import pytest
 from harness import ours, random_tokens, rows
 from reference_gates import Ids, confidence, gate, scores, select, top
 
-from moe_gguf.policies.router import Floats, RoutingRule, routing_rule
-from moe_gguf.runtime.plugin import Call
+from moe_gguf.runtime.plugin.abi import Call
+from moe_gguf.runtime.plugin.gates import Floats, RoutingRule
+from moe_gguf.runtime.routers import routing_rule
 
 
 class Watcher:

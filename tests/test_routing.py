@@ -27,15 +27,15 @@ from moe_gguf.policies.cache import LFU
 from moe_gguf.policies.eap import ExpertPaths, PathPredictor
 from moe_gguf.policies.layered import Layered, hottest
 from moe_gguf.policies.trace import Trace, TraceEvent, TraceRecorder
-from moe_gguf.runtime.bench import bench
-from moe_gguf.runtime.bench_report import table
-from moe_gguf.runtime.bundle import TRUNK
+from moe_gguf.runtime.bench.report import table
+from moe_gguf.runtime.bench.rounds import bench
+from moe_gguf.runtime.cli.replay import replay_document
 from moe_gguf.runtime.errors import ExpertReadError, UserError
-from moe_gguf.runtime.gguf_header import ValueType
-from moe_gguf.runtime.layout import read_layout
+from moe_gguf.runtime.formats.bundle import TRUNK
+from moe_gguf.runtime.formats.gguf_header import ValueType
+from moe_gguf.runtime.formats.open import read_layout
+from moe_gguf.runtime.history import Identity, Routing, count, load, routing_path
 from moe_gguf.runtime.llama import Llama
-from moe_gguf.runtime.routing import Identity, Routing, count, load, routing_path
-from moe_gguf.runtime.traces import replay_document
 
 IDENTITY = Identity("qwen3moe", (0, 1, 2), 10, 3)
 N_SLOTS = 30

@@ -221,9 +221,7 @@ def test_an_address_in_use_is_told_before_the_model_is_loaded(model: Path) -> No
 
 
 def test_without_its_packages_it_names_the_extra(model: Path) -> None:
-    code = (
-        "import sys; sys.modules['fastapi'] = None; from moe_gguf.runtime.cli import main; main()"
-    )
+    code = "import sys, moe_gguf.runtime.cli.main as m; sys.modules['fastapi'] = None; m.main()"
     run = subprocess.run(
         [sys.executable, "-c", code, "serve", str(model)],
         capture_output=True,

@@ -29,8 +29,8 @@ from harness import Logits, rows, stock
 from hf_files import Raw, load, save
 from hf_gguf import write_gguf
 
-from moe_gguf.converters import source_hf
-from moe_gguf.converters.source_hf import HfSource, open_hf
+from moe_gguf.converters.hf import source as hf_source
+from moe_gguf.converters.hf.source import HfSource, open_hf
 from moe_gguf.runtime.errors import UserError
 
 
@@ -117,7 +117,7 @@ def test_stored_types_are_kept(dtype: str, kind: GGMLQuantizationType, hf_root: 
 def test_any_slice_is_part_of_the_whole(
     name: str, hf_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_hf, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(hf_source, "BLOCK_ROWS", 7)
     rng = np.random.default_rng(0)
     with closing(open_hf(hf_root / name)) as source:
         for tensor in source.trunk:
@@ -180,7 +180,7 @@ def test_identity_follows_the_configuration(hf_root: Path, tmp_path: Path) -> No
 
 def test_the_runtime_starts_without_converter_packages() -> None:
     code = (
-        "import sys, moe_gguf.runtime.cli; "
+        "import sys, moe_gguf.runtime.cli.main; "
         "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'sentencepiece') "
         "if m in sys.modules])"
     )

@@ -10,11 +10,13 @@ import pytest
 from conftest import TinyFile
 from harness import fix_slots, ours, rows
 
-from moe_gguf.runtime import plugin, timeline
+from moe_gguf.runtime import timeline
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.llama import Llama
-from moe_gguf.runtime.plugin import Event
-from moe_gguf.runtime.timeline import Step, trace
+from moe_gguf.runtime.plugin import abi
+from moe_gguf.runtime.plugin.abi import Event
+from moe_gguf.runtime.stats import Step
+from moe_gguf.runtime.timeline import trace
 
 
 def test_nothing_is_recorded_unless_asked(tiny_file: TinyFile) -> None:
@@ -33,7 +35,7 @@ def test_the_ring_keeps_the_newest(tiny_file: TinyFile) -> None:
         kept = recorded.timeline_read(100)
         assert len(kept) == 5
         last_layer = model.opened.layout.layers[-1].layer
-        assert (kept[-1].kind, kept[-1].key) == (plugin.EVENT_LAYER, last_layer)
+        assert (kept[-1].kind, kept[-1].key) == (abi.EVENT_LAYER, last_layer)
         assert recorded.timeline_read(100) == []
         recorded.timeline(0)
         context.decode(rows([3], pos=2))
@@ -50,17 +52,17 @@ def test_events_agree_with_the_counters(tiny_file: TinyFile) -> None:
         events = model.opened.plugin.timeline_read(10_000)
         stats = model.stats()
         count = {kind: sum(e.kind == kind for e in events) for kind in range(7)}
-        assert count[plugin.EVENT_LAYER] == count[plugin.EVENT_ROUTE] == stats.events
-        assert count[plugin.EVENT_DEMAND] == stats.reads > 0
-        assert count[plugin.EVENT_GUESS] == 0
+        assert count[abi.EVENT_LAYER] == count[abi.EVENT_ROUTE] == stats.events
+        assert count[abi.EVENT_DEMAND] == stats.reads > 0
+        assert count[abi.EVENT_GUESS] == 0
         for kind, total in (
-            (plugin.EVENT_ROUTE, stats.route_ns),
-            (plugin.EVENT_STALL, stats.stall_ns),
-            (plugin.EVENT_COMPUTE, stats.compute_ns),
+            (abi.EVENT_ROUTE, stats.route_ns),
+            (abi.EVENT_STALL, stats.stall_ns),
+            (abi.EVENT_COMPUTE, stats.compute_ns),
         ):
             seen = sum(e.end_ns - e.start_ns for e in events if e.kind == kind)
             assert total <= seen <= total + 50_000 * max(1, count[kind])
-        assert {e.lane for e in events if e.kind == plugin.EVENT_DEMAND} <= {0, 1}
+        assert {e.lane for e in events if e.kind == abi.EVENT_DEMAND} <= {0, 1}
         assert all(e.start_ns <= e.end_ns for e in events)
 
 
@@ -71,13 +73,13 @@ def event(kind: int, start: int, end: int, key: int = 0, lane: int = -1) -> Even
 def test_trace_by_hand() -> None:
     """Two layers of a step from 100 to 200 µs, and a guess that began before it."""
     events = [
-        event(plugin.EVENT_ROUTE, 111, 113, 0),
-        event(plugin.EVENT_DEMAND, 113, 130, 7, lane=1),
-        event(plugin.EVENT_STALL, 115, 130, 0),
-        event(plugin.EVENT_COMPUTE, 130, 138, 0),
-        event(plugin.EVENT_LAYER, 110, 140, 0),
-        event(plugin.EVENT_GUESS, 90, 112, 33, lane=0),
-        event(plugin.EVENT_LAYER, 150, 190, 1),
+        event(abi.EVENT_ROUTE, 111, 113, 0),
+        event(abi.EVENT_DEMAND, 113, 130, 7, lane=1),
+        event(abi.EVENT_STALL, 115, 130, 0),
+        event(abi.EVENT_COMPUTE, 130, 138, 0),
+        event(abi.EVENT_LAYER, 110, 140, 0),
+        event(abi.EVENT_GUESS, 90, 112, 33, lane=0),
+        event(abi.EVENT_LAYER, 150, 190, 1),
     ]
     document = trace(events, Step(100_000, 200_000, 1), n_experts=10, n_layers=2)
     found = {e["name"]: (e["tid"], e["ts"], e["dur"]) for e in document["traceEvents"] if "ts" in e}

@@ -1,0 +1,1 @@
+"""Benchmark rows: cases, processes, results, reports."""

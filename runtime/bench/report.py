@@ -1,0 +1,197 @@
+"""How a result document of ``bench`` is shown as text: conditions, an aligned table, remarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..sizes import format_size
+
+Cell = Callable[[dict[str, Any]], str]  # of a row of the document
+
+
+def _median(key: str, form: Callable[[float], str]) -> Cell:
+    def cell(row: dict[str, Any]) -> str:
+        value = row["median"].get(key)
+        return "-" if value is None else form(value)
+
+    return cell
+
+
+def _ratio(key: str, form: str) -> Cell:
+    return lambda row: "-" if row[key] is None else form.format(row[key])
+
+
+def _guesses(row: dict[str, Any]) -> str:
+    """Guesses made, those used, and of these the ones that were still being read when needed."""
+    numbers = [row["median"].get(key) for key in ("guesses", "guesses_used", "guesses_late")]
+    if not numbers[0]:
+        return "-"
+    return "/".join("-" if n is None else f"{n:.0f}" for n in numbers)
+
+
+def _low(row: dict[str, Any]) -> str:
+    """Of the expert applications of prefill and of decode, how many were computed low."""
+    shares = [row["median"].get(key) or 0.0 for key in ("prefill_low_share", "low_share")]
+    return "/".join(f"{share:.1%}" for share in shares) if any(shares) else "-"
+
+
+COLUMNS: tuple[tuple[str, Cell], ...] = (
+    ("decode tok/s", _median("decode_tps", "{:.2f}".format)),
+    ("x stock-mmap", _ratio("x_stock_mmap", "{:.1f}")),
+    ("of resident", _ratio("of_stock_resident", "{:.0%}")),
+    ("of bound", _ratio("of_bound", "{:.0%}")),
+    ("prefill tok/s", _median("prefill_tps", "{:.1f}".format)),
+    ("start-up s", _median("startup_s", "{:.2f}".format)),
+    ("hits", _median("hit_rate", "{:.1%}".format)),
+    ("LOSSY: low in prefill/decode", _low),
+    ("guesses made/used/late", _guesses),
+    ("recall", _median("recall", "{:.1%}".format)),
+    ("read/token", _median("bytes_per_token", format_size)),
+    ("disk busy", _median("disk_share", "{:.0%}".format)),
+    ("stalled", _median("stall_share", "{:.1%}".format)),
+    ("controller", _median("controller_share", "{:.1%}".format)),
+    ("peak RSS", _median("rss_peak_bytes", format_size)),
+)
+
+
+# A throttle was kept to if a probe of a second saw no more than this multiple of it.
+HELD = 1.25
+
+
+def points(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """One document per cap."""
+    return (
+        [{**document, **point} for point in document["sweep"]]
+        if "sweep" in document
+        else [document]
+    )
+
+
+def table(document: dict[str, Any]) -> str:
+    """What was measured, under which conditions, and the rows, cap by cap."""
+    parts = ["\n".join(conditions(document))]
+    for point in points(document):
+        if "sweep" in document:
+            parts.append(f"memory {format_size(point['memory_bytes'])}")
+        parts += [_rows(point), "\n".join(remarks(point))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rows(document: dict[str, Any]) -> str:
+    """The rows, aligned; a column in which no row has anything is left out."""
+    rows = document["rows"]
+    shown = [(head, cell) for head, cell in COLUMNS if any(cell(row) != "-" for row in rows)]
+    cells = [[row["row"], *(cell(row) for _, cell in shown)] for row in rows]
+    heads = ["row", *(head for head, _ in shown)]
+    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
+
+    def line(parts: list[str]) -> str:
+        first, *others = (
+            part.ljust(width) if i == 0 else part.rjust(width)
+            for i, (part, width) in enumerate(zip(parts, widths, strict=True))
+        )
+        return "  ".join([first, *others])
+
+    lines = [line(heads)]
+    for row, parts in zip(rows, cells, strict=True):
+        failure = row["failure"]
+        lines.append(f"{parts[0].ljust(widths[0])}  {failure}" if failure else line(parts))
+    return "\n".join(lines)
+
+
+def conditions(document: dict[str, Any]) -> list[str]:
+    """Model, cap, machine and versions: a number without these means nothing."""
+    model, machine, settings = document["model"], document["machine"], document["settings"]
+    every = points(document)
+    caps = ", ".join(format_size(point["memory_bytes"]) for point in every)
+    commit = document["commit"] or "unknown"
+    repeat = settings["repeat"]
+    start = "filled from routing statistics" if settings.get("warm") else "cold"
+    runs = f"median of {repeat} runs" if repeat > 1 else "one run of each row"
+    return [
+        f"{model['name']}: {model['architecture']}, {model['moe_layers']} MoE layers x "
+        f"{model['experts']} experts, top-{model['experts_used']}, experts "
+        f"{'+'.join(model['expert_types'])}, {format_size(model['file_bytes'])}",
+        f"memory {caps}; {_enforced(document)}; page cache {document['page_cache']}",
+        f"disk: {_disk(document)}",
+        f"{machine['cpu']}, {machine['cores']} cores, {format_size(machine['ram_bytes'])} RAM, "
+        f"{machine['system']}; {every[0]['threads']} threads, context {settings['n_ctx']}",
+        f"moe-gguf {document['moe_gguf']}, commit {commit}; llama-cpp-python "
+        f"{document['llama_cpp_python']}, weight repacking off",
+        f"{runs}, rows in turn; prefill of {settings['prompt_tokens']} tokens, {start} in capped "
+        f"rows, every weight touched before in the others; decode warm (the last three quarters of "
+        f"{settings['n_predict']} tokens)",
+    ]
+
+
+def _enforced(document: dict[str, Any]) -> str:
+    if document["cgroup"] is None:
+        return f"NOT enforced: no memory cgroup ({document['cgroup_refusal']})"
+    return f"enforced by a memory cgroup ({document['cgroup']})"
+
+
+def _disk(document: dict[str, Any]) -> str:
+    probe, limit = document["disk_probe"], document["disk_limit"]
+    parts = []
+    if limit is not None:
+        speed = format_size(limit["bytes_per_s"])
+        parts.append(f"reads throttled to {speed}/s by a cgroup ({limit['cgroup']})")
+    if probe is not None:
+        how = "direct" if probe["direct"] else "buffered, cold"
+        parts.append(
+            f"ceiling {format_size(document['disk_bytes_per_s'])}/s ({how} reads of "
+            f"{format_size(probe['read_bytes'])} in {probe['lanes']} lanes)"
+        )
+    else:
+        parts.append("ceiling not measured: the probe failed")
+    return "; ".join(parts)
+
+
+def is_capped(document: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Ours keep to a budget by themselves, stock only inside a cgroup."""
+    return bool(row["capped"] and (document["cgroup"] or row["policy"]))
+
+
+def remarks(document: dict[str, Any]) -> list[str]:
+    """What the table does not say by itself."""
+    rows = document["rows"]
+    lines = []
+    free = [row["row"] for row in rows if row["runs"] and not is_capped(document, row)]
+    if free:
+        lines.append(f"without the cap: {', '.join(free)}")
+    planned = document["settings"]["n_predict"]
+    for row in rows:
+        short = [
+            run for run in row["runs"] if run["warm_up_tokens"] + run["decode_tokens"] < planned
+        ]
+        if short:
+            counted = ", ".join(str(run["decode_tokens"]) for run in short)
+            limit = document["settings"]["decode_limit_s"]
+            lines.append(
+                f"{row['row']}: decoding cut off after {limit:.0f} s, {counted} tokens counted"
+            )
+    same: dict[str, list[str]] = {}
+    for row in rows:
+        if row["identical"] and row["row"] != row["reference"]:
+            same.setdefault(row["reference"], []).append(row["row"])
+    for reference, names in same.items():
+        lines.append(f"same greedy tokens as {reference}: {', '.join(names)}")
+    bounded = [row for row in rows if row["of_bound"] is not None]
+    if bounded:
+        speed = format_size(document["disk_best_bytes_per_s"])
+        reads = f"the row's reads at {speed}/s, the fastest the disk was found"
+        whole = dict.fromkeys(row["bound_row"] for row in bounded if row["bound_row"])
+        both = f"the slower of the time per token of {' or '.join(whole)} and {reads}"
+        lines.append(f"bound: {both if whole else reads}")
+    limit, measured = document["disk_limit"], document["disk_bytes_per_s"]
+    if limit is not None and measured is not None and measured > HELD * limit["bytes_per_s"]:
+        lines.append("the throttle did NOT hold: the disk's ceiling is above it")
+    drawn = next(
+        (run["timeline"] for row in rows for run in row["runs"][-1:] if "timeline" in run), None
+    )
+    if drawn is not None:
+        lines.append(f"timeline: {drawn}")
+    if document["interrupted"]:
+        lines.append("interrupted: rows have fewer runs than planned")
+    return lines

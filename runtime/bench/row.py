@@ -1,0 +1,243 @@
+"""One run of one bench row in a process of its own: open the model, prefill, decode, report.
+
+    python -m moe_gguf.runtime.bench.row SPEC
+
+SPEC is a ``Spec`` as JSON; the last line of stdout is the result as JSON. Stock rows and ours go
+through the same calls in the same order, so that what differs is the engine. Knows nothing of
+cgroups, other rows or repetition.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import llama_cpp
+
+N_BATCH = 512
+# Decoding is cut off here: a row that thrashes makes its point with few tokens.
+DECODE_LIMIT_S = 90.0
+# What a result takes from ``Llama.stats``; a policy that does not predict leaves some out.
+STATS = (
+    *("hits", "misses", "hit_rate", "hit_rate_in_time", "bytes_read", "bytes_per_token"),
+    *("low_share", "low_bytes_read"),
+    *("guesses", "guesses_used", "guesses_late", "guess_bytes", "recall", "layers"),
+    *("disk_s", "guess_s"),
+    *("stall_s", "route_s", "compute_s", "slots", "reads", "budget_bytes"),
+)
+
+# Plain prose, so that a trained router does what it does on text.
+PROSE = (
+    "The harbour had been quiet since the last of the fishing boats went out before dawn. Along "
+    "the wall an old man mended his nets, and two children counted the gulls that sat on the "
+    "roof of the customs house. In the town above, the baker opened his shutters, the bus to the "
+    "city waited with its engine running, and a clerk read the notice that somebody had pinned "
+    "to the door of the library during the night. It said that the building would close at the "
+    "end of the month, because the rain had come through the ceiling once more and there was no "
+    "money left to repair it. By noon everyone knew. Some remembered how they had learned to "
+    "read there; others asked what would become of the maps, which were older than the harbour "
+    "itself and showed a coast that the sea had long since taken away. "
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run; everything but policy, mmap and memory is the same for all rows."""
+
+    model: str
+    policy: str | None  # None: stock llama.cpp
+    mmap: bool  # stock only
+    repack: bool  # stock only
+    memory: int  # bytes, ours only
+    n_predict: int
+    prompt_tokens: int
+    n_ctx: int
+    threads: int | None
+    reads: str
+    lanes: int | None
+    fill: bool  # touch every weight before anything is timed
+    warm: bool = False  # ours only
+    timeline: str | None = None  # ours only: write one of a token after the counted ones
+    open_only: bool = False  # stop once the model is open: does it fit?
+    probe_only: bool = False  # measure the disk, not the model
+    low_share: float = 0.0
+    low_on_miss: bool = False
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Times, rates and greedy tokens of one run; our own counters cover the counted tokens."""
+    from .. import disk, timeline
+    from ..formats.open import read_layout
+    from ..llama import Llama
+    from ..system import rss_peak
+
+    if spec.probe_only:
+        return disk.ceiling(read_layout(Path(spec.model)), spec.lanes)._asdict()
+    start = time.perf_counter()
+    llama = _open(spec)
+    startup_s = time.perf_counter() - start
+    if spec.open_only:
+        return {"startup_s": startup_s, "rss_peak_bytes": rss_peak()}
+    prompt = prompt_tokens(llama, spec.prompt_tokens)
+    if spec.fill:
+        _fill(llama, spec.n_ctx)
+
+    start = time.perf_counter()
+    tokens = [_step(llama, prompt)]
+    prefill_s = time.perf_counter() - start
+    ours = llama if isinstance(llama, Llama) else None
+    prefill_low_share = ours.stats()["low_share"] if ours is not None else None
+
+    warm_up, counted = spec.n_predict // 4, spec.n_predict - spec.n_predict // 4
+    start = time.perf_counter()
+    # A quarter of the tokens is warm-up, and never more than half of the time.
+    warm = _decode(llama, tokens, warm_up, start + DECODE_LIMIT_S / 2)
+    if ours is not None:
+        ours.reset_stats()
+    begin = time.perf_counter()
+    n_counted = _decode(llama, tokens, counted, start + DECODE_LIMIT_S)
+    decode_s = time.perf_counter() - begin
+    result: dict[str, Any] = {
+        "startup_s": startup_s,
+        "prompt_tokens": len(prompt),
+        "prefill_s": prefill_s,
+        "prefill_tps": len(prompt) / prefill_s,
+        "warm_up_tokens": warm,
+        "decode_tokens": n_counted,
+        "decode_s": decode_s,
+        "decode_tps": n_counted / decode_s,
+        "threads": llama.n_threads,
+        "kernels": _kernels(spec, llama),
+        "tokens": tokens,
+        "rss_peak_bytes": rss_peak(),
+    }
+    if ours is not None:
+        stats = ours.stats()
+        result |= {name: stats.get(name) for name in STATS}
+        result["prefill_low_share"] = prefill_low_share
+        result["disk_share"] = stats["disk_s"] / decode_s
+        result["stall_share"] = stats["stall_s"] / decode_s
+        result["controller_share"] = (stats["route_s"] + stats["guess_s"]) / decode_s
+        result["mode_line"] = ours.mode_line
+        result["warmed"] = ours.opened.n_warmed
+        if spec.timeline is not None:
+            timeline.record(ours)
+            _step(llama, tokens[-1:])
+            result["timeline"] = timeline.write(ours, Path(spec.timeline))
+    llama.close()
+    return result
+
+
+def _open(spec: Spec) -> llama_cpp.Llama:
+    import llama_cpp
+    import llama_cpp.llama_cpp as bindings
+
+    from ..llama import Llama
+    from ..system import physical_cores
+
+    threads = spec.threads or physical_cores()
+    if spec.policy is not None:
+        return Llama(
+            spec.model,
+            memory=spec.memory,
+            policy=spec.policy,
+            reads=spec.reads,
+            lanes=spec.lanes,
+            warm=spec.warm,
+            n_ctx=spec.n_ctx,
+            n_batch=N_BATCH,
+            n_threads=threads,
+            low_share=spec.low_share,
+            low_on_miss=spec.low_on_miss,
+        )
+    defaults = bindings.llama_model_default_params
+
+    def with_kernels() -> Any:
+        # Repacked kernels sum in another order: like with like, stock and ours agree bit for bit.
+        params = defaults()
+        params.use_extra_bufts = spec.repack
+        return params
+
+    bindings.llama_model_default_params = with_kernels
+    return llama_cpp.Llama(
+        spec.model,
+        use_mmap=spec.mmap,
+        n_ctx=spec.n_ctx,
+        n_batch=N_BATCH,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
+
+
+def _kernels(spec: Spec, llama: llama_cpp.Llama) -> str:
+    from ..llama import Llama
+
+    repacked = llama.opened.is_repacked if isinstance(llama, Llama) else spec.repack
+    return "repacked" if repacked else "plain"
+
+
+def prompt_tokens(llama: llama_cpp.Llama, n: int) -> list[int]:
+    """The first ``n`` tokens of the prose, told over and over if it is too short."""
+    text = PROSE * (1 + n // 100)  # the prose is some 150 words
+    tokens: list[int] = llama.tokenize(text.encode(), add_bos=True, special=False)
+    if len(tokens) < n:
+        raise UserError(f"this model's tokenizer makes only {len(tokens)} tokens of the prompt")
+    return tokens[:n]
+
+
+def _fill(llama: llama_cpp.Llama, n_ctx: int) -> None:
+    """Touch every weight: batches of assorted tokens, then whatever they did not ask for."""
+    from ..llama import Llama
+
+    size = min(N_BATCH, n_ctx - 1)
+    for prime in (7919, 104729):
+        llama.reset()
+        llama.eval([(prime * i) % llama.n_vocab() for i in range(1, size)])
+    if isinstance(llama, Llama):
+        layers, n_experts = llama.opened.layout.layers, llama.opened.layout.n_experts
+        llama.opened.fill(e.layer * n_experts + i for e in layers for i in range(n_experts))
+    llama.reset()
+    llama._ctx.kv_cache_clear()
+
+
+def _step(llama: llama_cpp.Llama, tokens: list[int]) -> int:
+    """Feed ``tokens``; the most likely next one."""
+    import numpy as np
+
+    llama.eval(tokens)
+    logits = llama._ctx.get_logits_ith(-1)
+    return int(np.argmax(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),))))
+
+
+def _decode(llama: llama_cpp.Llama, tokens: list[int], n: int, deadline: float) -> int:
+    """Append up to ``n`` greedy tokens, ends of text included; how many (at least one of many)."""
+    for done in range(n):
+        if done and time.perf_counter() > deadline:
+            return done
+        tokens.append(_step(llama, tokens[-1:]))
+    return n
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 unusable input (the result is then ``{"error": sentence}``)."""
+    spec = Spec(**json.loads(sys.argv[1]))
+    try:
+        result, code = measure(spec), 0
+    except UserError as error:
+        result, code = {"error": str(error)}, 2
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(json.dumps(result), flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

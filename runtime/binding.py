@@ -1,0 +1,124 @@
+"""A layout as the plugin wants it described, and as llama.cpp is told which tensors go where.
+
+Turns values of layout.py into the structs of plugin.py; decides nothing but which trunk tensors are
+held repacked. Knows no budget and no policy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import disk
+from .formats.layout import ModelLayout, MoeLayer, SlotLayout
+from .kernels import Transforms
+from .plugin.abi import ABI, COPIES, PART, Config, Tensor, Transform, TrunkTensor
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Regular expressions for exactly these tensors, few and short: llama.cpp compiles each of them
+    for each tensor."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"blk\.(\d+)\.(.*)", name)
+        layer, rest = (match[1], match[2]) if match else ("", name)
+        layers.setdefault(rest, []).append(layer)
+    return [
+        f"^{re.escape(rest)}$"
+        if numbers == [""]
+        else rf"^blk\.({'|'.join(numbers)})\.{re.escape(rest)}$"
+        for rest, numbers in layers.items()
+    ]
+
+
+def config_of(
+    layout: ModelLayout,
+    slots: SlotLayout,
+    mode: disk.ReadMode,
+    transforms: Transforms,
+    repacked: Collection[str],
+) -> Config:
+    tensors = [
+        _mirror(layer, i, slots, transforms)
+        for layer in layout.layers
+        for i in range(len(layer.tensors))
+    ]
+    trunk = layout.trunk
+    parts = _parts(layout, slots)
+    rules = [
+        Transform(
+            rule.rows,
+            len(rule.flip) // rule.rows,
+            rule.source.ctypes.data,
+            rule.flip.ctypes.data,
+        )
+        for rule in transforms.rules.values()
+    ]
+    config = Config(
+        abi=ABI,
+        n_experts=layout.n_experts,
+        n_files=len(layout.files),
+        n_trunk_tensors=len(trunk),
+        n_tensors=len(tensors),
+        n_parts=len(parts),
+        n_transforms=len(rules),
+        lanes=mode.lanes,
+        direct=mode.direct,
+        offset_align=mode.offset_align,
+        memory_align=mode.memory_align,
+        slot_bytes=slots.slot_bytes,
+        header_bytes=len(layout.header),
+        stream_bytes=layout.stream_bytes,
+        paths=(ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files)),
+        trunk_tensors=(TrunkTensor * len(trunk))(
+            *(
+                TrunkTensor(t.name.encode(), t.offset, t.n_bytes, t.file, t.name in repacked)
+                for t in trunk
+            )
+        ),
+        tensors=(Tensor * len(tensors))(*tensors),
+        parts=parts.ctypes.data,
+        transforms=(Transform * len(rules))(*rules),
+        header=layout.header,
+    )
+    config.keep = parts  # the struct holds its address only
+    return config
+
+
+def _mirror(layer: MoeLayer, i: int, slots: SlotLayout, transforms: Transforms) -> Tensor:
+    tensor = layer.tensors[i]
+    mirror = Tensor(name=tensor.name.encode(), layer=layer.layer, type=(-1,) * COPIES)
+    mirror.ne[:] = tensor.ne[:2]
+    for c, copy in enumerate(layer.copies):
+        mirror.type[c] = copy.types[i]
+        mirror.slot_offset[c] = slots.matrix(layer, c, i)
+        mirror.layout[c], mirror.transform[c] = transforms.code(
+            copy.layouts[i], copy.types[i], tensor.ne[:2]
+        )
+    return mirror
+
+
+def _parts(layout: ModelLayout, slots: SlotLayout) -> NDArray[Any]:
+    """The plugin's table of what to read for each key, in the order of keys."""
+    n_experts, n_layers = layout.n_experts, layout.layers[-1].layer + 1
+    tables = []
+    for c in range(COPIES):
+        for layer in layout.layers:
+            if c >= len(layer.copies):
+                continue
+            pieces = layer.copies[c].pieces
+            table = np.zeros((n_experts, len(pieces)), PART)
+            first = (c * n_layers + layer.layer) * n_experts
+            table["key"] = (first + np.arange(n_experts))[:, None]
+            for i, piece in enumerate(pieces):
+                table["file"][:, i] = piece.file
+                table["offset"][:, i] = piece.offset
+                table["n_bytes"][:, i] = piece.n_bytes
+                table["slot_offset"][:, i] = slots.offsets[layer.layer, c][i]
+            tables.append(table.reshape(-1))
+    return np.concatenate(tables)

@@ -1,0 +1,126 @@
+"""Recorded routing as documents and tables: what ``trace`` writes down and ``replay`` shows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...policies.trace import Trace
+from .. import history
+from ..history import Identity
+from ..stats import stats_line
+from .options import (
+    _check_writable,
+    _prompt_text,
+    model_options,
+    note,
+    open_llama,
+    prompt_options,
+    warm_option,
+)
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+
+def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
+    """What a trace says about the run it records.
+
+    An interrupted run is not ``complete``: its last step counted nothing but may have loaded. With
+    ``low_copies`` an expert that was held low and read again counts as a miss: no replay has those.
+    """
+    layout = llama.opened.layout
+    stats = llama.stats()
+    return {
+        "model": layout.name,
+        "architecture": layout.architecture,
+        "n_experts": layout.n_experts,
+        "n_experts_used": llama.opened.n_used,
+        "layers": [layer.layer for layer in layout.layers],
+        "blob_bytes": [layer.blob_bytes for layer in layout.layers],
+        "policy": stats["policy"],
+        "n_slots": stats["slots"],
+        "hits": stats["hits"],
+        "misses": stats["misses"],
+        "bytes_read": stats["bytes_read"],
+        "guesses": stats["guesses"],
+        "prefill_tokens": stats["prefill_tokens"],
+        "decode_tokens": stats["decode_tokens"],
+        "complete": complete,
+        "warmed": llama.opened.n_warmed or 0,
+        "low_copies": llama.opened.precision.lossy,
+    }
+
+
+def add_routing(path: Path, identity: Identity, recall: Mapping[int, float], trace: Trace) -> str:
+    """Add a recorded run to the statistics in ``path``; a line that says so."""
+    total = history.count(trace, identity, recall)
+    if (earlier := history.load(path, identity)) is not None:
+        total = earlier + total
+    total.save(path)
+    return f"wrote {path}: routing statistics of {total.tokens} tokens"
+
+
+@click.command()
+@model_options
+@warm_option
+@prompt_options
+@click.option(
+    "-n", "n_predict", default=128, type=click.IntRange(min=1), metavar="N", show_default=True
+)
+@click.option("--chat", is_flag=True, help="use the model's chat template")
+@click.option("-o", "--output", required=True, type=click.Path(), help="the trace file to write")
+@click.option(
+    "--save-routing",
+    is_flag=True,
+    help="also add to the statistics beside MODEL that --warm starts from",
+)
+def trace(
+    model: str,
+    prompt: str | None,
+    prompt_file: str | None,
+    n_predict: int,
+    chat: bool,
+    output: str,
+    save_routing: bool,
+    **options: Any,
+) -> None:
+    """Record which experts MODEL routes to while it generates (greedily)."""
+    from ...policies.trace import TraceRecorder
+    from ..generate import Sampling, generate
+    from ..history import load
+    from ..prompts import Chat, encode
+    from .trace import add_routing, trace_metadata
+
+    text = _prompt_text(prompt, prompt_file, wants_terminal=False)
+    assert text is not None
+    _check_writable(Path(output))
+    recorder = TraceRecorder()
+    llama = open_llama(model, recorder=recorder, **options)
+    opened = llama.opened
+    try:
+        if save_routing:  # so that mistakes show now
+            _check_writable(opened.routing_path)
+            load(opened.routing_path, opened.routing_identity)
+        tokens = Chat(llama).ask(text) if chat else encode(llama, text)
+        interrupted = False
+        try:
+            for piece in generate(llama, tokens, n_predict, Sampling(temp=0.0)):
+                click.echo(piece.text, nl=False)
+        except KeyboardInterrupt:
+            interrupted = True
+        click.echo()
+        recorded = recorder.save(Path(output), trace_metadata(llama, complete=not interrupted))
+        note(stats_line(llama.stats()))
+        note(f"moe-gguf: wrote {output}" + (", up to the interrupt" if interrupted else ""))
+        if save_routing:
+            path, identity = opened.routing_path, opened.routing_identity
+            note(f"moe-gguf: {add_routing(path, identity, opened.gate_recall(), recorded)}")
+    finally:
+        llama.close()
+    if interrupted:
+        sys.exit(130)

@@ -1,0 +1,117 @@
+"""Finds the plugin's library and loads it into the llama.cpp of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import llama_cpp
+
+from .. import logs
+from ..errors import UserError
+from .abi import ROUTE_FN, Call, Config, Event, GatesConfig, Probe, Stats, i32, i32_array, i64
+
+LIBRARY = "libggml-moe.so"
+
+
+class DirectProbe(NamedTuple):
+    """Whether O_DIRECT works on a file and the alignments it asks for, in bytes."""
+
+    direct: bool
+    offset_align: int
+    memory_align: int
+
+
+def library_path() -> Path:
+    """Where the installed plugin lies, for regular and editable installs alike."""
+    try:
+        files = importlib.metadata.files("moe-gguf") or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError("moe-gguf is not installed: pip install moe-gguf") from error
+    for file in files:
+        if file.name == LIBRARY:
+            return Path(str(file.locate())).resolve()
+    raise UserError(f"this install of moe-gguf has no {LIBRARY}: reinstall it with pip")
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the plugin into this process's ggml, once, and return it with typed functions.
+
+    Every symbol of ggml is resolved through the libllama that llama_cpp has loaded: the wheel's
+    library files are copies, and opening one by path would make a second registry.
+    """
+    path = str(library_path()).encode()
+    host = llama_cpp.llama_cpp._lib
+    llama_cpp.llama_backend_init()
+    host.ggml_backend_load.restype = ctypes.c_void_p
+    host.ggml_backend_load.argtypes = [ctypes.c_char_p]
+    with logs.capture():  # ggml announces every backend on stderr
+        loaded = host.ggml_backend_load(path)
+    if not loaded:
+        raise UserError(
+            "llama.cpp refused the moe-gguf plugin: it was built for another llama-cpp-python; "
+            "reinstall moe-gguf"
+        )
+    lib = ctypes.CDLL(path.decode())
+    handle = ctypes.c_void_p
+    for name, restype, argtypes in (
+        ("moe_model_new", handle, [ctypes.POINTER(Config), ctypes.c_char_p, ctypes.c_size_t]),
+        ("moe_model_free", None, [handle]),
+        ("moe_model_expert_buffer_type", handle, [handle]),
+        ("moe_model_trunk_buffer_type", handle, [handle]),
+        ("moe_model_repack_buffer_type", handle, [handle]),
+        ("moe_model_stream", handle, [handle]),
+        ("fclose", ctypes.c_int, [handle]),  # the C library's, for that stream
+        ("moe_model_trunk_data", handle, [handle, ctypes.c_char_p]),
+        ("moe_model_arena", i32, [handle, i32]),
+        ("moe_model_bind", None, [handle, ROUTE_FN, ROUTE_FN]),
+        ("moe_model_guess_with", None, [handle, handle]),
+        ("moe_model_call", ctypes.POINTER(Call), [handle]),
+        ("moe_model_stats", None, [handle, ctypes.POINTER(Stats), i32]),
+        ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),
+        ("moe_model_slots", None, [handle, i32_array]),
+        ("moe_model_fill", i32, [handle, i32_array, i32_array, i32]),
+        ("moe_model_cancel_guesses", None, [handle]),
+        ("moe_model_timeline", None, [handle, i32]),
+        ("moe_model_timeline_read", i32, [handle, ctypes.POINTER(Event), i32]),
+        ("moe_model_inject", None, [handle, i32, i32]),
+        ("moe_repack_supported", i32, [i32, i64, i64]),
+        ("moe_repack", None, [i32, i64, i64, i64, handle, handle]),
+        ("moe_gates_new", handle, [ctypes.POINTER(GatesConfig)]),
+        ("moe_gates_free", None, [handle]),
+        ("moe_gates_predict", i32, [handle, i32, handle, i64, i32, handle, handle, handle]),
+        ("moe_gates_observe", None, [handle, i32, handle, i32, i32]),
+        ("moe_gates_forget", None, [handle]),
+        ("moe_gates_recall", ctypes.c_float, [handle, i32]),
+        ("moe_probe_direct", None, [ctypes.c_char_p, ctypes.POINTER(Probe)]),
+        (
+            "moe_probe_speed",
+            ctypes.c_double,
+            [ctypes.c_char_p, ctypes.POINTER(i64), i32, i64, i32, i32],
+        ),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    return lib
+
+
+def probe_direct(path: Path) -> DirectProbe:
+    """Try O_DIRECT on a file; the alignments are the smallest that worked."""
+    probe = Probe()
+    load().moe_probe_direct(str(path).encode(), ctypes.byref(probe))
+    return DirectProbe(bool(probe.direct), probe.offset_align, probe.memory_align)
+
+
+def probe_speed(
+    path: Path, offsets: Sequence[int], n_bytes: int, lanes: int, direct: bool
+) -> float:
+    """Bytes per second of reads of ``n_bytes`` at 4096-aligned offsets with ``lanes`` threads."""
+    array = (i64 * len(offsets))(*offsets)
+    return float(
+        load().moe_probe_speed(str(path).encode(), array, len(offsets), n_bytes, lanes, direct)
+    )

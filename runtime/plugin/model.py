@@ -1,0 +1,126 @@
+"""The owner of one native model."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..errors import ExpertReadError, UserError
+from .abi import ERROR_OTHER, ERROR_READ, ROUTE_FN, Call, Config, Event, Stats, i32
+from .library import load
+
+
+class PluginModel:
+    """Owner of one native ``moe_model``; every method is one call of moe.h."""
+
+    def __init__(self, config: Config) -> None:
+        self._lib = load()
+        error = ctypes.create_string_buffer(512)
+        self._handle = self._lib.moe_model_new(ctypes.byref(config), error, len(error))
+        if not self._handle:
+            raise UserError(error.value.decode(errors="replace"))
+        self._bound: Any = None  # the ctypes thunks must outlive the binding
+        self.n_slots = 0
+        self.call: Call = self._lib.moe_model_call(self._handle).contents
+
+    @property
+    def _open(self) -> int:
+        if not self._handle:
+            raise RuntimeError("the model is closed")
+        return int(self._handle)
+
+    def expert_buffer_type(self) -> int:
+        return int(self._lib.moe_model_expert_buffer_type(self._open))
+
+    def trunk_buffer_type(self) -> int:
+        return int(self._lib.moe_model_trunk_buffer_type(self._open))
+
+    def repack_buffer_type(self) -> int:
+        """Only where ``moe_repack_supported`` said yes to something."""
+        return int(self._lib.moe_model_repack_buffer_type(self._open))
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[int]:
+        """A ``FILE *`` that llama.cpp takes for the model, open while it loads."""
+        stream = self._lib.moe_model_stream(self._open)
+        if not stream:
+            raise UserError("the system has no file descriptor left for the model's stream")
+        try:
+            yield int(stream)
+        finally:
+            self._lib.fclose(stream)
+
+    def trunk_data(self, name: str) -> int | None:
+        """The address of a trunk tensor in the loaded model; None if it is not kept plainly."""
+        address: int | None = self._lib.moe_model_trunk_data(self._open, name.encode())
+        return address
+
+    def allocate(self, n_slots: int) -> None:
+        if self._lib.moe_model_arena(self._open, n_slots) != 0:
+            raise UserError(f"the system refused the memory for {n_slots} slots: lower --memory")
+        self.n_slots = n_slots
+
+    def bind(self, route: Callable[[], int], guess: Callable[[], int]) -> None:
+        self._bound = ROUTE_FN(route), ROUTE_FN(guess)
+        self._lib.moe_model_bind(self._open, *self._bound)
+
+    def guess_with(self, gates: int) -> None:
+        """Guess with these native gates, which must outlive the model's last step."""
+        self._lib.moe_model_guess_with(self._open, gates)
+
+    def stats(self, reset: bool = False) -> Stats:
+        stats = Stats()
+        self._lib.moe_model_stats(self._open, ctypes.byref(stats), int(reset))
+        return stats
+
+    def take_error(self) -> Exception | None:
+        """The reason of the last failed step, once."""
+        text = ctypes.create_string_buffer(1024)
+        kind = self._lib.moe_model_error(self._open, text, len(text))
+        sentence = text.value.decode(errors="replace")
+        if kind == ERROR_READ:
+            return ExpertReadError(sentence)
+        return RuntimeError(sentence) if kind == ERROR_OTHER else None
+
+    def slot_keys(self) -> list[int]:
+        """Per slot the key it holds or is reading, -1 for none."""
+        keys = (i32 * self.n_slots)()
+        self._lib.moe_model_slots(self._open, keys)
+        return list(keys)
+
+    def fill(self, placed: Sequence[tuple[int, int]]) -> None:
+        """Read experts, as (key, slot), into empty slots; between steps only.
+
+        After an exception each of these slots holds all of its expert or nothing.
+        """
+        n = len(placed)
+        keys, slots = (
+            (i32 * n)(*(key for key, _ in placed)),
+            (i32 * n)(*(slot for _, slot in placed)),
+        )
+        if self._lib.moe_model_fill(self._open, keys, slots, n) != 0:
+            raise self.take_error() or RuntimeError("experts could not be read")
+
+    def cancel_guesses(self) -> None:
+        self._lib.moe_model_cancel_guesses(self._open)
+
+    def timeline(self, capacity: int) -> None:
+        """Start recording events, keeping the newest ``capacity``; 0 stops and forgets."""
+        self._lib.moe_model_timeline(self._open, capacity)
+
+    def timeline_read(self, capacity: int) -> list[Event]:
+        """Take the oldest recorded events, at most ``capacity``, in the order they ended in."""
+        events = (Event * capacity)()
+        n = self._lib.moe_model_timeline_read(self._open, events, capacity)
+        return list(events[:n])
+
+    def inject(self, skip: int, err: int) -> None:
+        """Tests only: see moe.h."""
+        self._lib.moe_model_inject(self._open, skip, err)
+
+    def close(self) -> None:
+        if self._handle:
+            self._lib.moe_model_free(self._handle)
+            self._handle = None

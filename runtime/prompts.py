@@ -1,0 +1,64 @@
+"""Tokens from text: plain prompts and conversations in the model's own template."""
+
+from __future__ import annotations
+
+import jinja2
+import llama_cpp
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from .errors import UserError
+
+
+def encode(llama: llama_cpp.Llama, text: str) -> list[int]:
+    """Tokens of a plain prompt, with the model's own start token if it has one."""
+    return check_length(llama, llama.tokenize(text.encode(), add_bos=True, special=False))
+
+
+class Chat:
+    """A conversation in the model's own template."""
+
+    def __init__(self, llama: llama_cpp.Llama, system: str | None = None) -> None:
+        template = llama.metadata.get("tokenizer.chat_template")
+        if not template:
+            raise UserError("this model has no chat template: run it without --chat")
+        self._llama = llama
+
+        def special(token: int) -> str:
+            return llama._model.token_get_text(token) if token >= 0 else ""
+
+        self._formatter = Jinja2ChatFormatter(
+            template=template,
+            eos_token=special(llama.token_eos()),
+            bos_token=special(llama.token_bos()),
+        )
+        self.messages: list[dict[str, str]] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+
+    def ask(self, text: str) -> list[int]:
+        """Tokens of the conversation with one more user turn."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt = self._formatter(messages=self.messages).prompt
+        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            raise UserError(
+                f"the model's chat template refuses this conversation ({error}): "
+                "run it without --chat or without --system"
+            ) from None
+        tokens = self._llama.tokenize(prompt.encode(), add_bos=False, special=True)
+        return check_length(self._llama, tokens)
+
+    def answer(self, text: str) -> None:
+        """Record what the model said."""
+        self.messages.append({"role": "assistant", "content": text})
+
+
+def check_length(llama: llama_cpp.Llama, tokens: list[int]) -> list[int]:
+    if not tokens:
+        raise UserError("the prompt is empty: give some text with -p, -f or on standard input")
+    if len(tokens) >= llama.n_ctx():
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens but the context holds {llama.n_ctx()}: "
+            "shorten it or raise --ctx"
+        )
+    return tokens
