@@ -47,7 +47,7 @@ class Options:
 # --- choosing -----------------------------------------------------------------------------------
 
 
-class _Choices(NamedTuple):
+class Choices(NamedTuple):
     quant: str
     sets: list[list[Matrix]]
     trunk: list[tuple[TrunkTensor, int]]
@@ -55,7 +55,7 @@ class _Choices(NamedTuple):
     imatrix: Imatrix
 
 
-def _choose(source: Source, options: Options, note: Note) -> _Choices:
+def choose(source: Source, options: Options, note: Note) -> Choices:
     quant = (options.quant or _default_quant(source)).lower()
     if options.imatrix and quant == COPY and options.low_quant is None:
         raise UserError("--imatrix weighs a quantization: give --quant or --low-quant with it")
@@ -83,7 +83,7 @@ def _choose(source: Source, options: Options, note: Note) -> _Choices:
     if options.layout == "repacked" and all(m.layout == PLAIN for s in sets for m in s):
         kinds = ", ".join(sorted({type_name(m.ggml_type) for s in sets for m in s}))
         raise UserError(f"this CPU's kernels take {kinds} as it is; give --layout plain")
-    choices = _Choices(quant, sets, [(t, types[t.name]) for t in source.trunk], metadata, imatrix)
+    choices = Choices(quant, sets, [(t, types[t.name]) for t in source.trunk], metadata, imatrix)
     _check_imatrix(source, choices)
     return choices
 
@@ -118,13 +118,13 @@ def _matrix(
     return Matrix(stack, ggml_type, layout or PLAIN)
 
 
-def _describe_layouts(sets: Sequence[Sequence[Matrix]]) -> list[BundlePair]:
+def describe_layouts(sets: Sequence[Sequence[Matrix]]) -> list[BundlePair]:
     """Keys from which another CPU learns to undo the layouts used."""
     names = {m.layout: None for s in sets for m in s if m.layout != PLAIN}
     return [pair for name in names for pair in kernels.describe(name)]
 
 
-def _check_imatrix(source: Source, choices: _Choices) -> None:
+def _check_imatrix(source: Source, choices: Choices) -> None:
     """Whatever needs weights has them, and those there are have the right size."""
     matrices = {m.stack.name: m for s in choices.sets for m in s}.values()
     items = [(m.stack.name, m.stack.ggml_type, m.stack.ne[0] * source.n_experts) for m in matrices]

@@ -24,7 +24,7 @@ from ..runtime.progress import Report as Progress
 from ..runtime.sizes import format_size
 from .blueprint import Matrix, Plan, make_plan, trunk_rows
 from .bundle_writer import BundleWriter
-from .choose import Note, Options, _choose, _describe_layouts
+from .choose import Note, Options, choose, describe_layouts
 from .imatrix import Imatrix, Weights
 from .mix import type_name
 from .quantize import Job, Quantizer, Then
@@ -86,14 +86,14 @@ def convert(
     UserError for what cannot be converted, OSError for a disk that fails; either way, and after
     any kill, the folder is no bundle yet and the same call goes on where this one stopped.
     """
-    choices = _choose(source, options, note)
+    choices = choose(source, options, note)
     plan = make_plan(
         source,
         choices.quant,
         choices.sets,
         choices.trunk,
         choices.metadata,
-        _describe_layouts(choices.sets),
+        describe_layouts(choices.sets),
         options.shard_bytes,
     )
     identity = plan.identity(_hash(options.imatrix) if options.imatrix else "")

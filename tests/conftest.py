@@ -87,7 +87,7 @@ def tidy() -> Iterator[None]:
 def known_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk's speed is taken for granted: measuring it takes longer than a tiny model's run."""
     known = process.Run(Ceiling(1e9, 4096, 2, direct=True)._asdict(), None)
-    monkeypatch.setattr(rounds, "_probe_disk", lambda *_: known)
+    monkeypatch.setattr(rounds, "probe_disk", lambda *_: known)
 
 
 def missing(what: str) -> None:

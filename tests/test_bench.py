@@ -251,14 +251,14 @@ def test_other_kills_in_a_cgroup_are_not_blamed_on_memory(
 def test_killed_row_is_shown_and_not_run_again(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., Run] = process._run_row
+    real: Callable[..., Run] = process.run_row
     asked = []
 
     def scripted(spec: Spec, *rest: Any) -> Run:
         asked.append(spec.policy or "stock-mmap")
         return real(spec, *rest) if spec.policy else Run({}, "killed (out of memory)")
 
-    monkeypatch.setattr(benches, "_run_row", scripted)
+    monkeypatch.setattr(benches, "run_row", scripted)
     outcome = bench(model, note=ignore, **{**OPTIONS, "repeat": 2})
     assert asked == ["stock-mmap", "lru", "lru"]
     assert not outcome.errors
@@ -280,10 +280,10 @@ def test_other_tokens_are_an_error() -> None:
         "stock-resident": [result([1, 2, 3])],
         "lru": [result([1, 2, 3]), result([1, 2, 4])],
     }
-    document = results._results(runs, CAP)
+    document = results.results_of(runs, CAP)
     assert {row["reference"] for row in document["rows"]} == {"stock-resident"}
     assert [row["identical"] for row in document["rows"]] == [True, True, False]
-    assert results._errors(document) == ["lru generated other tokens than stock-resident"]
+    assert results.errors_of(document) == ["lru generated other tokens than stock-resident"]
 
 
 def test_a_peak_over_the_cap_is_an_error_of_ours_only() -> None:
@@ -292,7 +292,7 @@ def test_a_peak_over_the_cap_is_an_error_of_ours_only() -> None:
         "lru": [result([1], rss=CAP), result([1], rss=CAP + 1)],
         "resident": [result([1], rss=2 * CAP)],
     }
-    errors = results._errors(results._results(runs, CAP))
+    errors = results.errors_of(results.results_of(runs, CAP))
     assert errors == ["lru peaked at 400.0 MB, over the cap"]
 
 
@@ -302,7 +302,7 @@ def test_a_row_of_ours_that_ends_badly_is_an_error() -> None:
         "lru": [result([1]), Run({}, "killed (out of memory)")],
         "resident": [Run({}, f"{process.LEFT_OUT}: needs 3.92 GB, 2.00 GB is free")],
     }
-    errors = results._errors(results._results(runs, CAP))
+    errors = results.errors_of(results.results_of(runs, CAP))
     assert errors == ["lru: killed (out of memory)"]
 
 
@@ -313,7 +313,7 @@ def test_medians_and_ratios() -> None:
         "lru": [result([1], tps) for tps in (4.0, 6.0, 100.0)],
         "lfu": [Run({}, "killed (out of memory)")],
     }
-    rows = {row["row"]: row for row in results._results(runs, CAP)["rows"]}
+    rows = {row["row"]: row for row in results.results_of(runs, CAP)["rows"]}
     assert rows["lru"]["median"]["decode_tps"] == 6.0
     assert rows["lru"]["x_stock_mmap"] == 3.0
     assert rows["lru"]["of_stock_resident"] == 0.75
@@ -332,7 +332,7 @@ def test_bound_is_the_slower_of_processor_and_disk() -> None:
         "lru": [ours(4.0, 20e6)],  # a fifth of a second on a disk of 100 MB/s
         "lfu": [ours(8.0, 5e6)],  # a twentieth: the processor is slower
     }
-    document = results._results(runs, CAP, 100e6)
+    document = results.results_of(runs, CAP, 100e6)
     rows = {row["row"]: row for row in document["rows"]}
     assert rows["lru"]["bound_row"] == "resident"
     assert rows["stock-resident"]["bound_tps"] is None  # nobody counts its reads
@@ -340,7 +340,7 @@ def test_bound_is_the_slower_of_processor_and_disk() -> None:
     assert rows["lru"]["of_bound"] == pytest.approx(0.8)
     assert rows["lfu"]["bound_tps"] == pytest.approx(10.0)
     assert rows["lfu"]["of_bound"] == pytest.approx(0.8)
-    alone = results._results({"lru": runs["lru"], "lfu": runs["lfu"]}, CAP, 100e6)
+    alone = results.results_of({"lru": runs["lru"], "lfu": runs["lfu"]}, CAP, 100e6)
     assert alone["rows"][1]["bound_row"] is None
     assert alone["rows"][1]["bound_tps"] == pytest.approx(20.0)
 
@@ -356,7 +356,7 @@ def test_rows_are_compared_on_the_same_kernels() -> None:
         "lru": [result([1, 2], 4.0)],
         "lru@bundle": [repacked([1, 3], 5.0, 20e6)],
     }
-    document = results._results(runs, CAP, 100e6)
+    document = results.results_of(runs, CAP, 100e6)
     rows = {row["row"]: row for row in document["rows"]}
     assert rows["lru"]["reference"] == "stock-resident"
     assert rows["lru@bundle"]["reference"] == "stock-repacked"
@@ -365,7 +365,7 @@ def test_rows_are_compared_on_the_same_kernels() -> None:
     # The row found the disk faster than the probe did: 150 MB/s.
     assert document["disk_best_bytes_per_s"] == 150e6
     assert rows["lru@bundle"]["bound_tps"] == pytest.approx(7.5)
-    held = results._results(runs, CAP, 100e6, throttled=True)
+    held = results.results_of(runs, CAP, 100e6, throttled=True)
     assert held["disk_best_bytes_per_s"] == 100e6
 
 
@@ -374,11 +374,11 @@ def test_a_burst_through_the_throttle_is_not_the_ceiling() -> None:
         return [Run({"bytes_per_s": s, "lanes": 2}, None) for s in speeds]
 
     limit = cgroup.DiskLimit(("8:0",), 100)
-    assert results._probed(probes(90, 80, 110), limit)["disk_bytes_per_s"] == 90
-    assert results._probed(probes(110), limit)["disk_bytes_per_s"] == 100
-    assert results._probed(probes(300), limit)["disk_bytes_per_s"] == 300  # it did not hold
-    assert results._probed(probes(300), None)["disk_bytes_per_s"] == 300
-    nothing = results._probed([Run({}, "failed: no")], None)
+    assert results.probed_disk(probes(90, 80, 110), limit)["disk_bytes_per_s"] == 90
+    assert results.probed_disk(probes(110), limit)["disk_bytes_per_s"] == 100
+    assert results.probed_disk(probes(300), limit)["disk_bytes_per_s"] == 300  # it did not hold
+    assert results.probed_disk(probes(300), None)["disk_bytes_per_s"] == 300
+    nothing = results.probed_disk([Run({}, "failed: no")], None)
     assert nothing == {"disk_bytes_per_s": None, "disk_probe": None}
 
 

@@ -51,7 +51,7 @@ class Case(NamedTuple):
 # --- before the first run -----------------------------------------------------------------------
 
 
-def _row_names(rows: str) -> dict[str, str]:
+def row_names(rows: str) -> dict[str, str]:
     """The rows' names, and behind an @ the other form of the model each runs; "" for MODEL itself.
 
     A row is called after the last part of a form's path.
@@ -68,14 +68,14 @@ def _row_names(rows: str) -> dict[str, str]:
     return names
 
 
-def _caps(memory: str) -> list[int]:
+def parse_caps(memory: str) -> list[int]:
     texts = [text.strip() for text in memory.split(",") if text.strip()]
     if not texts or "auto" in texts:
         raise UserError("bench compares under a fixed cap: give --memory a size like 2.4GB")
     return list(dict.fromkeys(parse_size(text) for text in texts))
 
 
-def _cases(names: Sequence[str], caps: Sequence[int]) -> list[Case]:
+def cases_of(names: Sequence[str], caps: Sequence[int]) -> list[Case]:
     """In the order of a round; rows without a cap come up with the first one."""
     return list(
         dict.fromkeys(
@@ -84,7 +84,7 @@ def _cases(names: Sequence[str], caps: Sequence[int]) -> list[Case]:
     )
 
 
-def _timeline_row(asked: str | None, names: Sequence[str]) -> str:
+def timeline_row_of(asked: str | None, names: Sequence[str]) -> str:
     """The row to draw: the last of ours unless one is named."""
     ours = [name for name in names if row_of(name).policy is not None]
     if asked is not None and asked not in ours:
@@ -94,7 +94,7 @@ def _timeline_row(asked: str | None, names: Sequence[str]) -> str:
     return asked or ours[-1]
 
 
-def _memory_for_all(layout: ModelLayout) -> int:
+def memory_for_all(layout: ModelLayout) -> int:
     """A budget in which every expert has a slot."""
     n_all = len(layout.layers) * layout.n_experts
     slots = n_all * slot_layout(layout, PAGE).slot_bytes

@@ -63,27 +63,27 @@ def _each(files: Sequence[Path], action: Callable[[int], object]) -> None:
 # --- one run ------------------------------------------------------------------------------------
 
 
-def _command(spec: Spec) -> list[str]:
+def row_command(spec: Spec) -> list[str]:
     return [sys.executable, "-m", "moe_gguf.runtime.bench.row", json.dumps(asdict(spec))]
 
 
-def _probe_disk(
+def probe_disk(
     specs: Mapping[Case, Spec], before: Sequence[Run], limit: cgroup.DiskLimit | None
 ) -> Run:
     """What the disk gives now, with the lanes of the first probe; see ``disk.ceiling``."""
     lanes = next((run.result["lanes"] for run in before if run.failure is None), None)
     spec = next(iter(specs.values()))
     spec = replace(spec, probe_only=True, lanes=lanes or spec.lanes)
-    return _run_limited(_command(spec), Limits(disk=limit))
+    return _run_limited(row_command(spec), Limits(disk=limit))
 
 
-def _run_row(spec: Spec, limits: Limits, layout: ModelLayout) -> Run:
+def run_row(spec: Spec, limits: Limits, layout: ModelLayout) -> Run:
     if spec.fill:  # all of the model will be in memory
         needed = layout.file_bytes
         free = auto_size()
         if needed > free:
             return Run({}, f"{LEFT_OUT}: needs {format_size(needed)}, {format_size(free)} is free")
-    return _run_limited(_command(spec), limits)
+    return _run_limited(row_command(spec), limits)
 
 
 def _run_limited(command: Sequence[str], limits: Limits) -> Run:

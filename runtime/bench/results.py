@@ -23,7 +23,7 @@ from .report import HELD
 # --- the document -------------------------------------------------------------------------------
 
 
-def _probed(probes: Sequence[Run], limit: cgroup.DiskLimit | None) -> dict[str, Any]:
+def probed_disk(probes: Sequence[Run], limit: cgroup.DiskLimit | None) -> dict[str, Any]:
     """The disk's ceiling: the median of the rounds' probes, and how it was measured."""
     good = [run.result for run in probes if run.failure is None]
     samples = [result["bytes_per_s"] for result in good]
@@ -37,7 +37,7 @@ def _probed(probes: Sequence[Run], limit: cgroup.DiskLimit | None) -> dict[str, 
     }
 
 
-def _results(
+def results_of(
     runs: dict[str, list[Run]],
     cap: int,
     disk_bytes_per_s: float | None = None,
@@ -140,7 +140,7 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
     return medians
 
 
-def _errors(document: dict[str, Any]) -> list[str]:
+def errors_of(document: dict[str, Any]) -> list[str]:
     """Broken promises: same tokens, hard budget, our rows run. What stock suffers is a result."""
     errors = []
     for point in report.points(document):
@@ -158,7 +158,7 @@ def _errors(document: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(errors))  # rows without a cap stand under each
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
     return {
         "moe_gguf": metadata.version("moe-gguf"),
         "llama_cpp_python": metadata.version("llama-cpp-python"),
@@ -183,7 +183,7 @@ def _commit() -> str | None:
         return None
 
 
-def _machine() -> dict[str, Any]:
+def machine_facts() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -199,7 +199,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _model(layout: ModelLayout) -> dict[str, Any]:
+def model_facts(layout: ModelLayout) -> dict[str, Any]:
     types = {GGML_TYPES[t.ggml_type].name for layer in layout.layers for t in layer.tensors}
     return {
         "name": layout.name,

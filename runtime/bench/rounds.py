@@ -20,10 +20,10 @@ from ..formats.open import read_layout
 from ..history import routing_path
 from ..sizes import format_size, parse_size
 from . import cgroup, plot
-from .cases import Case, _caps, _cases, _memory_for_all, _row_names, _timeline_row, row_of
+from .cases import Case, cases_of, memory_for_all, parse_caps, row_names, row_of, timeline_row_of
 from .cgroup import Limits
-from .process import Run, _command, _probe_disk, _run_row, drop_page_cache, run_process
-from .results import _errors, _machine, _model, _probed, _results, _versions
+from .process import Run, drop_page_cache, probe_disk, row_command, run_process, run_row
+from .results import errors_of, machine_facts, model_facts, probed_disk, results_of, versions
 from .row import DECODE_LIMIT_S, N_BATCH, Spec
 
 SCHEMA = 2
@@ -64,17 +64,17 @@ def bench(
 ) -> Outcome:
     """Run every row ``repeat`` times under every cap, in turn, and write the files asked for.
 
-    With one cap the document holds its results (see ``_results``); with several they are the items
-    of ``sweep``, and each of them merged into the document is what one cap alone would give.
+    With one cap the document holds its results (see ``results_of``); with several they are the
+    items of ``sweep``, and each of them merged into the document is what one cap alone would give.
 
     With ``warm`` our rows start from the statistics beside the model, which must exist.
     ``note`` receives progress, a line at a time. Whatever cannot work is a UserError before the
     first run: names, sizes, a cap too small for our engine, files that cannot be written. Ctrl-C
     keeps the runs that finished; before the first it is raised.
     """
-    forms = {name: Path(form or path).absolute() for name, form in _row_names(rows).items()}
+    forms = {name: Path(form or path).absolute() for name, form in row_names(rows).items()}
     names = list(forms)
-    caps = _caps(memory)
+    caps = parse_caps(memory)
     if any(row_of(name).low for name in names) != (low_share > 0 or low_on_miss):
         raise UserError(
             "--low-share and --low-on-miss are for rows that end in +low, like lru+low: give both "
@@ -87,7 +87,7 @@ def bench(
             raise UserError(f"cannot write {file}: its folder does not exist")
     if plot_file is not None or layers_file is not None:
         plot.require()
-    timeline_of = None if timeline_file is None else _timeline_row(timeline_row, names)
+    timeline_of = None if timeline_file is None else timeline_row_of(timeline_row, names)
     layout = read_layout(path)
     layouts = {form: read_layout(form) for form in forms.values()}
     for name, form in forms.items():
@@ -115,7 +115,7 @@ def bench(
             policy=row.policy,
             mmap=row.mmap,
             repack=row.repack,
-            memory=case.cap or _memory_for_all(layouts[form]),
+            memory=case.cap or memory_for_all(layouts[form]),
             n_predict=n_predict,
             prompt_tokens=prompt_tokens,
             n_ctx=n_ctx,
@@ -129,7 +129,7 @@ def bench(
             low_on_miss=low_on_miss and row.low,
         )
 
-    specs = {case: spec(case) for case in _cases(names, caps)}
+    specs = {case: spec(case) for case in cases_of(names, caps)}
     no_cgroup = cgroup.refusal(Limits(memory=_CGROUP_PROBE_BYTES))
     disk_limit = _disk_limit(disk_bw, files)
     page_cache = drop_page_cache(files)
@@ -137,9 +137,9 @@ def bench(
     document = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **_versions(),
-        "machine": _machine(),
-        "model": _model(layout),
+        **versions(),
+        "machine": machine_facts(),
+        "model": model_facts(layout),
         "cgroup": f"v{cgroup.places()[0]}" if no_cgroup is None else None,
         "cgroup_refusal": no_cgroup,
         "disk_limit": None
@@ -167,13 +167,13 @@ def bench(
     try:
         for turn in range(repeat):
             drop_page_cache(files)
-            probes.append(_probe_disk(specs, probes, disk_limit))
+            probes.append(probe_disk(specs, probes, disk_limit))
             for i, case in enumerate(specs):
                 if any(run.failure for run in runs[case]):
                     continue  # it would fail again
                 drop_page_cache(files)
                 limits = Limits(case.cap if no_cgroup is None else None, disk_limit)
-                run = _run_row(specs[case], limits, layouts[forms[case.name]])
+                run = run_row(specs[case], limits, layouts[forms[case.name]])
                 runs[case].append(run)
                 said = run.failure or f"{run.result['decode_tps']:.2f} tok/s"
                 at = f" in {format_size(case.cap)}" if len(caps) > 1 and case.cap else ""
@@ -184,11 +184,11 @@ def bench(
             raise
         interrupted = True
     document["interrupted"] = interrupted
-    document |= _probed(probes, disk_limit)
+    document |= probed_disk(probes, disk_limit)
     points = []
     for cap in caps:
         of_cap = {name: runs[Case(name, cap if row_of(name).capped else None)] for name in names}
-        points.append(_results(of_cap, cap, document["disk_bytes_per_s"], disk_limit is not None))
+        points.append(results_of(of_cap, cap, document["disk_bytes_per_s"], disk_limit is not None))
     document |= {"sweep": points} if len(points) > 1 else points[0]
     if json_file is not None:
         Path(json_file).write_text(json.dumps(document, indent=1) + "\n")
@@ -196,7 +196,7 @@ def bench(
         plot.speed(document, Path(plot_file))
     if layers_file is not None:
         plot.layers(document, Path(layers_file))
-    return Outcome(document, _errors(document), interrupted)
+    return Outcome(document, errors_of(document), interrupted)
 
 
 def _disk_limit(disk_bw: str | None, files: Sequence[Path]) -> cgroup.DiskLimit | None:
@@ -222,6 +222,6 @@ def _check_opens(specs: Mapping[Case, Spec]) -> None:
     if not ours:
         return
     smallest = min(ours, key=lambda spec: spec.memory)
-    run = run_process(_command(replace(smallest, open_only=True)), None)
+    run = run_process(row_command(replace(smallest, open_only=True)), None)
     if "error" in run.result:
         raise UserError(run.result["error"])

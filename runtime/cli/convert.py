@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from .inspect import _verify
-from .options import _checkpoint, note, quieten
+from .inspect import verify_bundle
+from .options import checkpoint, note, quieten
 
 
 @click.command()
@@ -72,7 +72,7 @@ def convert(
     options = Options(quant, low_quant, imatrix, layout, shard_bytes, threads)
     try:
         with (
-            contextlib.closing(open_source(_checkpoint(source))) as opened,
+            contextlib.closing(open_source(checkpoint(source))) as opened,
             bar(f"converting {opened.name}", in_bytes=True) as progress,
         ):
             summary = run_convert(opened, folder, options, progress, say)
@@ -82,5 +82,5 @@ def convert(
     say(f"wrote {folder}")
     for line in summary.lines():
         note(line)
-    if verified and _verify(folder):
+    if verified and verify_bundle(folder):
         sys.exit(1)

@@ -185,13 +185,13 @@ def inspect(model: str, as_json: bool, verified: bool) -> None:
     path = resolve(model)
     document = describe(path)
     if verified:
-        document["damage"] = _verify(path)
+        document["damage"] = verify_bundle(path)
     click.echo(json.dumps(document) if as_json else describe_text(document))
     if document.get("damage"):
         sys.exit(1)
 
 
-def _verify(path: Path) -> list[str]:
+def verify_bundle(path: Path) -> list[str]:
     """Compare a bundle with its checksums and say on stderr what came of it; the findings."""
     from ...converters.verify import verify
     from ..formats.bundle import is_bundle

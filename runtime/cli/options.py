@@ -80,7 +80,7 @@ def lanes_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-class _Number(click.FloatRange):
+class Number(click.FloatRange):
     """A number in a range; ``nan`` is in none."""
 
     name = "number"
@@ -97,7 +97,7 @@ def low_options(command: Callable[..., Any]) -> Callable[..., Any]:
     share = click.option(
         "--low-share",
         default=0.0,
-        type=_Number(0, 1),
+        type=Number(0, 1),
         metavar="F",
         help="read the least popular experts of a prompt, up to this share of its votes, "
         "from the bundle's low copy (lossy); 0.25 is a good start; 0: off",
@@ -204,7 +204,7 @@ def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
     return llama
 
 
-def _prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> str | None:
+def prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> str | None:
     """The prompt, or None for a conversation on the terminal."""
     if prompt is not None and file is not None:
         raise UserError("-p and -f exclude each other: give the prompt once")
@@ -231,7 +231,7 @@ def _decoded(data: bytes, source: str) -> str:
         raise UserError(f"{source} is not text in UTF-8: convert it first") from None
 
 
-def _checkpoint(source: str) -> Path:
+def checkpoint(source: str) -> Path:
     """The file or folder a SRC argument names."""
     if not source.startswith("hf:"):
         return resolve(source)
@@ -240,7 +240,7 @@ def _checkpoint(source: str) -> Path:
     return download(source)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise now what would be raised after the work."""
     folder = path.absolute().parent
     if not folder.is_dir():

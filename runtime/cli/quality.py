@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import _prompt_text, cache_dir, model_options, open_llama, resolve
+from .options import cache_dir, model_options, open_llama, prompt_text, resolve
 
 
 @click.command()
@@ -46,7 +46,7 @@ def quality(
     from ..bench.row import PROSE
     from ..progress import bar
 
-    text = PROSE if text_file is None else _prompt_text(None, text_file, wants_terminal=False)
+    text = PROSE if text_file is None else prompt_text(None, text_file, wants_terminal=False)
     assert text is not None
     path = resolve(model)
     other = None if against is None else resolve(against)

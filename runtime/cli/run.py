@@ -13,13 +13,13 @@ import click
 from ..errors import ExpertReadError, UserError
 from ..stats import stats_line
 from .options import (
-    _check_writable,
-    _Number,
-    _prompt_text,
+    Number,
+    check_writable,
     model_options,
     note,
     open_llama,
     prompt_options,
+    prompt_text,
     warm_option,
 )
 
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 @click.option(
     "--temp",
     default=0.8,
-    type=_Number(0, 100),
+    type=Number(0, 100),
     help="temperature; 0 is greedy",
     show_default=True,
 )
 @click.option("--top-k", default=40, type=click.IntRange(min=0), help="0: off", show_default=True)
-@click.option("--top-p", default=0.95, type=_Number(0, 1), show_default=True)
-@click.option("--min-p", default=0.05, type=_Number(0, 1), show_default=True)
-@click.option("--repeat-penalty", default=1.0, type=_Number(0.01, 100), show_default=True)
+@click.option("--top-p", default=0.95, type=Number(0, 1), show_default=True)
+@click.option("--min-p", default=0.05, type=Number(0, 1), show_default=True)
+@click.option("--repeat-penalty", default=1.0, type=Number(0.01, 100), show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 2), metavar="N", help="default: random")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of text")
 @click.option(
@@ -82,13 +82,13 @@ def run(
     sampling = Sampling(
         *(options.pop(k) for k in ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed"))
     )
-    text = _prompt_text(prompt, prompt_file, wants_terminal=chat)
+    text = prompt_text(prompt, prompt_file, wants_terminal=chat)
     if system is not None and not chat:
         raise UserError("--system belongs to --chat: give both or neither")
     if text is None and as_json:
         raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
     if timeline_file is not None:
-        _check_writable(Path(timeline_file))
+        check_writable(Path(timeline_file))
     llama = open_llama(model, **options)
     try:
         if timeline_file is not None:

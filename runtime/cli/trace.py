@@ -14,12 +14,12 @@ from .. import history
 from ..history import Identity
 from ..stats import stats_line
 from .options import (
-    _check_writable,
-    _prompt_text,
+    check_writable,
     model_options,
     note,
     open_llama,
     prompt_options,
+    prompt_text,
     warm_option,
 )
 
@@ -96,15 +96,15 @@ def trace(
     from ..prompts import Chat, encode
     from .trace import add_routing, trace_metadata
 
-    text = _prompt_text(prompt, prompt_file, wants_terminal=False)
+    text = prompt_text(prompt, prompt_file, wants_terminal=False)
     assert text is not None
-    _check_writable(Path(output))
+    check_writable(Path(output))
     recorder = TraceRecorder()
     llama = open_llama(model, recorder=recorder, **options)
     opened = llama.opened
     try:
         if save_routing:  # so that mistakes show now
-            _check_writable(opened.routing_path)
+            check_writable(opened.routing_path)
             load(opened.routing_path, opened.routing_identity)
         tokens = Chat(llama).ask(text) if chat else encode(llama, text)
         interrupted = False

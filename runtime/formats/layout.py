@@ -26,7 +26,7 @@ PAGE = 4096
 MAP_ALIGNMENT = 32  # ggml's TENSOR_ALIGNMENT
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
-_EXPERT_NAME = re.compile(r"blk\.(\d+)\.(?:ffn_)?(.+)_exps\.(\w+)")
+EXPERT_NAME = re.compile(r"blk\.(\d+)\.(?:ffn_)?(.+)_exps\.(\w+)")
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.")
 _ALIGNMENT = "general.alignment"
 
@@ -212,7 +212,7 @@ class SlotLayout:
         raise AssertionError("a layer's pieces hold all of its matrices")
 
 
-def _architecture(header: GgufHeader) -> str:
+def architecture_of(header: GgufHeader) -> str:
     architecture = header.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise UserError(f"{header.path} names no general.architecture; convert the model again")
@@ -225,7 +225,7 @@ _NO_WEIGHT = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 _LOOKUPS = re.compile(r"blk\.\d+\.ffn_gate_tid2eid\.weight|d2t|t2d")
 
 
-def _check_types(path: Path, infos: Iterable[TensorInfo]) -> None:
+def check_types(path: Path, infos: Iterable[TensorInfo]) -> None:
     for info in infos:
         kind = GGML_TYPES[info.ggml_type].name
         if kind in _NO_WEIGHT and not (kind in ("I32", "I64") and _LOOKUPS.fullmatch(info.name)):
@@ -235,15 +235,15 @@ def _check_types(path: Path, infos: Iterable[TensorInfo]) -> None:
             )
 
 
-def _expert_tensor(name: str, ne: tuple[int, int, int], ggml_type: int) -> ExpertTensor:
-    match = _EXPERT_NAME.fullmatch(name)
+def expert_tensor(name: str, ne: tuple[int, int, int], ggml_type: int) -> ExpertTensor:
+    match = EXPERT_NAME.fullmatch(name)
     assert match is not None
     role = match[2] if match[3] == "weight" else f"{match[2]}.{match[3]}"
     n_bytes = type_bytes(ggml_type, ne[0] * ne[1])
     return ExpertTensor(name, int(match[1]), role, ggml_type, ne, n_bytes)
 
 
-def _role_order(tensor: ExpertTensor) -> tuple[int, str]:
+def role_order(tensor: ExpertTensor) -> tuple[int, str]:
     role = tensor.role
     return ROLES.index(role) if role in ROLES else len(ROLES), role
 
@@ -251,7 +251,7 @@ def _role_order(tensor: ExpertTensor) -> tuple[int, str]:
 # --- the stream ---------------------------------------------------------------------------------
 
 
-def _stream(first: GgufHeader, infos: Sequence[TensorInfo]) -> tuple[bytes, int]:
+def stream_header(first: GgufHeader, infos: Sequence[TensorInfo]) -> tuple[bytes, int]:
     """The header that stands for all files, and the size of the GGUF it describes.
 
     Keys are the first file's, byte for byte, less those that speak of files. The alignment is
@@ -281,11 +281,11 @@ def untied(layout: ModelLayout) -> ModelLayout:
         return layout
     both = (*layout.tensors, replace(embedding, name=OUTPUT))
     infos = [TensorInfo(t.name, t.ne, t.ggml_type, 0) for t in both]
-    header, stream_bytes = _stream(layout.metadata, infos)
+    header, stream_bytes = stream_header(layout.metadata, infos)
     return replace(layout, tensors=both, header=header, stream_bytes=stream_bytes)
 
 
-def _tensors(headers: Sequence[GgufHeader]) -> Iterator[Tensor]:
+def tensors_of(headers: Sequence[GgufHeader]) -> Iterator[Tensor]:
     for file, header in enumerate(headers):
         for info in header.tensors:
             offset = header.data_start + info.offset

@@ -12,7 +12,7 @@ from .bundle import BLOB_ALIGNMENT, TRUNK, BlobSet, BundleTable, is_bundle
 from .ggml_types import GGML_TYPES
 from .gguf_header import MAX_NAME_BYTES, GgufHeader, TensorInfo, read_header
 from .layout import (
-    _EXPERT_NAME,
+    EXPERT_NAME,
     NOWHERE,
     Copy,
     ExpertTensor,
@@ -20,17 +20,17 @@ from .layout import (
     MoeLayer,
     Piece,
     Tensor,
-    _architecture,
-    _check_types,
-    _expert_tensor,
-    _stream,
-    _tensors,
+    architecture_of,
+    check_types,
+    expert_tensor,
+    stream_header,
+    tensors_of,
 )
 
 # --- bundles ------------------------------------------------------------------------------------
 
 
-def _read_bundle(path: Path) -> ModelLayout:
+def read_bundle(path: Path) -> ModelLayout:
     """The layout a bundle's table gives, once everything it claims is possible."""
     if not is_bundle(path):
         raise UserError(
@@ -39,7 +39,7 @@ def _read_bundle(path: Path) -> ModelLayout:
         )
     trunk = read_header(path / TRUNK)
     table = BundleTable.parse(trunk)
-    architecture = _architecture(trunk)
+    architecture = architecture_of(trunk)
     n_experts = trunk.get(f"{architecture}.expert_count")
     if type(n_experts) is not int or n_experts < 1:
         raise _damaged(trunk, f"{architecture}.expert_count is {n_experts}")
@@ -55,11 +55,11 @@ def _read_bundle(path: Path) -> ModelLayout:
         _check_size(file, n_bytes)
     for tensor in (tensor for blobs in sets for tensor in blobs.tensors):
         kind = GGML_TYPES.get(tensor.ggml_type)
-        named = _EXPERT_NAME.fullmatch(tensor.name) and len(tensor.name) <= MAX_NAME_BYTES
+        named = EXPERT_NAME.fullmatch(tensor.name) and len(tensor.name) <= MAX_NAME_BYTES
         if not named or kind is None or min(tensor.ne) < 1 or tensor.ne[0] % kind.block:
             raise _damaged(trunk, f"{tensor.name!r:.60} has an impossible name, type or shape")
     infos = [TensorInfo(t.name, (*t.ne, n_experts), t.ggml_type, 0) for t in table.experts.tensors]
-    _check_types(trunk.path, [*trunk.tensors, *infos])
+    check_types(trunk.path, [*trunk.tensors, *infos])
     copies = [
         _copies(trunk, blobs, table.layers, n_experts, at)
         for blobs, at in zip(sets, first_file, strict=False)
@@ -72,7 +72,7 @@ def _read_bundle(path: Path) -> ModelLayout:
         for layer, (tensors, _) in zip(layers, blobs, strict=True):
             if [(t.name, t.ne) for t in tensors] != [(t.name, t.ne) for t in layer.tensors]:
                 raise _damaged(trunk, f"the copies of layer {layer.layer} differ in shape")
-    header, stream_bytes = _stream(trunk, [*trunk.tensors, *infos])
+    header, stream_bytes = stream_header(trunk, [*trunk.tensors, *infos])
     stacked = (Tensor(i.name, i.ne, i.ggml_type, NOWHERE, 0, i.n_bytes) for i in infos)
     return ModelLayout(
         path=path,
@@ -82,7 +82,7 @@ def _read_bundle(path: Path) -> ModelLayout:
         architecture=architecture,
         n_experts=n_experts,
         layers=layers,
-        tensors=(*_tensors([trunk]), *stacked),
+        tensors=(*tensors_of([trunk]), *stacked),
         header=header,
         stream_bytes=stream_bytes,
         table=table,
@@ -127,7 +127,7 @@ def _copies(
         raise _damaged(trunk, "a tensor is listed twice")
     by_layer: dict[int, list[int]] = {}
     for i, tensor in enumerate(blobs.tensors):
-        match = _EXPERT_NAME.fullmatch(tensor.name)
+        match = EXPERT_NAME.fullmatch(tensor.name)
         assert match is not None
         by_layer.setdefault(int(match[1]), []).append(i)
     if list(by_layer) != list(layers) or sorted(set(layers)) != list(layers):
@@ -143,7 +143,7 @@ def _copies(
             end = tensor.offset + tensor.n_bytes
         if (n_bytes[mine] != end).any():
             raise _damaged(trunk, f"a blob of layer {number} has not {end} bytes")
-        tensors = tuple(_expert_tensor(t.name, (*t.ne, n_experts), t.ggml_type) for t in placed)
+        tensors = tuple(expert_tensor(t.name, (*t.ne, n_experts), t.ggml_type) for t in placed)
         piece = Piece(
             (file[mine] + first_file).astype(np.int32),
             offset[mine].astype(np.int64),

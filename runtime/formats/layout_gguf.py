@@ -12,18 +12,18 @@ from ..errors import UserError
 from .bundle import PLAIN
 from .gguf_header import GgufHeader, read_header
 from .layout import (
-    _EXPERT_NAME,
+    EXPERT_NAME,
     Copy,
     ExpertTensor,
     ModelLayout,
     MoeLayer,
     Piece,
-    _architecture,
-    _check_types,
-    _expert_tensor,
-    _role_order,
-    _stream,
-    _tensors,
+    architecture_of,
+    check_types,
+    expert_tensor,
+    role_order,
+    stream_header,
+    tensors_of,
 )
 
 _SINGLE_EXPERT_NAME = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
@@ -31,17 +31,17 @@ _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _SPLIT_COUNT, _SPLIT_NO, _SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
 
 
-def _read_gguf(path: Path) -> ModelLayout:
+def read_gguf(path: Path) -> ModelLayout:
     headers = _read_set(path)
     first = headers[0]
     for header in headers:
-        _check_types(header.path, header.tensors)
-    architecture = _architecture(first)
+        check_types(header.path, header.tensors)
+    architecture = architecture_of(first)
     n_experts = first.get(f"{architecture}.expert_count")
     layers = _find_experts(headers, n_experts if type(n_experts) is int else 0)
     if not layers or type(n_experts) is not int:
         raise _no_experts(path, architecture, headers)
-    stream_header, stream_bytes = _stream(first, [i for h in headers for i in h.tensors])
+    header, stream_bytes = stream_header(first, [i for h in headers for i in h.tensors])
     return ModelLayout(
         path=path,
         files=tuple(h.path for h in headers),
@@ -50,8 +50,8 @@ def _read_gguf(path: Path) -> ModelLayout:
         architecture=architecture,
         n_experts=n_experts,
         layers=layers,
-        tensors=tuple(_tensors(headers)),
-        header=stream_header,
+        tensors=tuple(tensors_of(headers)),
+        header=header,
         stream_bytes=stream_bytes,
     )
 
@@ -112,16 +112,16 @@ def _find_experts(headers: Sequence[GgufHeader], n_experts: int) -> tuple[MoeLay
     found: dict[int, list[tuple[ExpertTensor, int, int]]] = {}
     for file, header in enumerate(headers):
         for info in header.tensors:
-            match = _EXPERT_NAME.fullmatch(info.name)
+            match = EXPERT_NAME.fullmatch(info.name)
             shape = info.ne[:3] if info.ne[3:] in ((), (1,)) else ()
             if match is None or len(shape) != 3 or shape[2] != n_experts:
                 continue
-            expert = _expert_tensor(info.name, (shape[0], shape[1], shape[2]), info.ggml_type)
+            expert = expert_tensor(info.name, (shape[0], shape[1], shape[2]), info.ggml_type)
             place = (expert, file, header.data_start + info.offset)
             found.setdefault(expert.layer, []).append(place)
     layers = []
     for number in sorted(found):
-        places = sorted(found[number], key=lambda place: _role_order(place[0]))
+        places = sorted(found[number], key=lambda place: role_order(place[0]))
         tensors = tuple(tensor for tensor, _, _ in places)
         pieces = tuple(
             Piece(
@@ -146,7 +146,7 @@ def _no_experts(path: Path, architecture: str, headers: Iterable[GgufHeader]) ->
             f"{path} keeps each expert in a tensor of its own, a form llama.cpp dropped;"
             " convert the model again"
         )
-    stacked = next((name for name in names if _EXPERT_NAME.fullmatch(name)), None)
+    stacked = next((name for name in names if EXPERT_NAME.fullmatch(name)), None)
     if stacked is not None:
         return UserError(
             f"{path} is damaged ({stacked} does not have {architecture}.expert_count experts);"

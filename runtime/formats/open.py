@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .layout import ModelLayout
-from .layout_bundle import _read_bundle
-from .layout_gguf import _read_gguf
+from .layout_bundle import read_bundle
+from .layout_gguf import read_gguf
 from .validate import validate
 
 # --- reading ------------------------------------------------------------------------------------
@@ -17,6 +17,6 @@ def read_layout(path: Path) -> ModelLayout:
 
     What comes back was validated: llama.cpp can be given its stream.
     """
-    layout = _read_bundle(path) if path.is_dir() else _read_gguf(path)
+    layout = read_bundle(path) if path.is_dir() else read_gguf(path)
     validate(layout)
     return layout
