@@ -9,11 +9,10 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError
+from .errors import UserError, option
 from .formats.layout import ModelLayout
 from .plugin.library import DirectProbe, probe_direct, probe_speed
 
-READ_MODES = ("auto", "direct", "buffered")
 LANE_CHOICES = (2, 4, 8)
 DEFAULT_LANES = 4
 _PROBE_BYTES = 1 << 20
@@ -53,17 +52,14 @@ def choose(
     layout: ModelLayout, probe: DirectProbe, reads: str, lanes: int | None, spare_bytes: int
 ) -> ReadMode:
     """Decide for a model; ``spare_bytes`` is free memory outside the budget, for the page cache."""
-    if reads not in READ_MODES:
-        raise UserError(f"{reads!r} is not a way to read: use {', '.join(READ_MODES)}")
-    if lanes is not None and not 1 <= lanes <= 64:
-        raise UserError(f"{lanes} lanes make no sense: give 1 to 64, or auto")
     sampler = _Sampler(layout)
     if reads == "buffered":
         direct, reason = False, "as asked"
     elif not probe.direct:
         if reads == "direct":
             raise UserError(
-                f"direct reads do not work where {layout.path} lies: use --reads buffered"
+                f"direct reads do not work where {layout.path} lies: "
+                f"use {option('reads', 'buffered')}"
             )
         direct, reason = False, "this file system refuses direct reads"
     elif reads == "direct":

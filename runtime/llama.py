@@ -24,7 +24,8 @@ from . import logs
 from .controller import Recorder
 from .errors import UserError
 from .formats.ggml_types import pad_up
-from .opening import OpenModel, Options
+from .opening import OpenModel
+from .options import Options
 from .stats import Step, _Timer
 from .system import physical_cores
 
@@ -86,7 +87,15 @@ class Llama(llama_cpp.Llama):
             raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
         llama_cpp._logger.set_verbose(verbose)
         options = Options(
-            memory, policy, reads, lanes, experts_used, device, warm, low_share, low_on_miss
+            memory=memory,
+            policy=policy,
+            reads=reads,
+            lanes=lanes,
+            experts_used=experts_used,
+            low_share=low_share,
+            low_on_miss=low_on_miss,
+            device=device,
+            warm=warm,
         )
         self.opened = OpenModel(Path(model_path), options)
         n_threads = kwargs.pop("n_threads", None) or physical_cores()

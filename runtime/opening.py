@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -20,18 +20,19 @@ from ..policies.base import CachePolicy, LoadOrder
 from ..policies.layered import hottest
 from ..policies.precision import MixedResidency, Precision
 from ..policies.predict import Gates
-from ..policies.presets import Facts, Policy, check_policy, policy
+from ..policies.presets import Facts, Policy, policy
 from ..policies.residency import Residency
 from . import binding, disk, history, kernels, logs, sizes, system
 from . import budget as budgets
 from .budget import Budget, Needs
 from .controller import Controller, Guessing, Recorder
-from .errors import UserError
+from .errors import UserError, option
 from .formats.ggml_types import GGML_TYPES
 from .formats.layout import ModelLayout, slot_layout
 from .formats.open import read_layout
 from .history import Identity, Routing
 from .kernels import Transforms
+from .options import Options
 from .plugin.gates import NativeGates
 from .plugin.model import PluginModel
 from .routers import read_routers
@@ -47,20 +48,6 @@ _FILL_BYTES = 64 * _MIB
 _FLOAT_TYPES = {0, 1, 30}  # F32, F16, BF16
 
 
-class Options(NamedTuple):
-    """What a user may say about memory and reading; the defaults are the command line's."""
-
-    memory: str | int = "auto"
-    policy: str = "fate"
-    reads: str = "auto"
-    lanes: int | None = None
-    experts_used: int | None = None
-    device: str = "cpu"
-    warm: bool = False
-    low_share: float = 0.0
-    low_on_miss: bool = False
-
-
 class BuftOverride(ctypes.Structure):
     """llama_model_tensor_buft_override."""
 
@@ -71,13 +58,7 @@ class OpenModel:
     """A checked model, its plugin and, once ``start`` was called, its arena and controller."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        if options.device != "cpu":
-            raise UserError(f"device {options.device!r} is not supported yet: use --device cpu")
         self.options = options
-        try:
-            check_policy(options.policy)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         self.layout = read_layout(path)
         self.n_used = _experts_used(self.layout, options.experts_used)
         self.routing: Routing | None = None  # of earlier runs, until the policy knows it
@@ -425,21 +406,18 @@ def _experts_used(layout: ModelLayout, override: int | None) -> int:
         return layout.n_experts_used
     if not 1 <= override <= layout.n_experts:
         raise UserError(
-            f"--experts-used {override} is out of range: this model has {layout.n_experts} experts"
+            f"{option('experts_used', override)} is out of range: this model has "
+            f"{layout.n_experts} experts"
         )
     return override
 
 
 def _precision(layout: ModelLayout, options: Options) -> Precision:
-    precision = Precision(options.low_share, options.low_on_miss)
-    if not 0.0 <= precision.low_share <= 1.0:
-        raise UserError(
-            f"--low-share {precision.low_share} is out of range: give a share from 0 to 1"
-        )
+    precision = options.precision
     if precision.lossy and any(len(layer.copies) < 2 for layer in layout.layers):
-        option = "--low-share" if precision.low_share else "--low-on-miss"
+        wanted = option("low_share" if precision.low_share else "low_on_miss")
         raise UserError(
-            f"{layout.path} has no low copy for {option}: make a bundle with moe-gguf convert"
+            f"{layout.path} has no low copy for {wanted}: make a bundle with moe-gguf convert"
             " --low-quant TYPE"
         )
     return precision

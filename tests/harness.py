@@ -29,7 +29,8 @@ from moe_gguf.runtime import llama as runtime_llama
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import Budget, Needs
 from moe_gguf.runtime.controller import Controller, Recorder
-from moe_gguf.runtime.opening import OpenModel, Options
+from moe_gguf.runtime.opening import OpenModel
+from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.plugin.abi import Stats
 
 Logits = npt.NDArray[np.float32]

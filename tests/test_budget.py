@@ -13,7 +13,8 @@ import tiny
 from moe_gguf.runtime import budget, logs, system
 from moe_gguf.runtime.budget import Needs, fit
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.opening import OpenModel, Options
+from moe_gguf.runtime.opening import OpenModel
+from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.sizes import GB, MB, format_size, parse_size
 
 # --- sizes as text ------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.UsageError):
         text, code = error.format_message(), 2
     elif isinstance(error, UserError):
-        text, code = str(error), 2
+        text, code = error.spelled(_as_flag), 2
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         text, code = "interrupted", 130
     elif isinstance(error, OSError | MemoryError | RuntimeError | ValueError):
@@ -87,3 +87,9 @@ def _explained(error: BaseException) -> tuple[str, int]:
     else:
         text, code = f"{type(error).__name__}: {error}; this is a bug: --debug shows where", 1
     return f"moe-gguf: error: {text}", code
+
+
+def _as_flag(name: str, value: str | None) -> str:
+    """How the command line spells an option."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is None else f"{flag} {value}"
