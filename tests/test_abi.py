@@ -266,11 +266,11 @@ def test_llama_cpp_s_structs() -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("abi", [0, abi.ABI - 1, abi.ABI + 1, -1, 2**31 - 1])
-def test_another_abi_is_refused(abi: int) -> None:
+@pytest.mark.parametrize("version", [0, abi.ABI - 1, abi.ABI + 1, -1, 2**31 - 1])
+def test_another_abi_is_refused(version: int) -> None:
     """Before anything else of the struct is read: here every pointer of it leads nowhere."""
     nowhere = ctypes.cast(8, ctypes.c_void_p)
-    config = abi.Config(abi=abi, n_experts=-1, n_files=10**6, n_trunk_tensors=10**6)
+    config = abi.Config(abi=version, n_experts=-1, n_files=10**6, n_trunk_tensors=10**6)
     config.n_tensors, config.lanes = 10**6, 10**6
     config.header_bytes = config.stream_bytes = 2**40
     for name in ("paths", "trunk_tensors", "tensors", "parts", "transforms", "header"):

@@ -145,7 +145,7 @@ def rss(monkeypatch: pytest.MonkeyPatch) -> int:
         def memory_info(self) -> SimpleNamespace:
             return SimpleNamespace(rss=rss_bytes)
 
-    monkeypatch.setattr(budget.psutil, "Process", Process)
+    monkeypatch.setattr(system.psutil, "Process", Process)
     return rss_bytes
 
 

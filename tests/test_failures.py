@@ -578,7 +578,7 @@ def test_abort_callback_of_llama_cpp(
 CHILD = """
 import sys
 import moe_gguf
-from moe_gguf.runtime.budget import rss_peak
+from moe_gguf.runtime.system import rss_peak
 path, memory = sys.argv[1:]
 try:
     llama = moe_gguf.Llama(path, memory=memory, n_ctx=512, n_threads=2)

@@ -128,7 +128,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offline_for_real(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\n"
-        "from moe_gguf.converters.hub import download\n"
+        "from moe_gguf.converters.hf.hub import download\n"
         "from moe_gguf.runtime.errors import UserError\n"
         "try: download('hf:me/tiny', Path(__import__('sys').argv[1]))\n"
         "except UserError as error: print(error)"

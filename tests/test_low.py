@@ -257,9 +257,9 @@ def test_failed_reads(
 
 def test_a_model_without_a_low_copy_is_refused(tiny_file: TinyFile) -> None:
     path = tiny_file("qwen3moe")
-    with pytest.raises(UserError, match="has no low copy for --low-share: make a bundle with"):
+    with pytest.raises(UserError, match="has no low copy for low_share: make a bundle with"):
         Llama(path, low_share=0.25)
-    with pytest.raises(UserError, match="has no low copy for --low-on-miss"):
+    with pytest.raises(UserError, match="has no low copy for low_on_miss"):
         Llama(path, low_on_miss=True)
 
 

@@ -143,7 +143,7 @@ def quality_text(document: dict[str, Any]) -> str:
 def _chunks(llama: Llama, text: str) -> list[list[int]]:
     """The text's tokens in pieces that fill the context; a short one only if it is all there is."""
     tokens: list[int] = llama.tokenize(text.encode(), add_bos=False, special=False)
-    start = [llama.token_bos()] if llama.model_facts.add_bos_token() else []
+    start = [llama.token_bos()] if llama._model.add_bos_token() else []
     size = llama.n_ctx() - len(start)
     chunks = [start + tokens[i : i + size] for i in range(0, len(tokens), size)]
     if len(chunks) > 1 and len(chunks[-1]) < llama.n_ctx():
