@@ -18,7 +18,7 @@ import numpy as np
 from ..policies.base import Guess, Ids, Inputs, Predictor, RouteEvent
 from ..policies.pace import Meters, Pace
 from ..policies.residency import Residency
-from .plugin.abi import MAX_GUESSES, i32
+from .plugin.abi import MAX_GUESSES, PHASES, i32
 from .plugin.model import PluginModel
 
 
@@ -62,11 +62,12 @@ class Controller:
         self.guessing = guessing
         self.layers = list(layers)
         self._n_all = len(layers) * residency.n_experts
-        # Demands by layer: found (in the slots or on their way), and not.
-        self.layer_hits: dict[int, int] = {}
+        # Demands by layer that were asked for: found (in the slots or on their way), and not. The
+        # plugin counts those of settled events.
+        self._asked_hits: dict[int, int] = {}
         self.layer_misses: dict[int, int] = {}
-        # (token, rank) pairs, how many of them were computed low, and low copies read by layer.
-        self.pairs = self.low_pairs = 0
+        # (token, rank) pairs asked for, of all those computed low, and low copies read by layer.
+        self._asked_pairs = self.low_pairs = 0
         self.low_loads: dict[int, int] = {}
         # Once set, every step fails with it: a thread that computes cannot be stopped otherwise.
         self.stop: Exception | None = None
@@ -137,31 +138,23 @@ class Controller:
         if plan.n_low_loads:
             self.low_loads[event.layer] = self.low_loads.get(event.layer, 0) + plan.n_low_loads
         if not call.continuation:
-            self.pairs += n_tokens * call.n_used
+            self._asked_pairs += n_tokens * call.n_used
             self.low_pairs += plan.n_low_pairs
-            layer, hits, misses = event.layer, self.layer_hits, self.layer_misses
+            layer, hits, misses = event.layer, self._asked_hits, self.layer_misses
             hits[layer] = hits.get(layer, 0) + plan.n_hits
             misses[layer] = misses.get(layer, 0) + n - plan.n_hits
             if self.guessing is not None:
                 call.wants_guesses = self._wants_guesses(self.guessing)
                 self._n_missing = n - plan.n_hits
                 self._n_guessed = self.residency.guesses_used - guesses_used
-            if n_tokens == 1 and layer == self.layers[0] and self._has_everything:
-                self._settle(n)
+            if call.phase == PHASES["decode"] and layer == self.layers[0] and self._has_everything:
+                call.settled = 1
 
     @property
     def _has_everything(self) -> bool:
         """Every expert has its slot, and nobody wants to hear of each event."""
         held = len(self.residency.slot_of)
         return held == self._n_all and self.recorder is None and self.residency.is_plain
-
-    def _settle(self, n_used: int) -> None:
-        """Let the rest of a token's layers pass unasked, and count them now."""
-        self._call.settled = 1
-        for layer in self.layers[1:]:
-            self.layer_hits[layer] = self.layer_hits.get(layer, 0) + n_used
-            self.layer_misses.setdefault(layer, 0)
-        self.pairs += n_used * (len(self.layers) - 1)
 
     def _wants_guesses(self, guessing: Guessing) -> bool:
         call = self._call
@@ -229,6 +222,20 @@ class Controller:
         return failure or native or RuntimeError("llama.cpp could not compute a step")
 
     @property
+    def layer_hits(self) -> dict[int, int]:
+        """Demands by layer that were found in the slots or on their way."""
+        hits, settled = self._asked_hits.copy(), self._call.settled_hits
+        for layer in self.layers:
+            if settled[layer]:
+                hits[layer] = hits.get(layer, 0) + settled[layer]
+        return hits
+
+    @property
+    def pairs(self) -> int:
+        """(token, rank) pairs computed."""
+        return int(self._asked_pairs + self._call.settled_pairs)
+
+    @property
     def hits(self) -> int:
         return sum(self.layer_hits.values())
 
@@ -237,8 +244,9 @@ class Controller:
         return sum(self.layer_misses.values())
 
     def reset_stats(self) -> None:
-        self.layer_hits.clear()
+        """Forget what was asked for; what settled, the plugin forgets with its own stats."""
+        self._asked_hits.clear()
         self.layer_misses.clear()
-        self.pairs = self.low_pairs = 0
+        self._asked_pairs = self.low_pairs = 0
         self.low_loads.clear()
         self.residency.guesses_used = 0

@@ -51,6 +51,7 @@ class _Timer:
             phase = int(n_tokens == 1)
             plugin = self._opened.plugin
             before = plugin.stats().read_bytes
+            plugin.step(phase, 1)
             start_ns = time.perf_counter_ns()
             try:
                 step(batch)

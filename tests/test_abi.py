@@ -133,6 +133,11 @@ def test_event_kinds_have_the_numbers_of_the_header() -> None:
     }
 
 
+def test_phases_have_the_numbers_of_the_header() -> None:
+    names = re.findall(r"MOE_PHASE_(\w+)(?: = 0)?,", (NATIVE / "moe.h").read_text())
+    assert {name.lower(): i for i, name in enumerate(names)} == abi.PHASES
+
+
 def test_gatings_and_variants_have_the_numbers_of_the_header() -> None:
     names = re.findall(r"MOE_GATING_(\w+)", (NATIVE / "moe.h").read_text())
     assert [name.lower() for name in names] == list(abi.GATINGS)

@@ -60,6 +60,7 @@ from moe_gguf.policies.base import CachePolicy, Predictor
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything
 from moe_gguf.runtime import opening as runtime_model
+from moe_gguf.runtime.plugin.abi import PHASES
 
 # scaled: qwen3moe with a scale per expert for gate, up and down (as NVFP4 conversions have).
 LAYOUTS = (*tiny.LAYOUTS, "scaled")
@@ -197,6 +198,7 @@ def test_01_a_token_that_finds_everything_asks_in_its_first_layer(
         opened = model.opened
         n_layers, n_experts = len(opened.layout.layers), opened.layout.n_experts
         opened.fill(range(n_layers * n_experts))
+        opened.plugin.step(PHASES["decode"], 1)
         same(token_by_token(model), reference(path, token_by_token))
         assert cache.touched == 24 * opened.n_used
         assert model.controller.hits == 24 * n_layers * opened.n_used

@@ -192,7 +192,7 @@ bool executor::ask() {
         return false;
     }
     model.stats.events++;
-    if (call.settled && c.n_tokens == 1 && (later || call.continuation)) {
+    if (call.settled && call.phase == MOE_PHASE_DECODE && (later || call.continuation)) {
         return plan_settled();
     }
     call.settled = 0;
@@ -219,7 +219,14 @@ bool executor::plan_settled() {
         call.plan_slots[i]   = model.slot_of(model.key_of(0, c_.layer, call.experts[i]));
         call.plan_loads[i]   = 0;
     }
-    return read_plan();
+    if (!read_plan()) {
+        return false;
+    }
+    if (!call.continuation) {  // what the controller would have counted
+        call.settled_hits[c_.layer] += call.n_experts;
+        call.settled_pairs += (int64_t)c_.n_tokens * c_.n_used;
+    }
+    return true;
 }
 
 // Guesses for this layer that it did not ask for, and those of layers already passed.
@@ -531,7 +538,7 @@ ggml_status executor::run_round(const std::vector<int> & chosen, int copy) {
         round_experts_.insert(round_experts_.end(), e.count, e.expert);
     }
     const int64_t n = (int64_t)round_pairs_.size();
-    // One token keeps its shape, so that its one row is broadcast (and quantized once); several
+    // Geometry, not phase: one token keeps its shape, so that its one row is broadcast (and quantized once); several
     // tokens become one pair per row.
     const int64_t ne1 = c_.n_tokens == 1 ? n : 1, ne2 = c_.n_tokens == 1 ? 1 : n;
     scratch_.reserve(n * c_.row_bytes + 64 * (c_.nodes.size() + c_.inputs.size()));

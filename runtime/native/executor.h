@@ -24,7 +24,8 @@ namespace moe {
 // (n_slots * pairs * 8 bytes) and the gathered activations. runtime/budget.py counts both.
 constexpr int64_t WORK_BYTES = 32 << 20;
 
-// Batches of more tokens are guessed for at once: their computing takes long enough to hide it.
+// Batches of more tokens are guessed for at once: their computing takes long enough to hide it. An
+// amount of work, whatever the phase.
 constexpr int GUESS_FIRST_TOKENS = 8;
 
 class executor {

@@ -383,6 +383,12 @@ void         moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn 
     model->route = route;
     model->guess = guess;
 }
+void moe_model_step(moe_model * model, int32_t phase, int32_t n_sequences) {
+    std::lock_guard<std::mutex> lock(model->step);
+    model->call.phase       = phase;
+    model->call.n_sequences = n_sequences;
+    model->call.settled     = 0;
+}
 moe_call * moe_model_call(moe_model * model) { return &model->call; }
 
 void moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
@@ -399,6 +405,8 @@ void moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
     stats->guess_cancelled            = count.guess_cancelled;
     if (reset) {
         model->stats = {};
+        std::fill_n(model->call.settled_hits, model->n_layers, 0);
+        model->call.settled_pairs = 0;
         model->disk_ns_at_reset += stats->disk_ns;
         for (auto * c : {&count.bytes, &count.guess_bytes, &count.reads, &count.bounced, &count.guess_loads, &count.guess_promoted,
                          &count.guess_cancelled}) {

@@ -89,6 +89,10 @@ moe_model::moe_model(const moe_config & config)
     call.cancelled         = p + 5 * n_experts + 2 * MOE_MAX_GUESSES;
     call.predicted_keys    = p + 5 * n_experts + 3 * MOE_MAX_GUESSES;
     call.predicted_chances = chances_.data();
+    settled_hits_.resize(n_layers);
+    call.settled_hits = settled_hits_.data();
+    call.phase        = MOE_PHASE_PREFILL;
+    call.n_sequences  = 1;
 }
 
 moe_model::~moe_model() {

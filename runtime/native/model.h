@@ -102,5 +102,6 @@ struct moe_model {
     std::vector<moe::part>                       parts_;
     std::vector<int32_t>                         arrays_;
     std::vector<float>                           chances_;
+    std::vector<int64_t>                         settled_hits_;
     std::vector<int>                             slot_of_;
 };

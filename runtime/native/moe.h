@@ -1,4 +1,4 @@
-// The plugin's whole surface towards Python: everything the ctypes mirror in runtime/plugin.py
+// The plugin's whole surface towards Python: everything the ctypes mirror in runtime/plugin/abi.py
 // repeats, and nothing else. Change a struct here and tests/test_abi.py fails until the mirror,
 // MOE_ABI and the expected sizes follow.
 //
@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 4
+#define MOE_ABI 5
 #define MOE_MAX_GUESSES 256
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
@@ -97,6 +97,14 @@ struct moe_config {
     const uint8_t *                 header;
 };
 
+// What a step of llama.cpp does. Not to be read off its number of tokens: eight sequences decoding are
+// eight tokens, and a prompt may end in a batch of one.
+enum moe_phase {
+    MOE_PHASE_PREFILL = 0,
+    MOE_PHASE_DECODE,  // one token of each sequence
+    MOE_PHASE_MIXED,   // some of each
+};
+
 // One route event and its answer, in memory shared with the callback. The plugin fills the first
 // half before the call, the route callback fills the plan. Where it sets wants_guesses, the guess
 // callback runs once the plan's reads are under way and fills the guesses. All pointers are valid
@@ -108,6 +116,8 @@ struct moe_call {
     int32_t         n_experts;     // distinct experts in this event
     int32_t         continuation;  // 1: further tensors of the layer and step of the previous event
     int32_t         n_embd;
+    int32_t         phase;  // of the running step, as moe_model_step said
+    int32_t         n_sequences;
     int64_t         x_stride;    // bytes from one token's row of x to the next
     int64_t         now_ns;      // a steady clock
     int64_t         disk_ns;     // of it so far, some lane was reading
@@ -122,7 +132,7 @@ struct moe_call {
     int32_t         n_cancelled;
     int32_t         n_late;  // of the event before: guesses it demanded while they were being read
     int32_t         wants_guesses;
-    int32_t         settled;  // set by the callback: the rest of this step of one token finds all it needs, so do not ask
+    int32_t         settled;  // set by the callback: the rest of this decode step finds all it needs, so do not ask
 
     int32_t * plan_experts;  // [n_experts] in execution order
     int32_t * plan_slots;
@@ -134,6 +144,9 @@ struct moe_call {
     int32_t   n_predicted;     // by the model's gates, for the guess callback to choose from
     int32_t * predicted_keys;  // [n_predicted], the nearest layer first, best first
     float *   predicted_chances;
+
+    int64_t * settled_hits;   // by layer: experts that were found unasked, since the stats' last reset
+    int64_t   settled_pairs;  // likewise (token, rank) pairs
 };
 
 // Returns 1 when its part is filled; anything else fails the step. Not 0 for success: that is what
@@ -246,7 +259,10 @@ MOE_API const void * moe_model_trunk_data(struct moe_model * model, const char *
 MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
 MOE_API void    moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
 // From now on these gates guess for the model; NULL: none do. Not owned.
-MOE_API void              moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
+MOE_API void moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
+// What the steps that follow do, and for how many sequences; said before each call of llama_decode.
+// Until it is said: prefill, one.
+MOE_API void              moe_model_step(struct moe_model * model, int32_t phase, int32_t n_sequences);
 MOE_API struct moe_call * moe_model_call(struct moe_model * model);
 MOE_API void              moe_model_stats(struct moe_model * model, struct moe_stats * stats, int32_t reset);
 // The sentence of the last failed step, and clears it: 0 none, 1 a read failed, 2 anything else.

@@ -1,7 +1,7 @@
-"""The ctypes mirror of native/moe.h, and loading the plugin into the llama.cpp of this process.
+"""The ctypes mirror of native/moe.h.
 
-Knows struct layouts and function signatures; decides nothing. ``tests/test_abi.py`` compares the
-mirror with the compiled plugin.
+Knows struct layouts and the numbers that have names; decides nothing. ``tests/test_abi.py``
+compares the mirror with the compiled plugin.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 
 import numpy as np
 
-ABI = 4
+ABI = 5
 MAX_GUESSES = 256
 COPIES = 2
 
@@ -98,6 +98,8 @@ class Call(ctypes.Structure):
         ("n_experts", i32),
         ("continuation", i32),
         ("n_embd", i32),
+        ("phase", i32),
+        ("n_sequences", i32),
         ("x_stride", i64),
         ("now_ns", i64),
         ("disk_ns", i64),
@@ -122,6 +124,8 @@ class Call(ctypes.Structure):
         ("n_predicted", i32),
         ("predicted_keys", ctypes.c_void_p),
         ("predicted_chances", ctypes.c_void_p),
+        ("settled_hits", ctypes.POINTER(i64)),
+        ("settled_pairs", i64),
     ]
 
 
@@ -152,6 +156,9 @@ class GatesConfig(ctypes.Structure):
         ("reserved", i32),
     ]
 
+
+# The values of moe_phase by name.
+PHASES = {"prefill": 0, "decode": 1, "mixed": 2}
 
 # The values of moe_gating and moe_gates_variant, by the names the policies use.
 GATINGS = {"softmax": 0, "sigmoid": 1, "softmax_weight": 2, "sqrt_softplus": 3}

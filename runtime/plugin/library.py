@@ -71,6 +71,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_arena", i32, [handle, i32]),
         ("moe_model_bind", None, [handle, ROUTE_FN, ROUTE_FN]),
         ("moe_model_guess_with", None, [handle, handle]),
+        ("moe_model_step", None, [handle, i32, i32]),
         ("moe_model_call", ctypes.POINTER(Call), [handle]),
         ("moe_model_stats", None, [handle, ctypes.POINTER(Stats), i32]),
         ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),

@@ -70,6 +70,10 @@ class PluginModel:
         """Guess with these native gates, which must outlive the model's last step."""
         self._lib.moe_model_guess_with(self._open, gates)
 
+    def step(self, phase: int, n_sequences: int) -> None:
+        """Say what the next steps do (one of ``PHASES``) and for how many sequences."""
+        self._lib.moe_model_step(self._open, phase, n_sequences)
+
     def stats(self, reset: bool = False) -> Stats:
         stats = Stats()
         self._lib.moe_model_stats(self._open, ctypes.byref(stats), int(reset))
