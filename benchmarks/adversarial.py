@@ -26,13 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from moe_gguf.policies import presets
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.order import Popularity
 from moe_gguf.policies.pace import IdleDisk
 from moe_gguf.policies.predict import Gates
 from moe_gguf.policies.presets import Facts, Policy
-from moe_gguf.runtime import opening, routers
+from moe_gguf.runtime import routers
 from moe_gguf.runtime.bench import process, results
 from moe_gguf.runtime.bench import row as bench_row
 from moe_gguf.runtime.bench.row import Spec
@@ -75,10 +74,10 @@ def lying(lie: Callable[[Router], Router]) -> Callable[..., dict[int, Router]]:
 
 def run_here(spec: Spec) -> dict[str, Any]:
     """One run in this process, in which the model's routers may lie."""
-    if spec.policy in LIES:
-        presets.POLICIES = {**presets.POLICIES, spec.policy: wrong}
-        opening.read_routers = lying(LIES[spec.policy])
-    return bench_row.measure(spec)
+    if spec.policy not in LIES:
+        return bench_row.measure(spec)
+    routers = lying(LIES[spec.policy])
+    return bench_row.measure(replace(spec, policy="lru"), make_policy=wrong, routers=routers)
 
 
 def run_apart(spec: Spec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ times per token on the route callback, where a tuple costs three times as much.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,15 @@ from numpy.typing import NDArray
 
 Inputs = NDArray[np.float32]
 Ids = NDArray[np.int16] | NDArray[np.int32]
+
+
+class Phase(IntEnum):
+    """What a step computes; the plugin's numbers (moe_phase). On the callback a plain int stands
+    for it."""
+
+    PREFILL = 0
+    DECODE = 1  # one token of each sequence
+    MIXED = 2  # some of each
 
 
 class RouteEvent(NamedTuple):
@@ -31,6 +41,8 @@ class RouteEvent(NamedTuple):
     n_tokens: int
     experts: Sequence[int]
     counts: Sequence[int]
+    phase: int = Phase.PREFILL
+    n_sequences: int = 1
 
 
 class CachePolicy(Protocol):

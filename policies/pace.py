@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from .base import Guess
+from .base import Guess, Phase
 
 # A reader in the middle of a chunk cannot be stopped: what a wrong guess may cost a demand.
 CHUNK_BYTES = 1 << 20  # native/reads.h
@@ -36,6 +36,8 @@ class Meters(NamedTuple):
     guess_ns: int  # guessing
     n_waits: int  # experts that were not there when they were asked for
     n_unguessed: int  # experts that would not have been there without guesses
+    phase: int = Phase.PREFILL
+    n_sequences: int = 1
 
 
 class Pace(Protocol):

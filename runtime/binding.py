@@ -1,23 +1,81 @@
-"""A layout as the plugin wants it described, and as llama.cpp is told which tensors go where.
+"""A model on disk bound to the plugin, and to llama.cpp's parameters for loading it.
 
-Turns values of layout.py into the structs of plugin.py; decides nothing but which trunk tensors are
-held repacked. Knows no budget and no policy.
+Owns the native model and the memory that llama.cpp points into while it loads. Turns values of
+``formats`` into the structs of ``plugin``; knows no budget and no policy.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
 from . import disk
 from .formats.layout import ModelLayout, MoeLayer, SlotLayout
-from .kernels import Transforms
+from .kernels import Kernels, Transforms
 from .plugin.abi import ABI, COPIES, PART, Config, Tensor, Transform, TrunkTensor
+from .plugin.model import PluginModel
+
+
+class BuftOverride(ctypes.Structure):
+    """llama_model_tensor_buft_override."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
+
+
+class Binding:
+    """The native model of one layout.
+
+    Closed after every llama_model and context that used it.
+    """
+
+    def __init__(
+        self, layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode, kernels: Kernels
+    ) -> None:
+        self.plugin = PluginModel(config_of(layout, slots, mode, kernels.transforms, kernels.trunk))
+        experts = patterns(t.name for layer in layout.layers for t in layer.tensors)
+        types = [(pattern, self.plugin.expert_buffer_type()) for pattern in experts]
+        rest = (".*", self.plugin.trunk_buffer_type())
+        # Repacked tensors take as much as plain ones, and buffers without memory cannot pose as
+        # ggml-cpu's own.
+        self._without_memory = _overrides([*types, rest])
+        types += [
+            (pattern, self.plugin.repack_buffer_type()) for pattern in patterns(kernels.trunk)
+        ]
+        self._with_memory = _overrides([*types, rest])
+
+    def model_params(
+        self, params: llama_cpp.llama_model_params, no_alloc: bool = False
+    ) -> llama_cpp.llama_model_params:
+        """A copy of the caller's parameters with what the plugin needs.
+
+        ``no_alloc``: for a load that only tells what it would take.
+        """
+        params = llama_cpp.llama_model_params.from_buffer_copy(params)
+        overrides = self._without_memory if no_alloc else self._with_memory
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
+        params.no_alloc = no_alloc
+        # Nothing is mapped (see native/stream.cpp): the trunk is anonymous memory.
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+        # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
+        params.use_extra_bufts = False
+        params.n_gpu_layers = 0
+        return params
+
+    def close(self) -> None:
+        self.plugin.close()
+
+
+def _overrides(types: Sequence[tuple[str, int]]) -> ctypes.Array[BuftOverride]:
+    return (BuftOverride * (len(types) + 1))(
+        *(BuftOverride(pattern.encode(), buft) for pattern, buft in types),
+        BuftOverride(None, None),
+    )
 
 
 def patterns(names: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -120,14 +121,35 @@ _known: dict[str, Interleaving] = {}
 _REPACKABLE = re.compile(r"(output|blk\.\d+\.(attn|ffn|ssm)_\w+)\.weight")
 
 
-def is_repacked(layout: ModelLayout, transforms: Transforms) -> bool:
-    """Whether experts are stored in the layout that this machine's kernels want."""
-    return any(
-        transforms.code(name, kind, tensor.ne[:2])[0] == LAYOUT_REPACKED
+class Kernels(NamedTuple):
+    """Which kernels a model gets on this machine.
+
+    ``transforms`` undo layouts of other machines, whose names are ``foreign``; ``trunk`` names the
+    tensors that are repacked while they are loaded.
+    """
+
+    is_repacked: bool  # experts are stored as this machine's fastest kernels want them
+    trunk: tuple[str, ...]
+    transforms: Transforms
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        return tuple(self.transforms.rules)
+
+
+def kernels_of(layout: ModelLayout) -> tuple[ModelLayout, Kernels]:
+    """The model as it will be held, and the kernels that compute with it."""
+    transforms = Transforms(layout.metadata)
+    codes = {
+        transforms.code(name, kind, tensor.ne[:2])[0]
         for layer in layout.layers
         for copy in layer.copies
         for tensor, name, kind in zip(layer.tensors, copy.layouts, copy.types, strict=True)
-    )
+    }
+    if LAYOUT_REPACKED not in codes:
+        return layout, Kernels(False, (), transforms)
+    layout = repacked_layout(layout)
+    return layout, Kernels(True, tuple(repacked_trunk(layout)), transforms)
 
 
 def repacked_layout(layout: ModelLayout) -> ModelLayout:

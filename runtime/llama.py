@@ -1,7 +1,7 @@
 """``moe_gguf.Llama``: llama_cpp.Llama whose routed experts live on disk and in slots.
 
-Every method is the base class's. Only three things differ: how the model is opened, what happens
-when a step fails, and ``stats()``.
+Every method is the base class's. Only four things differ: how the model is opened, that each step
+is metered and told to the plugin, what happens when a step fails, and ``stats()``.
 """
 
 from __future__ import annotations
@@ -12,51 +12,54 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import llama_cpp
 import llama_cpp._logger
 import llama_cpp.llama_cpp as bindings
 
-from . import logs
+from ..policies.base import Phase
+from . import arena as arenas
+from . import logs, opening
+from .arena import Arena, PolicyMaker, RouterReader
 from .controller import Recorder
 from .errors import UserError
-from .formats.ggml_types import pad_up
-from .opening import OpenModel
+from .opening import Loaded, Progress
 from .options import Options
-from .stats import Step, _Timer
+from .params import n_ctx_of
+from .routers import read_routers
+from .stats import Meter, Step
 from .system import physical_cores
-
-DEFAULT_CTX = 4096
 
 # llama_cpp.Llama has no hook for opening a model, so its loader function is replaced while one of
 # ours is constructed. Other threads' stock models go on through the original.
 _LOADER_LOCK = threading.Lock()
 
-
-class _Planned(Exception):
-    """Ends a construction that was only meant to measure."""
-
-    def __init__(self, opened: OpenModel) -> None:
-        super().__init__()
-        self.opened = opened
+_OPTIONS = {field.name for field in fields(Options)}
 
 
 class Llama(llama_cpp.Llama):
     """A Mixture-of-Experts GGUF inside a memory budget, with llama.cpp's own tokens.
 
-    ``memory`` is a size ("4GiB", bytes) or "auto" and covers the whole process; ``policy`` names
-    what stays in memory (see ``moe_gguf.policies.presets``); ``reads`` is auto, direct or
-    buffered; ``lanes`` the number of reader threads (None: measured); ``experts_used`` overrides
-    how many experts each token uses (lossy); ``warm`` fills the slots before the first token with
-    what was popular in the runs that ``moe-gguf trace --save-routing`` recorded. Of a bundle with a
-    low copy, ``low_share`` is the share of a prompt's votes whose experts, the least popular ones,
-    are read low, and ``low_on_miss`` has generation read its misses low (both lossy, see
-    ``moe_gguf.policies.precision``). ``n_ctx`` may also be None: the model's own, at most
-    DEFAULT_CTX. Everything else is llama_cpp.Llama's; ``use_mmap``, ``use_mlock`` and
-    ``n_gpu_layers`` have no meaning here.
+    Takes every argument of llama_cpp.Llama and, by name, every field of ``Options``: ``memory``, a
+    size ("4GiB", bytes) or "auto", covers the whole process; ``policy`` names what stays in memory
+    (see ``moe_gguf.policies.presets``); ``reads`` is auto, direct or buffered; ``lanes`` the number
+    of reader threads (None: measured); ``experts_used`` overrides how many experts each token uses
+    (lossy); ``warm`` fills the slots before the first token with what was popular in the runs that
+    ``moe-gguf trace --save-routing`` recorded. Of a bundle with a low copy, ``low_share`` is the
+    share of a prompt's votes whose experts, the least popular ones, are read low, and
+    ``low_on_miss`` has generation read its misses low (both lossy, see
+    ``moe_gguf.policies.precision``). ``n_ctx`` may also be None: the model's own, at most 4096.
+    ``use_mmap``, ``use_mlock`` and ``n_gpu_layers`` have no meaning here.
+
+    ``make_policy`` takes the place of a named policy; ``routers`` is where the native gates'
+    routers come from; ``recorder`` hears of every route event; ``progress`` of the bytes read while
+    opening.
 
     Raises UserError for files and budgets that cannot work, ExpertReadError from any method that
     computes when an expert cannot be read; the model stays usable after either a read error or
@@ -67,109 +70,95 @@ class Llama(llama_cpp.Llama):
         self,
         model_path: str | os.PathLike[str],
         *,
-        memory: str | int = "auto",
-        policy: str = "fate",
-        reads: str = "auto",
-        lanes: int | None = None,
-        experts_used: int | None = None,
-        device: str = "cpu",
-        warm: bool = False,
-        low_share: float = 0.0,
-        low_on_miss: bool = False,
+        make_policy: PolicyMaker | None = None,
+        routers: RouterReader = read_routers,
         recorder: Recorder | None = None,
-        progress: Callable[[float, float], None] | None = None,
+        progress: Progress | None = None,
+        n_ctx: int | None = 512,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        use_mmap: bool = False,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # so that close() works if opening fails
+        ours = {name: kwargs.pop(name) for name in _OPTIONS & kwargs.keys()}
         unknown = set(kwargs) - set(inspect.signature(llama_cpp.Llama.__init__).parameters)
         if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
             raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
         llama_cpp._logger.set_verbose(verbose)
-        options = Options(
-            memory=memory,
-            policy=policy,
-            reads=reads,
-            lanes=lanes,
-            experts_used=experts_used,
-            low_share=low_share,
-            low_on_miss=low_on_miss,
-            device=device,
-            warm=warm,
-        )
-        self.opened = OpenModel(Path(model_path), options)
-        n_threads = kwargs.pop("n_threads", None) or physical_cores()
-        kwargs.setdefault("n_threads_batch", n_threads)
-        if "n_ctx" in kwargs:
-            kwargs["n_ctx"] = self._n_ctx_asked(kwargs["n_ctx"])
-        if experts_used is not None:
-            key = f"{self.opened.layout.architecture}.expert_used_count"
-            kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), key: experts_used}
+        self.found = opening.find(Path(model_path), Options(**ours))
+        if self.found.options.experts_used is not None:
+            key = f"{self.found.layout.architecture}.expert_used_count"
+            kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), key: self.found.n_used}
+        n_threads = n_threads or physical_cores()
+        self._sampled: int | None = None
         try:
-            with self._loader(progress), logs.capture():
+            with self._loader(progress) as loaded, logs.capture():
                 super().__init__(
-                    str(model_path), n_threads=n_threads, use_mmap=False, verbose=verbose, **kwargs
+                    str(model_path),
+                    n_ctx=n_ctx_of(self.found.layout, n_ctx),
+                    n_threads=n_threads,
+                    n_threads_batch=n_threads_batch or n_threads,
+                    use_mmap=False,
+                    verbose=verbose,
+                    **kwargs,
                 )
-            self._controller = self.opened.start(recorder, progress)
+            self.arena = arenas.start(
+                loaded.model,
+                make_policy=make_policy,
+                routers=routers,
+                recorder=recorder,
+                progress=progress,
+            )
         except BaseException as error:
             self.close()
-            self.opened.close()
             if isinstance(error, jinja2.TemplateError):
                 raise UserError(
                     f"{model_path}: the chat template is damaged ({error}); convert the model again"
                 ) from None
             raise
-        self._timer = _Timer(self)
+        loaded.after.append(self.arena.close)
+        self.found = self.arena.found
+        self._steps = _Steps(self.arena, self._ctx)
         self._finalizer = weakref.finalize(self, self._stack.close)  # lanes are joined at exit
         if verbose:
-            print(self.opened.mode_line(), file=sys.stderr)
-
-    def _n_ctx_asked(self, n_ctx: int | None) -> int:
-        """A length llama.cpp takes as it is; the base class sizes its arrays by what it is told."""
-        n_ctx_train = self.opened.layout.n_ctx_train
-        return pad_up(n_ctx or min(n_ctx_train, DEFAULT_CTX if n_ctx is None else n_ctx_train), 256)
-
-    _plan_only = False  # measure, then raise _Planned
+            print(self.mode_line, file=sys.stderr)
 
     @contextlib.contextmanager
-    def _loader(self, progress: Callable[[float, float], None] | None) -> Iterator[None]:
+    def _loader(self, progress: Progress | None) -> Iterator[_Opening]:
+        """While this is open, the base class's constructor opens the model our way."""
         original = bindings.llama_model_load_from_file
+        opened = _Opening()
 
         def load(path: bytes, params: Any) -> Any:
             if path != self.model_path.encode() or hasattr(self, "_model"):
                 return original(path, params)
-            self._stack.callback(self.opened.close)  # after model and context: the stack is LIFO
-            if not (self._logits_all or self.context_params.embeddings):
-                # Only the last token's logits are ever read: without this llama.cpp reserves
-                # graph memory for a whole batch of them (300 MB with a vocabulary of 150k).
-                self.context_params.n_outputs_max = 1
-            params = self.opened.model_params(params)
-            self.opened.measure(params, self._planned_context(), self._logits_all)
-            if self._plan_only:
-                raise _Planned(self.opened)
-            self.opened.divide()
-            return self.opened.load(params, progress)
+            # The stack is LIFO: context and model go first, then the plugin, then what it used.
+            self._stack.callback(opened.close_rest)
+            binding = self.found.bind()
+            self._stack.callback(binding.close)
+            n_outputs = self._limit_outputs()
+            context_params = self._planned_context()
+            measured = opening.measure(self.found, binding, params, context_params, n_outputs)
+            opened.model = opening.load(measured, binding, params, progress)
+            return opened.model.model
 
         with _LOADER_LOCK:
             bindings.llama_model_load_from_file = load
             try:
-                yield
+                yield opened
             finally:
                 bindings.llama_model_load_from_file = original
 
-    @classmethod
-    def plan(cls, model_path: str | os.PathLike[str], **kwargs: Any) -> OpenModel:
-        """What opening with the same arguments would find; no weight is read, nothing stays open.
-
-        The result has ``needs`` and no ``budget``: whether they fit is the caller's question.
-        """
-        llama = cls.__new__(cls)
-        llama._plan_only = True
-        try:
-            cls.__init__(llama, model_path, **kwargs)
-        except _Planned as planned:
-            return planned.opened
-        raise AssertionError("a plan does not open its model")
+    def _limit_outputs(self) -> int:
+        """Rows of logits that the base class keeps; llama.cpp is told where it is only one."""
+        if not (self._logits_all or self.context_params.embeddings):
+            # Only the last token's logits are ever read: without this llama.cpp reserves graph
+            # memory for a whole batch of them (300 MB with a vocabulary of 150k).
+            self.context_params.n_outputs_max = 1
+        params = self.context_params
+        return int(params.n_ctx + params.n_batch) if self._logits_all else 1
 
     def _planned_context(self) -> Any:
         """The context parameters the base class is about to use."""
@@ -191,19 +180,88 @@ class Llama(llama_cpp.Llama):
             llama_cpp.llama_sampler_free(sampler)
         return super()._init_sampler(*args, **kwargs)
 
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """The base class's."""
+        self._sampled = int(super().sample(*args, **kwargs))
+        return self._sampled
+
+    def eval(self, tokens: Sequence[int], phase: Phase | None = None) -> None:
+        """The base class's; ``phase`` says what these tokens are.
+
+        Left out, they are a continuation if they begin with what ``sample`` returned last, and a
+        prompt otherwise.
+        """
+        sampled, self._sampled = self._sampled, None
+        if phase is None:
+            continues = sampled is not None and len(tokens) > 0 and tokens[0] == sampled
+            phase = Phase.DECODE if continues else Phase.PREFILL
+        self._steps.phase = phase
+        try:
+            super().eval(tokens)
+        finally:
+            self._steps.phase = Phase.PREFILL
+
+    def interrupt(self, error: Exception) -> None:
+        """From any thread: every step fails with ``error`` from now on, the running one too."""
+        self.arena.interrupt(error)
+
     def stats(self) -> dict[str, Any]:
         """Counters since opening or ``reset_stats``; the names are the same everywhere."""
-        return self._timer.table()
+        return self._steps.meter.table()
 
     def reset_stats(self) -> None:
-        self._timer.reset()
+        self._steps.meter.reset()
 
     @property
     def last_step(self) -> Step | None:
         """The newest step that was computed, for a timeline of it."""
-        return self._timer.last_step
+        return self._steps.meter.last_step
 
     @property
     def mode_line(self) -> str:
         """One line on what is in force: model, budget, reads, policy, device."""
-        return self.opened.mode_line()
+        return self.arena.mode_line()
+
+
+class _Opening:
+    """What the loader makes while the base class's constructor runs.
+
+    ``after``: what is closed once the plugin is.
+    """
+
+    def __init__(self) -> None:
+        self.model: Loaded
+        self.after: list[Callable[[], None]] = []
+
+    def close_rest(self) -> None:
+        for close in self.after:
+            close()
+
+
+class _Steps:
+    """Takes the place of a context's two computing methods: meters steps and names their failures.
+
+    Holds no reference to its Llama, which is freed when its last reference goes.
+    """
+
+    def __init__(self, arena: Arena, context: Any) -> None:
+        self.meter = Meter(arena)
+        self.phase = Phase.PREFILL  # of the steps to come
+        self._arena = arena
+        context.decode = self._metered(context.decode)
+        context.encode = self._metered(context.encode)
+
+    def _metered(self, compute: Callable[[Any], None]) -> Callable[[Any], None]:
+        def step(batch: Any) -> None:
+            raw = batch.batch
+            tokens = Counter(raw.seq_id[i][0] for i in range(raw.n_tokens))
+            with self.meter.step(self.phase, tokens):
+                try:
+                    compute(batch)
+                except RuntimeError as error:
+                    # llama_decode returned a code; a positive one is about the KV cache, not ours.
+                    if "returned -" not in str(error):
+                        raise
+                    raise self._arena.recover() from None
+
+        return step

@@ -73,6 +73,11 @@ def _deaf(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     pass
 
 
+def echo() -> None:
+    """Print what is captured as well, from now on."""
+    llama_cpp._logger.set_verbose(True)
+
+
 def silence() -> None:
     """Print nothing of llama.cpp's from now on: a command says what matters in its own words."""
     _listeners[0] = _deaf

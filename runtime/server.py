@@ -69,7 +69,7 @@ def serve(llama: Llama, listener: socket.socket, api_key: str | None) -> None:
             _note(f"moe-gguf: serving {_alias(llama)} at {_url(listener)} (Ctrl-C stops)")
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            llama._controller.stop = _Stopping("the server is stopping")
+            llama.interrupt(_Stopping("the server is stopping"))
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
@@ -245,7 +245,7 @@ class _Served:
 
 def _alias(llama: Llama) -> str:
     """The model's name towards clients."""
-    return llama.opened.layout.path.stem
+    return llama.found.layout.path.stem
 
 
 def _url(listener: socket.socket) -> str:

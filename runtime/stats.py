@@ -1,19 +1,171 @@
-"""What a model has done so far: tokens, seconds, hits, bytes."""
+"""One meter: what a model has done since it was opened or the meter was reset, as one table.
+
+Owns the times and tokens of steps, by phase and by sequence. Every other counter has its owner (the
+plugin, the controller) and only grows; the meter remembers where they stood and resets nobody's.
+The names of the table are the same everywhere: ``Llama.stats``, ``run --json``, ``bench``.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
+from ..policies.base import Phase
+from .arena import Arena
+from .controller import Demands
+from .plugin.abi import Stats
+from .sizes import format_size
 from .system import rss_peak
 
-if TYPE_CHECKING:
-    from .llama import Llama
+
+class Step(NamedTuple):
+    """One call of llama_decode, on the clock of ``time.perf_counter_ns``."""
+
+    start_ns: int
+    end_ns: int
+    n_tokens: int
+    phase: Phase
+    n_sequences: int
 
 
-def stats_line(stats: dict[str, Any]) -> str:
-    from .sizes import format_size
+@dataclass
+class Tally:
+    """Sums over steps of one phase, or over one sequence's share of them."""
 
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0
+    sequences: int = 0  # summed over steps
+
+    @property
+    def tps(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class SequenceTally:
+    """What one sequence has computed, and how long its steps took, others' tokens included."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    seconds: float = 0.0
+
+
+class _Marks(NamedTuple):
+    """Where the others' counters stood when the meter was reset."""
+
+    native: Stats
+    demands: Demands
+
+
+class Meter:
+    """The meter of one model's steps, whoever computes them."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self.last_step: Step | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.phases = {phase: Tally() for phase in Phase}
+        self.sequences: dict[int, SequenceTally] = {}
+        self._marks = _Marks(self._arena.plugin.stats(), self._arena.demands())
+
+    def forget(self, sequence: int) -> None:
+        """A sequence has ended; its number may come again."""
+        self.sequences.pop(sequence, None)
+
+    @contextmanager
+    def step(self, phase: Phase, tokens: Mapping[int, int]) -> Iterator[None]:
+        """Around one llama_decode of ``tokens`` per sequence; a failed one is not counted.
+
+        Tells the plugin what the step is. In a mixed step a sequence with one token decodes.
+        """
+        arena = self._arena
+        arena.say(phase, len(tokens))
+        before = arena.plugin.stats().read_bytes
+        start_ns = time.perf_counter_ns()
+        yield
+        end_ns = time.perf_counter_ns()
+        n_tokens, seconds = sum(tokens.values()), (end_ns - start_ns) / 1e9
+        self.last_step = Step(start_ns, end_ns, n_tokens, phase, len(tokens))
+        tally = self.phases[phase]
+        tally.steps += 1
+        tally.tokens += n_tokens
+        tally.seconds += seconds
+        tally.bytes_read += arena.plugin.stats().read_bytes - before
+        tally.sequences += len(tokens)
+        for sequence, n in tokens.items():
+            mine = self.sequences.setdefault(sequence, SequenceTally())
+            if phase is Phase.PREFILL:
+                mine.prefill_tokens += n
+            else:
+                mine.decode_tokens += n
+            mine.seconds += seconds
+
+    def native(self) -> Stats:
+        """The plugin's counters since the reset; ``scratch_bytes`` is the highest ever."""
+        return self._arena.plugin.stats().since(self._marks.native)
+
+    def demands(self) -> Demands:
+        """The controller's counters since the reset."""
+        return self._arena.demands().since(self._marks.demands)
+
+    def table(self) -> dict[str, Any]:
+        arena = self._arena
+        native, demands, recall = self.native(), self.demands(), arena.recall()
+        hits, misses = sum(demands.hits.values()), sum(demands.misses.values())
+        demanded, late = hits + misses, native.guess_promoted
+        prefill, decode = self.phases[Phase.PREFILL], self.phases[Phase.DECODE]
+        budget, found = arena.budget, arena.found
+        return {
+            "prefill_tps": prefill.tps,
+            "decode_tps": decode.tps,
+            "prefill_tokens": prefill.tokens,
+            "decode_tokens": decode.tokens,
+            "hits": hits,
+            "misses": misses,
+            "hit_rate": hits / demanded if demanded else 0.0,
+            "hit_rate_in_time": (hits - late) / demanded if demanded else 0.0,
+            "bytes_read": native.read_bytes,
+            "bytes_per_token": decode.bytes_read / decode.tokens if decode.tokens else 0.0,
+            "low_share": demands.low_pairs / demands.pairs if demands.pairs else 0.0,
+            "low_bytes_read": arena.low_bytes(demands.low_loads),
+            "stall_s": native.stall_ns / 1e9,
+            "compute_s": native.compute_ns / 1e9,
+            "route_s": native.route_ns / 1e9,
+            "guess_s": native.guess_ns / 1e9,
+            "disk_s": native.disk_ns / 1e9,
+            "decode_s": decode.seconds,
+            "guesses": native.guess_loads,
+            "guesses_used": demands.guesses_used,
+            "guesses_late": late,
+            "guess_bytes": native.guess_bytes,
+            "recall": sum(recall.values()) / len(recall) if recall else None,
+            "layers": [
+                {
+                    "layer": layer,
+                    "hit_rate": n / max(1, n + demands.misses.get(layer, 0)),
+                    "recall": recall.get(layer),
+                }
+                for layer, n in sorted(demands.hits.items())
+            ],
+            "phases": {phase.name.lower(): asdict(tally) for phase, tally in self.phases.items()},
+            "budget_bytes": budget.total,
+            "rss_peak_bytes": rss_peak(),
+            "slots": budget.n_slots,
+            "policy": found.options.policy,
+            "reads": str(found.mode),
+            "device": found.options.device,
+        }
+
+
+def stats_line(stats: Mapping[str, Any]) -> str:
+    """A table in one line of stderr."""
     demanded = stats["hits"] + stats["misses"]
     low = f", {stats['low_share']:.1%} computed from low copies" if stats["low_share"] else ""
     return (
@@ -24,106 +176,3 @@ def stats_line(stats: dict[str, Any]) -> str:
         f"token), stalled {stats['stall_s']:.2f} s; peak {format_size(stats['rss_peak_bytes'])} of "
         f"{format_size(stats['budget_bytes'])}"
     )
-
-
-class _Timer:
-    """Times every decode of one Llama, turns its failures into exceptions, makes the stats."""
-
-    def __init__(self, llama: Llama) -> None:
-        context = llama._ctx
-        self._opened = llama.opened
-        self._controller = llama._controller
-        self.last_step: Step | None = None
-        self._decode, self._encode = context.decode, context.encode
-        context.decode = self._timed(self._decode)
-        context.encode = self._timed(self._encode)
-        self.reset()
-
-    def reset(self) -> None:
-        self._opened.plugin.stats(reset=True)
-        self._controller.reset_stats()
-        # Per phase (prefill, decode): tokens, seconds, bytes read.
-        self._tokens, self._seconds, self._bytes = [0, 0], [0.0, 0.0], [0, 0]
-
-    def _timed(self, step: Any) -> Any:
-        def timed(batch: Any) -> None:
-            n_tokens = int(batch.batch.n_tokens)
-            phase = int(n_tokens == 1)
-            plugin = self._opened.plugin
-            before = plugin.stats().read_bytes
-            plugin.step(phase, 1)
-            start_ns = time.perf_counter_ns()
-            try:
-                step(batch)
-            except RuntimeError as error:
-                # llama_decode returned a code; a positive one is about the KV cache, not ours.
-                if "returned -" not in str(error):
-                    raise
-                raise self._controller.recover() from None
-            self.last_step = Step(start_ns, time.perf_counter_ns(), n_tokens)
-            self._seconds[phase] += (self.last_step.end_ns - start_ns) / 1e9
-            self._tokens[phase] += n_tokens
-            self._bytes[phase] += plugin.stats().read_bytes - before
-
-        return timed
-
-    def table(self) -> dict[str, Any]:
-        native = self._opened.plugin.stats()
-        controller = self._controller
-        hits, misses = controller.hits, controller.misses
-        demanded = hits + misses
-        late = native.guess_promoted
-        recall = self._opened.recall()
-        budget = self._opened.budget
-        assert budget is not None
-
-        def rate(phase: int) -> float:
-            return self._tokens[phase] / self._seconds[phase] if self._seconds[phase] else 0.0
-
-        return {
-            "prefill_tps": rate(0),
-            "decode_tps": rate(1),
-            "prefill_tokens": self._tokens[0],
-            "decode_tokens": self._tokens[1],
-            "hits": hits,
-            "misses": misses,
-            "hit_rate": hits / demanded if demanded else 0.0,
-            "hit_rate_in_time": (hits - late) / demanded if demanded else 0.0,
-            "bytes_read": native.read_bytes,
-            "bytes_per_token": self._bytes[1] / self._tokens[1] if self._tokens[1] else 0.0,
-            "low_share": controller.low_pairs / controller.pairs if controller.pairs else 0.0,
-            "low_bytes_read": self._opened.low_bytes_read(),
-            "stall_s": native.stall_ns / 1e9,
-            "compute_s": native.compute_ns / 1e9,
-            "route_s": native.route_ns / 1e9,
-            "guess_s": native.guess_ns / 1e9,
-            "disk_s": native.disk_ns / 1e9,
-            "decode_s": self._seconds[1],
-            "guesses": native.guess_loads,
-            "guesses_used": controller.residency.guesses_used,
-            "guesses_late": late,
-            "guess_bytes": native.guess_bytes,
-            "recall": sum(recall.values()) / len(recall) if recall else None,
-            "layers": [
-                {
-                    "layer": layer,
-                    "hit_rate": n / max(1, n + controller.layer_misses.get(layer, 0)),
-                    "recall": recall.get(layer),
-                }
-                for layer, n in sorted(controller.layer_hits.items())
-            ],
-            "budget_bytes": budget.total,
-            "rss_peak_bytes": rss_peak(),
-            "slots": budget.n_slots,
-            "policy": self._opened.options.policy,
-            "reads": str(self._opened.mode),
-            "device": "cpu",
-        }
-
-
-class Step(NamedTuple):
-    """One call of llama_decode, on the clock of ``time.perf_counter_ns``."""
-
-    start_ns: int
-    end_ns: int
-    n_tokens: int

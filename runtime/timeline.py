@@ -35,7 +35,7 @@ _NAMES = {
 
 def record(llama: Llama) -> None:
     """Record from now on; only the newest events are kept."""
-    llama.opened.plugin.timeline(CAPACITY)
+    llama.arena.plugin.timeline(CAPACITY)
 
 
 def write(llama: Llama, path: Path) -> str:
@@ -43,11 +43,11 @@ def write(llama: Llama, path: Path) -> str:
     step = llama.last_step
     if step is None:
         raise UserError("there is no token to draw a timeline of: generate at least one with -n")
-    layout = llama.opened.layout
+    layout = llama.found.layout
     document = trace(_events_of(llama, step), step, layout.n_experts, layout.layers[-1].layer + 1)
     document["otherData"]["model"] = layout.name
-    document["otherData"]["policy"] = llama.opened.options.policy
-    llama.opened.plugin.timeline(0)
+    document["otherData"]["policy"] = llama.found.options.policy
+    llama.arena.plugin.timeline(0)
     path.write_text(json.dumps(document) + "\n")
     other = document["otherData"]
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in other["ms"].items())
@@ -55,7 +55,7 @@ def write(llama: Llama, path: Path) -> str:
 
 
 def _events_of(llama: Llama, step: Step) -> Iterator[abi.Event]:
-    while events := llama.opened.plugin.timeline_read(_PIECE):
+    while events := llama.arena.plugin.timeline_read(_PIECE):
         yield from (e for e in events if e.end_ns > step.start_ns and e.start_ns < step.end_ns)
 
 

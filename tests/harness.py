@@ -8,43 +8,45 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llama_cpp
 import llama_cpp._logger
 import numpy as np
-import numpy.typing as npt
 import pytest
 from conftest import missing
 
-from moe_gguf.policies.base import CachePolicy, Guess, Ids, Inputs, LoadOrder, Predictor, RouteEvent
+from moe_gguf.policies.base import (
+    CachePolicy,
+    Guess,
+    Ids,
+    Inputs,
+    LoadOrder,
+    Phase,
+    Predictor,
+    RouteEvent,
+)
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything, Pace
 from moe_gguf.policies.precision import MixedResidency
-from moe_gguf.policies.presets import Policy
-from moe_gguf.runtime import llama as runtime_llama
-from moe_gguf.runtime import logs
+from moe_gguf.policies.presets import policy
+from moe_gguf.runtime import logs, opening
+from moe_gguf.runtime.arena import Arena, PolicyMaker, RouterReader, start
 from moe_gguf.runtime.budget import Budget, Needs
-from moe_gguf.runtime.controller import Controller, Recorder
-from moe_gguf.runtime.opening import OpenModel
+from moe_gguf.runtime.controller import Recorder
+from moe_gguf.runtime.engine import context as contexts
+from moe_gguf.runtime.engine.context import Logits, Row
+from moe_gguf.runtime.opening import Measured
 from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.plugin.abi import Stats
-
-Logits = npt.NDArray[np.float32]
+from moe_gguf.runtime.routers import read_routers
+from moe_gguf.runtime.sizes import GB
+from moe_gguf.runtime.stats import Meter
 
 llama_cpp._logger.set_verbose(False)
-
-
-class Row(NamedTuple):
-    """One token of a batch."""
-
-    token: int
-    pos: int
-    seq: int = 0
-    output: bool = True
 
 
 def rows(tokens: Sequence[int], pos: int = 0, seq: int = 0) -> list[Row]:
@@ -55,11 +57,10 @@ def random_tokens(n: int, seed: int = 1) -> list[int]:
     return [random.Random(seed * 1000 + i).randrange(256) for i in range(n)]
 
 
-class Context:
-    """One llama_context; ``fail`` turns a failed step into what to raise."""
+class Context(contexts.Context):
+    """A Context with what tests want by default; the phase, left out, is that of the shape."""
 
-    def __init__(self, model: int, fail: Callable[[int], BaseException], **params: Any) -> None:
-        self._fail = fail
+    def __init__(self, model: int, arena: Arena | None, meter: Meter | None, **params: Any) -> None:
         values = llama_cpp.llama_context_default_params()
         settings = {
             "n_ctx": 512,
@@ -72,50 +73,29 @@ class Context:
         for name, value in settings.items():
             setattr(values, name, value)
         self._keep = settings  # callbacks among them must outlive the context
-        with logs.capture() as log:
-            self.ctx = llama_cpp.llama_init_from_model(model, values)
-        assert self.ctx, log.reason()
-        vocab = llama_cpp.llama_model_get_vocab(model)
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        super().__init__(model, values, arena, meter)
 
-    def decode(self, batch: Sequence[Row]) -> Logits:
-        """Logits of the rows that ask for output."""
-        raw = llama_cpp.llama_batch_init(len(batch), 0, 1)
-        try:
-            raw.n_tokens = len(batch)
-            for i, row in enumerate(batch):
-                raw.token[i], raw.pos[i] = row.token, row.pos
-                raw.n_seq_id[i], raw.seq_id[i][0] = 1, row.seq
-                raw.logits[i] = row.output
-            code = llama_cpp.llama_decode(self.ctx, raw)
-        finally:
-            llama_cpp.llama_batch_free(raw)
-        if code != 0:
-            raise self._fail(code)
-        return np.stack([self._logits(i) for i, row in enumerate(batch) if row.output])
-
-    def _logits(self, i: int) -> Logits:
-        pointer = llama_cpp.llama_get_logits_ith(self.ctx, i)
-        return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
-
-    def close(self) -> None:
-        llama_cpp.llama_free(self.ctx)
+    def decode(self, batch: Sequence[Row], phase: Phase | None = None) -> Logits:
+        if phase is None:
+            one_each = len({row.seq for row in batch}) == len(batch)
+            phase = Phase.DECODE if one_each else Phase.PREFILL
+        return super().decode(batch, phase)
 
 
 class Model:
     """What stock and ours have in common: contexts, closed with the model."""
+
+    arena: Arena | None = None
+    meter: Meter | None = None
 
     def __init__(self, model: int) -> None:
         self.model = model
         self._contexts: list[Context] = []
 
     def context(self, **params: Any) -> Context:
-        context = Context(self.model, self._fail, **params)
+        context = Context(self.model, self.arena, self.meter, **params)
         self._contexts.append(context)
         return context
-
-    def _fail(self, code: int) -> BaseException:
-        return RuntimeError(f"llama_decode returned {code}")
 
     def close(self) -> None:
         for context in self._contexts:
@@ -141,42 +121,30 @@ class Stock(Model):
         super().__init__(model)
 
 
-class FixedModel(OpenModel):
-    """An OpenModel whose number of slots and policy the test chooses.
+def fixed(measured: Measured, n_slots: int | None) -> Budget:
+    """A budget of so many slots, whatever they need; None: one for every expert."""
+    found, needs = measured.found, measured.needs
+    slot_bytes = found.slots.slot_bytes
+    n_slots = n_slots or found.n_all
+    total = max(found.total, needs.with_slots(n_slots, slot_bytes))
+    return Budget(total, needs, slot_bytes, n_slots, found.n_all, found.working_set)
+
+
+def with_parts(name: str, **given: Any) -> PolicyMaker:
+    """A named policy with some of its parts replaced.
 
     Of a predictor that is given everything is read, unless there is a pace too.
     """
-
-    def __init__(
-        self,
-        path: Path,
-        options: Options,
-        n_slots: int | None = None,
-        cache: CachePolicy | None = None,
-        order: LoadOrder | None = None,
-        predictor: Predictor | None = None,
-        pace: Pace | None = None,
-    ) -> None:
-        super().__init__(path, options)
-        self.n_slots = n_slots or self.n_all
-        if predictor is not None and pace is None:
-            pace = Everything()
-        given = {"cache": cache, "order": order, "predictor": predictor, "pace": pace}
-        self.given = {k: v for k, v in given.items() if v is not None}  # an empty cache is falsy
-
-    def make_policy(self, n_slots: int) -> Policy:
-        return super().make_policy(n_slots)._replace(**self.given)
-
-    def divide(self) -> Budget:
-        needs = self.needs or Needs(0, 0, 0, 0)
-        slot_bytes = self.slots.slot_bytes
-        total = max(self.total, needs.with_slots(self.n_slots, slot_bytes))
-        self.budget = Budget(total, needs, slot_bytes, self.n_slots, self.n_all, self.working_set)
-        return self.budget
+    if given.get("predictor") is not None and given.get("pace") is None:
+        given["pace"] = Everything()
+    parts = {k: v for k, v in given.items() if v is not None}  # an empty cache is falsy
+    return lambda facts: policy(name, facts)._replace(**parts)
 
 
 class Ours(Model):
     """A model through the plugin with ``n_slots`` slots (None: one for every expert)."""
+
+    arena: Arena
 
     def __init__(
         self,
@@ -191,35 +159,57 @@ class Ours(Model):
         order: LoadOrder | None = None,
         predictor: Predictor | None = None,
         pace: Pace | None = None,
-        warm: bool = False,
-        low_share: float = 0.0,
-        low_on_miss: bool = False,
+        routers: RouterReader = read_routers,
+        **more: Any,
     ) -> None:
-        more = {"warm": warm, "low_share": low_share, "low_on_miss": low_on_miss}
-        options = Options("1GB", policy, reads, lanes, **more)
-        self.opened = FixedModel(path, options, n_slots, cache, order, predictor, pace)
-        params = self.opened.model_params(llama_cpp.llama_model_default_params())
-        super().__init__(self.opened.load(params))
-        self.opened.needs = Needs(0, 0, 0, 0)
-        self.controller: Controller = self.opened.start(recorder)
+        found = opening.find(path, Options(GB, policy, reads, lanes, **more))
+        self.binding = found.bind()
+        params = llama_cpp.llama_model_default_params()
+        loaded = opening.load(Measured(found, Needs(0, 0, 0, 0), 0), self.binding, params)
+        super().__init__(loaded.model)
+        self.arena = start(
+            loaded,
+            make_policy=with_parts(
+                policy, cache=cache, order=order, predictor=predictor, pace=pace
+            ),
+            budget=fixed(loaded.measured, n_slots),
+            routers=routers,
+            recorder=recorder,
+        )
+        self.found = self.arena.found
+        self.plugin = self.arena.plugin
+        self.controller = self.arena.controller
+        self.meter = Meter(self.arena)
 
     @property
     def n_slots(self) -> int:
-        return self.opened.n_slots
+        return self.arena.budget.n_slots
 
     def stats(self, reset: bool = False) -> Stats:
-        return self.opened.plugin.stats(reset)
+        """The plugin's counters since the last reset."""
+        stats = self.meter.native()
+        if reset:
+            self.meter.reset()
+        return stats
 
     def reset_stats(self) -> None:
-        self.stats(reset=True)
-        self.controller.reset_stats()
+        self.meter.reset()
+
+    @property
+    def hits(self) -> int:
+        """Demands that were found, since the last reset."""
+        return sum(self.meter.demands().hits.values())
+
+    @property
+    def misses(self) -> int:
+        return sum(self.meter.demands().misses.values())
 
     def check(self) -> None:
         """The table is consistent, and the slots hold what it says, but for wrong guesses: the
         plugin may have given one up and not told yet."""
         self.check_table()
         residency = self.controller.residency
-        held = self.opened.plugin.slot_keys()
+        held = self.plugin.slot_keys()
         for key, slot in residency.slot_of.items():
             if isinstance(residency, MixedResidency) and slot in residency.low:
                 key += residency.first_low_key
@@ -230,12 +220,10 @@ class Ours(Model):
         """The table alone: a guess that failed stays in it until someone wants it."""
         self.controller.residency.check_integrity()
 
-    def _fail(self, code: int) -> BaseException:
-        return self.controller.recover() if code < 0 else super()._fail(code)
-
     def close(self) -> None:
         super().close()
-        self.opened.close()
+        self.binding.close()
+        self.arena.close()
 
 
 @contextmanager
@@ -258,13 +246,9 @@ def ours(path: Path, n_slots: int | None = None, **kwargs: Any) -> Iterator[Ours
         model.close()
 
 
-def fix_slots(monkeypatch: pytest.MonkeyPatch, n_slots: int, **kwargs: Any) -> None:
-    """Every moe_gguf.Llama opened from now on has this many slots."""
-
-    def opened(path: Path, options: Options) -> FixedModel:
-        return FixedModel(path, options, n_slots, **kwargs)
-
-    monkeypatch.setattr(runtime_llama, "OpenModel", opened)
+def fix_slots(monkeypatch: pytest.MonkeyPatch, n_slots: int) -> None:
+    """Every budget divided from now on has this many slots."""
+    monkeypatch.setattr(Measured, "divide", lambda measured: fixed(measured, n_slots))
 
 
 # --- scripted policies ----------------------------------------------------------------------------

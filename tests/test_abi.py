@@ -22,7 +22,7 @@ from harness import ours
 
 from moe_gguf import UserError
 from moe_gguf.policies.predict import Variant
-from moe_gguf.runtime.opening import BuftOverride
+from moe_gguf.runtime.binding import BuftOverride
 from moe_gguf.runtime.plugin import abi, library, model
 from moe_gguf.runtime.plugin.gates import Gating
 
@@ -288,7 +288,7 @@ def test_another_abi_is_refused(version: int) -> None:
 def test_the_plugin_is_loaded_once(tiny_file: TinyFile, devices: dict[str, int]) -> None:
     assert library.load() is library.load()
     with ours(tiny_file("qwen3moe")) as first, ours(tiny_file("gpt-oss")) as second:
-        kinds = [model.opened.plugin.expert_buffer_type() for model in (first, second)]
+        kinds = [model.arena.plugin.expert_buffer_type() for model in (first, second)]
         assert len(set(kinds)) == 2
         get_device = host("ggml_backend_buft_get_device", pointer)
         assert {get_device(kind) for kind in kinds} == {devices["MOE"]}

@@ -13,7 +13,7 @@ import tiny
 from moe_gguf.runtime import budget, logs, system
 from moe_gguf.runtime.budget import Needs, fit
 from moe_gguf.runtime.errors import UserError
-from moe_gguf.runtime.opening import OpenModel
+from moe_gguf.runtime.opening import find
 from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.sizes import GB, MB, format_size, parse_size
 
@@ -220,19 +220,18 @@ N_CTX = 256
 
 def context_log(path: Path, no_alloc: bool, n_ubatch: int = 64) -> logs.Log:
     """What llama.cpp says while the model is opened through our stream and a context is made."""
-    opened = OpenModel(path, Options(memory=GB))
-    model_params = opened.model_params(llama_cpp.llama_model_default_params())
-    model_params.no_alloc = no_alloc
+    binding = find(path, Options(memory=GB)).bind()
+    model_params = binding.model_params(llama_cpp.llama_model_default_params(), no_alloc)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = N_CTX, N_CTX, n_ubatch, 1
-    with logs.capture() as log, opened.plugin.stream() as stream:
+    with logs.capture() as log, binding.plugin.stream() as stream:
         model = llama_cpp.llama_model_load_from_file_ptr(stream, model_params)
         assert model
         context = llama_cpp.llama_init_from_model(model, params)
         assert context
         llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
-    opened.close()
+    binding.close()
     return log
 
 

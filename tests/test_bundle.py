@@ -66,7 +66,7 @@ def test_a_plain_bundle_computes_what_its_source_does(
         stats = model.stats()
         assert stats.read_bytes > 0
         if n_slots == 13:  # without slots used in turns, every miss is one read
-            assert stats.reads >= model.controller.misses
+            assert stats.reads >= model.misses
             assert stats.bounced == 0
 
 
@@ -83,8 +83,8 @@ def test_a_repacked_bundle_computes_what_stock_s_fastest_kernels_do(
         plainly = generation(model)
     with ours(folder, n_slots) as model:
         same(generation(model), expected)
-        assert not model.opened.foreign_layouts
-        assert model.opened.repacked_trunk
+        assert not model.found.kernels.foreign
+        assert model.found.kernels.trunk
     if layout != "updown":  # there both kinds of kernels give the same bits
         assert not np.array_equal(plainly, expected), "repacking changed nothing"
 
@@ -100,10 +100,10 @@ def test_a_tied_output_matrix_is_repacked_as_stock_does(
         folder = bundle(path, form)
         with ours(folder, 13) as model:
             same(generation(model), expected)
-            assert (OUTPUT in model.opened.repacked_trunk) is repack
+            assert (OUTPUT in model.found.kernels.trunk) is repack
             held = {tensor.name: tensor.n_bytes for tensor in read_layout(folder).trunk}
             copy = held[EMBEDDING] if repack else 0
-            assert model.opened.layout.trunk_bytes == sum(held.values()) + copy
+            assert model.found.layout.trunk_bytes == sum(held.values()) + copy
 
 
 def test_a_tied_output_matrix_takes_no_memory_where_it_stays_plain(tiny_file: TinyFile) -> None:
@@ -112,7 +112,7 @@ def test_a_tied_output_matrix_takes_no_memory_where_it_stays_plain(tiny_file: Ti
     before = psutil.Process().memory_info().rss
     with ours(path) as model:
         grown = psutil.Process().memory_info().rss - before
-        trunk_bytes = model.opened.layout.trunk_bytes
+        trunk_bytes = model.found.layout.trunk_bytes
     embedding = (1 << 16) * tiny.N_EMBD * 2
     assert trunk_bytes - 2**20 < grown < trunk_bytes + embedding - 2**20
 
@@ -156,8 +156,8 @@ def test_a_foreign_layout_is_undone(
     with stock(path) as model:
         expected = generation(model)
     with ours(folder, n_slots) as model:
-        assert model.opened.foreign_layouts
-        assert not model.opened.repacked_trunk
+        assert model.found.kernels.foreign
+        assert not model.found.kernels.trunk
         same(generation(model), expected)
 
 
@@ -257,9 +257,8 @@ def test_the_mode_line_tells_which_kernels_run(
 ) -> None:
     folder = bundle(tiny_file("qwen3moe", **FLAGS), "repacked")
     with ours(folder) as model:
-        model.opened.divide()
-        assert "repacked kernels" in model.opened.mode_line()
+        assert "repacked kernels" in model.arena.mode_line()
     with ours(of_another_machine(folder, tmp_path / "foreign")) as model:
-        line = model.opened.mode_line()
+        line = model.arena.mode_line()
         assert "laid out for another processor" in line
         assert "moe-gguf convert qwen3moe" in line

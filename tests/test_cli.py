@@ -32,6 +32,7 @@ from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import Budget, Needs
 from moe_gguf.runtime.cli import main, options, run
 from moe_gguf.runtime.cli.inspect import describe
+from moe_gguf.runtime.cli.plan import plan_document
 from moe_gguf.runtime.cli.replay import replay_document
 from moe_gguf.runtime.formats.gguf_header import read_header
 from moe_gguf.runtime.llama import Llama
@@ -309,7 +310,7 @@ def test_an_expert_that_cannot_be_read(
 
     def on_a_bad_disk(*args: Any, **options: Any) -> Llama:
         llama = open_llama(*args, **options)
-        llama.opened.plugin.inject(60, errno.EIO)
+        llama.arena.plugin.inject(60, errno.EIO)
         return llama
 
     monkeypatch.setattr(run, "open_llama", on_a_bad_disk)
@@ -374,9 +375,8 @@ def test_inspect_does_not_load_llama_cpp(model: Path) -> None:
 def test_the_kv_bytes_of_a_token_are_those_plan_measures(tiny_file: TinyFile, layout: str) -> None:
     path = tiny_file(layout)
     per_token = describe(path)["kv_bytes_per_token"]
-    needs = Llama.plan(path, n_ctx=512).needs
-    assert needs is not None
-    assert 512 * per_token == pytest.approx(needs.kv, abs=0.01 * 2**20)
+    kv_bytes = plan_document(path, n_ctx=512)["kv_bytes"]
+    assert 512 * per_token == pytest.approx(kv_bytes, abs=0.01 * 2**20)
 
 
 @pytest.mark.parametrize("layout", ["deepseek2", "updown", "gemma4"])

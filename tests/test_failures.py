@@ -109,9 +109,9 @@ def evaluate(llama: moe_gguf.Llama) -> Logits:
 
 
 def check(llama: moe_gguf.Llama) -> None:
-    residency = llama.opened.controller.residency
+    residency = llama.arena.controller.residency
     residency.check_integrity()
-    held = llama.opened.plugin.slot_keys()
+    held = llama.arena.plugin.slot_keys()
     assert all(held[slot] == key for key, slot in residency.slot_of.items())
 
 
@@ -141,12 +141,12 @@ READ_MODES = [
 def test_read_error_in_prefill(
     llama: moe_gguf.Llama, skip: int, err: int, expected: Callable[[str], Logits], direct_io: None
 ) -> None:
-    llama.opened.plugin.inject(skip, err)
+    llama.arena.plugin.inject(skip, err)
     with pytest.raises(ExpertReadError, match=r"\.gguf") as caught:
         evaluate(llama)
-    assert str(llama.opened.layout.path) in str(caught.value)
+    assert str(llama.found.layout.path) in str(caught.value)
     assert ("Input/output error" if err else "ended early") in str(caught.value)
-    layout = llama.opened.layout.architecture
+    layout = llama.found.layout.architecture
     check_usable(llama, expected(layout))
 
 
@@ -156,15 +156,15 @@ def test_read_error_in_decode(
     llama: moe_gguf.Llama, err: int, expected: Callable[[str], Logits], direct_io: None
 ) -> None:
     """The failed token alone is repeated: what came before it is still there."""
-    want = expected(llama.opened.layout.architecture)
+    want = expected(llama.found.layout.architecture)
     for skip in range(0, 12, 3):
         llama.reset()
         llama.eval(PROMPT)
         assert np.array_equal(logits(llama), want[0])
         # A demand that must be read: drop everything, as a long pause would.
-        residency = llama.opened.controller.residency
+        residency = llama.arena.controller.residency
         residency.drop(list(residency.slot_of))
-        llama.opened.plugin.inject(skip, err)
+        llama.arena.plugin.inject(skip, err)
         with pytest.raises(ExpertReadError):
             llama.eval([7])
         check(llama)
@@ -178,10 +178,10 @@ def test_every_read_of_a_step_may_fail(
 ) -> None:
     n_failed = 0
     for skip in itertools.count():
-        residency = llama.opened.controller.residency
+        residency = llama.arena.controller.residency
         residency.drop(list(residency.slot_of))
         llama.reset()
-        llama.opened.plugin.inject(skip, errno.EIO)
+        llama.arena.plugin.inject(skip, errno.EIO)
         try:
             llama.eval(PROMPT)
         except ExpertReadError:
@@ -191,12 +191,12 @@ def test_every_read_of_a_step_may_fail(
             break
     n_experts = 16 + 16 + 4  # the last layer computes the last token only
     assert n_failed == n_experts * 3
-    llama.opened.plugin.inject(-1, 0)
+    llama.arena.plugin.inject(-1, 0)
     check_usable(llama, expected("qwen3moe"))
 
 
 def test_read_error_leaves_no_step_half_counted(llama: moe_gguf.Llama) -> None:
-    llama.opened.plugin.inject(0, errno.EIO)
+    llama.arena.plugin.inject(0, errno.EIO)
     with pytest.raises(ExpertReadError):
         llama.create_completion("Hello", max_tokens=4)
     out = llama.create_completion("Hello", max_tokens=4, temperature=0)
@@ -341,7 +341,7 @@ def test_exception_through_the_public_api(
         raise ZeroDivisionError("from a policy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llama.opened.controller.residency, "plan", plan)
+        patch.setattr(llama.arena.controller.residency, "plan", plan)
         with pytest.raises(ZeroDivisionError, match="from a policy"):
             llama.create_completion("Hello")
         with pytest.raises(ZeroDivisionError, match="from a policy"):
@@ -483,7 +483,7 @@ def test_plan_of_another_step_is_refused(tiny_file: TinyFile) -> None:
     """A callback that returns without an answer (as ctypes does when it raises) fails the step."""
     with ours(tiny_file("qwen3moe"), N_SLOTS) as model:
         play(model)
-        model.opened.plugin.bind(lambda: 0, lambda: 0)
+        model.arena.plugin.bind(lambda: 0, lambda: 0)
         with pytest.raises(RuntimeError, match="could not compute"):
             play(model)
 
@@ -505,7 +505,7 @@ def test_guesses_cancelled_from_outside(
             for i, token in enumerate(random_tokens(60)):
                 want = reference.decode(rows([token], i))
                 assert np.array_equal(context.decode(rows([token], i)), want)
-                model.controller.cancel_guesses()
+                model.arena.cancel_guesses()
                 model.check()
                 cancelled = model.stats().guess_cancelled
         assert 0 < cancelled < model.stats().guess_loads
@@ -525,13 +525,13 @@ def test_a_failed_guess_is_read_again(
     predictor = ScriptedGuesses({0: right}, pause_s={1: 0.1})
     with ours(path, recorder=events, lanes=1, predictor=predictor) as model:
         n_demanded = 3 * len(set(events.ids[0]))
-        model.opened.plugin.inject(n_demanded, err)
+        model.arena.plugin.inject(n_demanded, err)
         assert np.array_equal(play(model), expected("qwen3moe"))
         assert model.controller.residency.guesses_used > 0
         stats = model.stats()
         assert stats.guess_loads == len(right)
         # Only reads that succeeded count, and of the failed guess no further part was tried.
-        assert stats.reads == 3 * (model.controller.misses + len(right))
+        assert stats.reads == 3 * (model.misses + len(right))
 
 
 @pytest.mark.parametrize("err", [errno.EIO, 0])
@@ -544,7 +544,7 @@ def test_guesses_that_fail_at_any_time(
     for skip in range(12, 140, 8):
         predictor = RandomGuesses([0, 1, 2], 16, n=8, seed=skip)
         with ours(tiny_file("qwen3moe"), 30, lanes=1, predictor=predictor) as model:
-            model.opened.plugin.inject(skip, err)
+            model.arena.plugin.inject(skip, err)
             context = model.context()
             try:
                 for i, token in enumerate(random_tokens(6)):
@@ -552,7 +552,7 @@ def test_guesses_that_fail_at_any_time(
                 n_silent += model.stats().reads > skip
             except ExpertReadError:
                 n_failed += 1
-            model.opened.plugin.inject(-1, 0)
+            model.arena.plugin.inject(-1, 0)
             model.check_table()
             assert np.array_equal(play(model), want)
     assert n_failed > 0

@@ -14,7 +14,6 @@ from harness import ours, rows
 from reference_gates import Ids, ReferenceGates, rank
 
 from moe_gguf.policies.predict import Gates, Variant
-from moe_gguf.runtime import opening as runtime_model
 from moe_gguf.runtime.plugin.gates import (
     Floats,
     Gating,
@@ -237,15 +236,14 @@ def test_damaged_weights_are_ranked_last() -> None:
 
 
 def test_without_a_router_nothing_is_guessed_and_the_mode_line_says_so(
-    tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+    tiny_file: TinyFile,
 ) -> None:
     path = tiny_file("qwen3moe")
     with ours(path, 19, policy="fate") as model:
-        assert "policy fate;" in model.opened.mode_line()
-    monkeypatch.setattr(runtime_model, "read_routers", lambda *_: {})
-    with ours(path, 19, policy="fate") as model:
+        assert "policy fate;" in model.arena.mode_line()
+    with ours(path, 19, policy="fate", routers=lambda *_: {}) as model:
         for token in range(20):
             model.context().decode(rows([token]))
-        assert "policy fate without guesses (" in model.opened.mode_line()
+        assert "policy fate without guesses (" in model.arena.mode_line()
         assert model.stats().guess_loads == 0
-        assert model.opened.recall() == {}
+        assert model.arena.recall() == {}

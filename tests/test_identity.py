@@ -55,12 +55,11 @@ from harness import (
     stock,
 )
 
-from moe_gguf.policies import POLICIES, presets
+from moe_gguf.policies import POLICIES
 from moe_gguf.policies.base import CachePolicy, Predictor
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything
-from moe_gguf.runtime import opening as runtime_model
-from moe_gguf.runtime.plugin.abi import PHASES
+from moe_gguf.runtime.routers import read_routers
 
 # scaled: qwen3moe with a scale per expert for gate, up and down (as NVFP4 conversions have).
 LAYOUTS = (*tiny.LAYOUTS, "scaled")
@@ -176,9 +175,9 @@ def test_01_everything_resident(layout: str, tiny_file: TinyFile, reference: Ref
         model.reset_stats()
         same(generation(model), expected)
         stats = model.stats()
-        assert model.controller.misses == stats.reads == stats.rounds == stats.generic == 0
+        assert model.misses == stats.reads == stats.rounds == stats.generic == 0
         assert stats.whole == stats.events > 0
-        assert model.controller.hits > 0
+        assert model.hits > 0
 
 
 class Counting(LRU):
@@ -195,14 +194,13 @@ def test_01_a_token_that_finds_everything_asks_in_its_first_layer(
     path = tiny_file("qwen3moe")
     cache = Counting()
     with ours(path, cache=cache) as model:
-        opened = model.opened
-        n_layers, n_experts = len(opened.layout.layers), opened.layout.n_experts
-        opened.fill(range(n_layers * n_experts))
-        opened.plugin.step(PHASES["decode"], 1)
+        layout, n_used = model.found.layout, model.found.n_used
+        n_layers, n_experts = len(layout.layers), layout.n_experts
+        model.arena.fill(range(n_layers * n_experts))
         same(token_by_token(model), reference(path, token_by_token))
-        assert cache.touched == 24 * opened.n_used
-        assert model.controller.hits == 24 * n_layers * opened.n_used
-        assert model.controller.misses == 0
+        assert cache.touched == 24 * n_used
+        assert model.hits == 24 * n_layers * n_used
+        assert model.misses == 0
         assert model.stats().events == 24 * n_layers
 
 
@@ -217,8 +215,8 @@ def test_02_tight_budget(
     with ours(path, n_slots, reads="direct", lanes=1) as model:
         same(generation(model), expected)
         stats = model.stats()
-        assert model.controller.misses > n_slots, "nothing was ever evicted"
-        assert model.controller.hits > 0
+        assert model.misses > n_slots, "nothing was ever evicted"
+        assert model.hits > 0
         assert stats.rounds > 0
         assert stats.generic == 0, "the executor did not recognise this layout"
 
@@ -269,9 +267,9 @@ def test_06_two_contexts_in_turn(layout: str, tiny_file: TinyFile, reference: Re
     path = model_file(tiny_file, layout)
     with ours(path, 15) as model:
         same(two_contexts(model), reference(path, two_contexts))
-        n_layers = len(model.opened.layout.layers)
+        n_layers = len(model.found.layout.layers)
         assert model.stats().events == 2 * (1 + 4) * n_layers
-        assert model.controller.hits > 0
+        assert model.hits > 0
 
 
 def test_06_two_contexts_in_two_threads(tiny_file: TinyFile) -> None:
@@ -298,7 +296,7 @@ def test_06_two_contexts_in_two_threads(tiny_file: TinyFile) -> None:
             assert len(got[i]) == n_rounds
             for logits in got[i]:
                 same(logits, expected[i])
-        assert model.controller.misses > model.n_slots
+        assert model.misses > model.n_slots
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -306,10 +304,10 @@ def test_07_split_files(layout: str, tiny_file: TinyFile, reference: Reference) 
     path = model_file(tiny_file, layout, split=True)
     with ours(path, 11) as model:
         same(generation(model), reference(path, generation))
-        layers = model.opened.layout.layers
-        assert len(model.opened.layout.files) == tiny.SPLIT_FILES
+        layers = model.found.layout.layers
+        assert len(model.found.layout.files) == tiny.SPLIT_FILES
         assert len({int(p.file[0]) for layer in layers for p in layer.copies[0].pieces}) > 1
-        assert model.controller.misses > model.n_slots
+        assert model.misses > model.n_slots
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -320,11 +318,11 @@ def test_08_mixed_types(
     path = model_file(tiny_file, layout, mixed=True, split=True, align=64)
     with ours(path, 11) as model:
         same(script(model), reference(path, script))
-        layers = model.opened.layout.layers
+        layers = model.found.layout.layers
         types = {tuple(tensor.ggml_type for tensor in layer.tensors) for layer in layers}
         assert len(types) == min(3, len(layers))
         assert len(max(types, key=len)) > 1
-        assert model.controller.misses > model.n_slots
+        assert model.misses > model.n_slots
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -342,11 +340,11 @@ def test_09_reads(
     with ours(path, 11, reads=reads, lanes=lanes) as model:
         same(generation(model), reference(path, generation))
         stats = model.stats()
-        assert model.opened.mode.name == reads
-        assert model.opened.mode.lanes == lanes
+        assert model.found.mode.name == reads
+        assert model.found.mode.lanes == lanes
         assert stats.reads > 0
-        blobs = {layer.blob_bytes for layer in model.opened.layout.layers}
-        assert len(blobs) > 1 or stats.read_bytes == model.controller.misses * blobs.pop()
+        blobs = {layer.blob_bytes for layer in model.found.layout.layers}
+        assert len(blobs) > 1 or stats.read_bytes == model.misses * blobs.pop()
         if reads == "buffered":
             assert stats.bounced == 0
         elif layout in ("gpt-oss", "deepseek2"):  # experts that are no multiple of any block
@@ -390,7 +388,7 @@ def test_10_guesses(
         same(generation(model), reference(path, generation))
         if room == "slots falling free" and kind == "random":
             assert model.controller.residency.guesses_used > 0
-            assert model.controller.misses > model.n_slots
+            assert model.misses > model.n_slots
 
 
 @pytest.mark.parametrize("kind", ["random", "worst"])
@@ -403,7 +401,7 @@ def test_10_wrong_guesses_under_every_cache(
     with ours(path, 19, policy=policy, predictor=wrong[kind]) as model:
         same(token_by_token(model), reference(path, token_by_token))
         assert model.stats().guess_loads > 0
-        assert model.controller.misses > model.n_slots
+        assert model.misses > model.n_slots
 
 
 @pytest.mark.parametrize("row", [*adversarial.LIES, "fate", "fate-paper"])
@@ -413,13 +411,13 @@ def test_10_guesses_of_gates(
     row: str,
     tiny_file: TinyFile,
     reference: Reference,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = model_file(tiny_file, layout)
-    if row in adversarial.LIES:
-        monkeypatch.setattr(presets, "POLICIES", {**POLICIES, row: adversarial.wrong})
-        monkeypatch.setattr(runtime_model, "read_routers", adversarial.lying(adversarial.LIES[row]))
-    with ours(path, 19, policy=row, pace=Everything()) as model:
+    lies = adversarial.LIES.get(row)
+    routers = read_routers if lies is None else adversarial.lying(lies)
+    with ours(
+        path, 19, policy="fate" if lies else row, pace=Everything(), routers=routers
+    ) as model:
         same(token_by_token(model), reference(path, token_by_token))
         assert model.stats().guess_loads > 0
 
@@ -446,7 +444,7 @@ def test_10_demands_take_the_slots_of_guesses(
     guesses = [2 * 16 + e for e in range(16) if e not in routes[2]][:5]
     predictor = ScriptedGuesses({1: guesses})
     with ours(path, 8 + 5, lanes=lanes, predictor=predictor) as model:
-        model.opened.plugin.inject(2 * SLOW_GUESS["skip"], SLOW_GUESS["err"])
+        model.arena.plugin.inject(2 * SLOW_GUESS["skip"], SLOW_GUESS["err"])
         same(token_by_token(model), reference(path, token_by_token))
         stats = model.stats()
         assert stats.guess_loads == 5
@@ -459,15 +457,15 @@ def test_10_guesses_are_promoted(tiny_file: TinyFile, reference: Reference) -> N
     path = tiny_file("qwen3moe")
     right = [16 + e for e in first_routes(path)[1]]
     with ours(path, 4 + 4, lanes=1, predictor=ScriptedGuesses({0: right})) as model:
-        model.opened.plugin.inject(**SLOW_GUESS)
+        model.arena.plugin.inject(**SLOW_GUESS)
         context = model.context()
         got = context.decode(rows(random_tokens(1)))
         same(got, reference(path, token_by_token)[:1])
         stats = model.stats()
         assert stats.guess_promoted == 4
         assert stats.stall_ns > 30e6
-        assert model.controller.hits == model.controller.residency.guesses_used == 4
-        assert stats.reads == 3 * (model.controller.misses + 4)
+        assert model.hits == model.controller.residency.guesses_used == 4
+        assert stats.reads == 3 * (model.misses + 4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -476,8 +474,8 @@ def test_11_policies(policy: str, layout: str, tiny_file: TinyFile, reference: R
     path = model_file(tiny_file, layout)
     with ours(path, 12, policy=policy) as model:
         same(generation(model), reference(path, generation))
-        assert model.controller.misses > model.n_slots
-        assert (model.controller.hits == 0) == (policy == "load-on-demand")
+        assert model.misses > model.n_slots
+        assert (model.hits == 0) == (policy == "load-on-demand")
 
 
 @pytest.mark.parametrize("n_slots", [3, 19])
@@ -488,7 +486,7 @@ def test_11_any_load_order(
     path = model_file(tiny_file, layout)
     with ours(path, n_slots, order=Shuffled()) as model:
         same(generation(model), reference(path, generation))
-        assert model.controller.misses > n_slots
+        assert model.misses > n_slots
 
 
 class Cuts:
@@ -529,7 +527,7 @@ def test_12_graphs_in_pieces(
     expected = reference(path, generation)
     events = Events()
     with ours(path, n_slots, recorder=events) as model:
-        layers = model.opened.layout.layers
+        layers = model.found.layout.layers
         per_layer = len(layers[0].tensors)
         cuts = Cuts(
             {
@@ -550,7 +548,7 @@ def test_12_graphs_in_pieces(
         if cut == "before down":
             assert stats.generic > 0, "no graph was cut inside a chain"
         # A layer's experts are demanded once, however many pieces it comes in.
-        assert model.controller.hits + model.controller.misses == events.demanded
+        assert model.hits + model.misses == events.demanded
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -598,7 +596,7 @@ def test_15_a_wrong_byte_is_seen(
     expected = reference(path, long_prefill)
     wrong = Path(shutil.copy(path, tmp_path))
     with ours(wrong, 11) as model:
-        piece = model.opened.layout.layers[-1].copies[0].pieces[-1]
+        piece = model.found.layout.layers[-1].copies[0].pieces[-1]
         with wrong.open("r+b") as file:
             # In the middle of an expert in the middle of the tensor; every layout's prompt uses it.
             file.seek(piece.offset[len(piece.offset) // 2] + 1 + 64)

@@ -44,6 +44,7 @@ STATS = {
     *("policy", "reads", "device"),
 }
 EXTRA_STATS = {
+    "phases",
     *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "disk_s"),
     *("hit_rate_in_time", "guesses_late", "guess_bytes", "recall", "layers"),
     *("low_share", "low_bytes_read"),
@@ -100,9 +101,9 @@ def strip(answer: Any) -> Any:
 def pair(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     both = Pair(tiny_file("qwen3moe"), monkeypatch)
     yield both
-    assert both.ours.opened.controller is not None
-    assert both.ours.opened.controller.misses > N_SLOTS, "everything was resident"
-    both.ours.opened.controller.residency.check_integrity()
+    assert both.ours.arena.controller is not None
+    assert both.ours.arena.controller.misses > N_SLOTS, "everything was resident"
+    both.ours.arena.controller.residency.check_integrity()
     both.close()
 
 
@@ -532,7 +533,7 @@ def test_stats(llama: moe_gguf.Llama) -> None:
     assert stats["decode_tps"] == pytest.approx(15 / stats["decode_s"])
     assert stats["hit_rate"] == stats["hits"] / (stats["hits"] + stats["misses"])
     assert stats["misses"] > N_SLOTS
-    blob = llama.opened.layout.layers[0].blob_bytes
+    blob = llama.found.layout.layers[0].blob_bytes
     assert stats["bytes_read"] == stats["misses"] * blob
     assert 0 < stats["bytes_per_token"] * 15 < stats["bytes_read"]
     assert stats["slots"] == N_SLOTS

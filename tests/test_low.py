@@ -99,7 +99,7 @@ def check_counts(model: Ours, events: Events) -> None:
     assert controller.hits + controller.misses == events.demanded
     assert 0 < controller.low_pairs < controller.pairs
     assert controller.pairs == sum(map(len, events.ids)) - events.continued
-    assert 0 < model.opened.low_bytes_read() <= model.stats().read_bytes
+    assert 0 < model.meter.table()["low_bytes_read"] <= model.stats().read_bytes
 
 
 # --- 1 -------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_nor_does_it_with_guesses(
     with ours(folder, 19, predictor=guesses, **settings) as model:
         same(generation(model), reference(path))
         assert model.stats().guess_loads > 0
-        assert model.controller.low_pairs > 0
+        assert model.meter.demands().low_pairs > 0
 
 
 # --- 2 -------------------------------------------------------------------------------------------
@@ -164,12 +164,12 @@ def test_the_more_bits_the_closer(
             found.append(divergence(reference(path), generation(model)))
             check_counts(model, events)
             # Every load was of one copy or the other, and their bytes are all that was read.
-            misses, low = model.controller.layer_misses, model.controller.low_loads
+            misses, low = model.meter.demands().misses, model.meter.demands().low_loads
             whole = sum(
                 (misses[layer.layer] - low[layer.layer]) * layer.copies[0].n_bytes
-                for layer in model.opened.layout.layers
+                for layer in model.found.layout.layers
             )
-            assert whole + model.opened.low_bytes_read() == model.stats().read_bytes
+            assert whole + model.meter.table()["low_bytes_read"] == model.stats().read_bytes
     # Random weights in few bits are far from themselves, so nothing is said of how close.
     assert np.isfinite(found).all()
     assert 1e-7 < found[0] < found[1] < found[2]
@@ -183,7 +183,7 @@ def test_only_tokens_that_used_a_low_expert_change(
     events, share = Events(), 0.02
     with ours(hybrid, recorder=events, low_share=share) as model:
         got = prefill(model)
-        n_used = model.opened.n_used
+        n_used = model.found.n_used
     n_changed = 0
     shaken = False  # an earlier token changed what later layers attend to
     layers = [np.array(ids, np.int32).reshape(-1, n_used) for ids in events.ids]
@@ -203,12 +203,12 @@ def test_a_low_prompt_is_generated_from_whole_experts(hybrid: Path) -> None:
     with ours(hybrid, low_share=1.0) as model:
         context = model.context()
         context.decode(rows(PROMPT))
-        assert model.controller.low_pairs == model.controller.pairs
+        assert model.meter.demands().low_pairs == model.meter.demands().pairs
         held_low = model.controller.residency.low.copy()
         model.reset_stats()
         context.decode(rows([7], len(PROMPT)))
-        assert model.controller.misses > 0  # read low before, and read again
-        assert model.controller.low_pairs == model.opened.low_bytes_read() == 0
+        assert model.misses > 0  # read low before, and read again
+        assert model.meter.demands().low_pairs == model.meter.table()["low_bytes_read"] == 0
         assert model.controller.residency.low < held_low
         assert model.stats().recycled == 0
 
@@ -220,11 +220,11 @@ def test_low_on_miss_computes_all_of_generation_low_where_nothing_is_kept(
     with ours(hybrid, policy="load-on-demand", low_on_miss=True) as model:
         context = model.context()
         same(context.decode(rows(PROMPT)), expected)
-        assert model.controller.low_pairs == 0
+        assert model.meter.demands().low_pairs == 0
         model.reset_stats()
         context.decode(rows([7], len(PROMPT)))
-        assert model.controller.low_pairs == model.controller.pairs > 0
-        assert model.opened.low_bytes_read() == model.stats().read_bytes
+        assert model.meter.demands().low_pairs == model.meter.demands().pairs > 0
+        assert model.meter.table()["low_bytes_read"] == model.stats().read_bytes
 
 
 # --- 3 -------------------------------------------------------------------------------------------
@@ -244,12 +244,12 @@ def test_failed_reads(
     for skip, error in enumerate((errno.EIO, 0) * 3):
         with ours(bundle(path, low_quant="copy"), n_slots, **settings) as model:
             # A fresh arena reads more than that in any setting; 0 and 1 are low where tokens are.
-            model.opened.plugin.inject(7 * skip, error)
+            model.arena.plugin.inject(7 * skip, error)
             with pytest.raises(ExpertReadError):
                 generation(model)
             model.check()
             same(generation(model), expected)
-            assert model.controller.low_pairs > 0
+            assert model.meter.demands().low_pairs > 0
 
 
 # --- 4 -------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Watcher:
 def watch(path: Path) -> tuple[gguf.GGUFReader, list[tuple[int, Floats, Ids]]]:
     watcher = Watcher()
     with ours(path, recorder=watcher) as model:
-        watcher.call = model.opened.plugin.call
+        watcher.call = model.arena.plugin.call
         context = model.context()
         context.decode(rows(random_tokens(60)))
         for i in range(4):

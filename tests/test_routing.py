@@ -290,43 +290,44 @@ def recorded(tiny_file: TinyFile, tmp_path: Path) -> Path:
     recorder = TraceRecorder()
     with ours(path, recorder=recorder, policy="fate") as model:
         generation(model)
-        opened = model.opened
-        layout = opened.layout
+        found, layout = model.found, model.found.layout
         metadata = {
             "n_experts": layout.n_experts,
             "layers": [layer.layer for layer in layout.layers],
             "blob_bytes": [layer.blob_bytes for layer in layout.layers],
         }
         trace = recorder.save(tmp_path / "trace", metadata)
-        recall = opened.gate_recall()
+        recall = model.arena.gate_recall()
         assert recall.keys() == {layer.layer for layer in layout.layers[1:]}
-        count(trace, opened.routing_identity, recall).save(opened.routing_path)
+        count(trace, found.identity, recall).save(found.history_path)
     return path
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_warm_run_gives_the_same_logits(name: str, recorded: Path, reference: Logits) -> None:
     with ours(recorded, N_SLOTS, policy=name, warm=True) as model:
-        assert model.opened.n_warmed == (0 if name == "load-on-demand" else N_SLOTS)
+        assert model.arena.n_warmed == (0 if name == "load-on-demand" else N_SLOTS)
         assert np.array_equal(generation(model), reference)
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "layered-lfu"])
 def test_a_warm_start_reads_what_it_says_and_no_more(name: str, recorded: Path) -> None:
     with ours(recorded, N_SLOTS, policy=name, warm=True) as model:
-        opened, residency = model.opened, model.controller.residency
-        stats = load(opened.routing_path, opened.routing_identity)
+        found, residency = model.found, model.controller.residency
+        stats = load(found.history_path, found.identity)
         assert stats is not None
         wanted = hottest(stats.uses(), N_SLOTS, residency.cache)
         assert set(residency.slot_of) == set(wanted)
-        assert len(wanted) == N_SLOTS == opened.n_warmed
-        held = opened.plugin.slot_keys()
+        assert len(wanted) == N_SLOTS == model.arena.n_warmed
+        held = model.plugin.slot_keys()
         assert all(held[slot] == key for key, slot in residency.slot_of.items())
-        blob_bytes = {layer.layer: layer.blob_bytes for layer in opened.layout.layers}
-        n_experts = opened.layout.n_experts
-        assert model.stats().read_bytes == sum(blob_bytes[key // n_experts] for key in wanted)
-        assert model.controller.hits == model.controller.misses == 0
-        assert f"{N_SLOTS} of {N_SLOTS} slots" in opened.warm_line()
+        blob_bytes = {layer.layer: layer.blob_bytes for layer in found.layout.layers}
+        n_experts = found.layout.n_experts
+        assert model.plugin.stats().read_bytes == sum(
+            blob_bytes[key // n_experts] for key in wanted
+        )
+        assert model.hits == model.misses == 0
+        assert f"{N_SLOTS} of {N_SLOTS} slots" in model.arena.warm_line()
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "layered-lfu", "eap"])
@@ -337,18 +338,17 @@ def test_the_first_token_hits_more_when_warm(name: str, recorded: Path) -> None:
             context = model.context()
             for i, token in enumerate(random_tokens(3)):
                 context.decode(rows([token], i))
-            hits[warm] = model.controller.hits
+            hits[warm] = model.hits
     assert hits[True] > 1.5 * hits[False]
 
 
 def test_more_slots_than_experts_ever_used(recorded: Path) -> None:
     with ours(recorded, warm=True) as model:
-        opened = model.opened
-        stats = load(opened.routing_path, opened.routing_identity)
+        stats = load(model.found.history_path, model.found.identity)
         assert stats is not None
-        assert opened.n_warmed == np.count_nonzero(stats.popularity)
+        assert model.arena.n_warmed == np.count_nonzero(stats.popularity)
         generation(model)
-        assert model.controller.misses == 0
+        assert model.misses == 0
 
 
 @pytest.mark.parametrize("err", [errno.EIO, 0])
@@ -356,13 +356,13 @@ def test_a_read_error_while_warming_leaves_nothing_half_loaded(
     err: int, recorded: Path, reference: Logits
 ) -> None:
     with ours(recorded, N_SLOTS) as model:
-        opened, residency = model.opened, model.controller.residency
-        opened.routing = load(opened.routing_path, opened.routing_identity)
-        assert opened.routing is not None
-        opened.plugin.inject(7, err)
-        keys = hottest(opened.routing.uses(), N_SLOTS, residency.cache)
+        residency = model.controller.residency
+        stats = load(model.found.history_path, model.found.identity)
+        assert stats is not None
+        model.plugin.inject(7, err)
+        keys = hottest(stats.uses(), N_SLOTS, residency.cache)
         with pytest.raises(ExpertReadError, match=r"model\.gguf"):
-            opened.fill(keys)
+            model.arena.fill(keys)
         assert len(residency.slot_of) < N_SLOTS
         model.check()
         assert np.array_equal(generation(model), reference)
@@ -387,7 +387,7 @@ def test_llama_starts_warm(recorded: Path) -> None:
         warm=True,
         progress=lambda done, total: reports.append((done, total)),
     )
-    assert llama.opened.n_warmed
+    assert llama.arena.n_warmed
     assert reports[-1][0] == reports[-1][1]
     assert llama.stats()["bytes_read"] == 0  # of opening, not of generating
     llama.close()

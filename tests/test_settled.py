@@ -13,9 +13,10 @@ import pytest
 from conftest import TinyFile
 from harness import Logits, Ours, Row, ours, random_tokens, rows
 
-from moe_gguf.runtime.plugin.abi import EVENT_LAYER, EVENT_ROUTE, PHASES
+from moe_gguf.policies.base import Phase
+from moe_gguf.runtime.plugin.abi import EVENT_LAYER, EVENT_ROUTE
 
-PREFILL, DECODE, MIXED = (PHASES[name] for name in ("prefill", "decode", "mixed"))
+PREFILL, DECODE, MIXED = Phase
 
 
 class Counted(NamedTuple):
@@ -29,32 +30,30 @@ class Counted(NamedTuple):
     pairs: int
 
 
-def step(model: Ours, phase: int, batch: list[Row], pos: int) -> Counted:
+def step(model: Ours, phase: Phase, batch: list[Row], pos: int) -> Counted:
     """The batch as one step after a prompt of each of its sequences, in a context of its own."""
     n_sequences = len({row.seq for row in batch})
     context = model.context(n_seq_max=8)
-    model.opened.plugin.step(PREFILL, 1)
     for seq in range(n_sequences):
         context.decode(rows(random_tokens(pos, seq + 1), seq=seq))
     model.reset_stats()
-    model.opened.plugin.timeline(1 << 12)
-    model.opened.plugin.step(phase, n_sequences)
-    logits = context.decode(batch)
-    kinds = [event.kind for event in model.opened.plugin.timeline_read(1 << 12)]
-    model.opened.plugin.timeline(0)
-    controller = model.controller
+    model.arena.plugin.timeline(1 << 12)
+    logits = context.decode(batch, phase)
+    kinds = [event.kind for event in model.arena.plugin.timeline_read(1 << 12)]
+    model.arena.plugin.timeline(0)
+    demands = model.meter.demands()
     return Counted(
         logits,
         kinds.count(EVENT_LAYER),
         kinds.count(EVENT_ROUTE),
-        controller.layer_hits,
-        controller.layer_misses,
-        controller.pairs,
+        dict(demands.hits),
+        dict(demands.misses),
+        demands.pairs,
     )
 
 
 def every_key(model: Ours) -> list[int]:
-    layout = model.opened.layout
+    layout = model.found.layout
     n = layout.n_experts
     return [key for layer in layout.layers for key in range(layer.layer * n, (layer.layer + 1) * n)]
 
@@ -66,7 +65,7 @@ def test_a_settled_step_counts_what_an_asked_one_counts(
 ) -> None:
     batch = [Row(17 + seq, 12, seq) for seq in range(n_sequences)]
     with ours(tiny_file(name)) as model:
-        model.opened.fill(every_key(model))
+        model.arena.fill(every_key(model))
         asked = step(model, PREFILL, batch, 12)
         settled = step(model, DECODE, batch, 12)
         assert asked.asked == asked.events == settled.events > settled.asked > 0
@@ -77,10 +76,10 @@ def test_a_settled_step_counts_what_an_asked_one_counts(
 
 
 @pytest.mark.parametrize("phase", [PREFILL, MIXED])
-def test_only_decoding_settles(tiny_file: TinyFile, phase: int) -> None:
+def test_only_decoding_settles(tiny_file: TinyFile, phase: Phase) -> None:
     """Not even where a prompt ends in a batch of one token."""
     with ours(tiny_file("qwen3moe")) as model:
-        model.opened.fill(every_key(model))
+        model.arena.fill(every_key(model))
         counted = step(model, phase, [Row(17, 12)], 12)
         assert counted.asked == counted.events > 0
 
@@ -88,19 +87,19 @@ def test_only_decoding_settles(tiny_file: TinyFile, phase: int) -> None:
 def test_a_new_step_asks_again(tiny_file: TinyFile) -> None:
     """What was settled in one step is not believed in the next, even after one that broke off."""
     with ours(tiny_file("qwen3moe")) as model:
-        model.opened.fill(every_key(model))
+        model.arena.fill(every_key(model))
         step(model, DECODE, [Row(17, 12)], 12)
-        assert model.opened.plugin.call.settled == 1
-        model.opened.plugin.step(MIXED, 2)
-        assert model.opened.plugin.call.settled == 0
-        call = model.opened.plugin.call
+        assert model.arena.plugin.call.settled == 1
+        model.arena.plugin.step(MIXED, 2)
+        assert model.arena.plugin.call.settled == 0
+        call = model.arena.plugin.call
         assert (call.phase, call.n_sequences) == (MIXED, 2)
 
 
 def test_a_reset_forgets_what_settled(tiny_file: TinyFile) -> None:
     with ours(tiny_file("qwen3moe")) as model:
-        model.opened.fill(every_key(model))
+        model.arena.fill(every_key(model))
         assert step(model, DECODE, [Row(17, 12)], 12).layer_hits
         model.reset_stats()
-        assert model.controller.layer_hits == {}
-        assert model.controller.pairs == 0
+        assert model.meter.demands().hits == {}
+        assert model.meter.demands().pairs == 0

@@ -10,6 +10,7 @@ import pytest
 from conftest import TinyFile
 from harness import fix_slots, ours, rows
 
+from moe_gguf.policies.base import Phase
 from moe_gguf.runtime import timeline
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.llama import Llama
@@ -22,19 +23,19 @@ from moe_gguf.runtime.timeline import trace
 def test_nothing_is_recorded_unless_asked(tiny_file: TinyFile) -> None:
     with ours(tiny_file("qwen3moe")) as model:
         model.context().decode(rows([1, 2, 3]))
-        assert model.opened.plugin.timeline_read(100) == []
+        assert model.arena.plugin.timeline_read(100) == []
 
 
 def test_the_ring_keeps_the_newest(tiny_file: TinyFile) -> None:
     with ours(tiny_file("qwen3moe"), 8) as model:
-        recorded = model.opened.plugin
+        recorded = model.arena.plugin
         context = model.context()
         recorded.timeline(5)
         context.decode(rows([1]))
         context.decode(rows([2], pos=1))
         kept = recorded.timeline_read(100)
         assert len(kept) == 5
-        last_layer = model.opened.layout.layers[-1].layer
+        last_layer = model.found.layout.layers[-1].layer
         assert (kept[-1].kind, kept[-1].key) == (abi.EVENT_LAYER, last_layer)
         assert recorded.timeline_read(100) == []
         recorded.timeline(0)
@@ -47,9 +48,9 @@ def test_events_agree_with_the_counters(tiny_file: TinyFile) -> None:
         context = model.context()
         context.decode(rows([1, 2, 3]))
         model.reset_stats()
-        model.opened.plugin.timeline(10_000)
+        model.arena.plugin.timeline(10_000)
         context.decode(rows([4], pos=3))
-        events = model.opened.plugin.timeline_read(10_000)
+        events = model.arena.plugin.timeline_read(10_000)
         stats = model.stats()
         count = {kind: sum(e.kind == kind for e in events) for kind in range(7)}
         assert count[abi.EVENT_LAYER] == count[abi.EVENT_ROUTE] == stats.events
@@ -81,7 +82,7 @@ def test_trace_by_hand() -> None:
         event(abi.EVENT_GUESS, 90, 112, 33, lane=0),
         event(abi.EVENT_LAYER, 150, 190, 1),
     ]
-    document = trace(events, Step(100_000, 200_000, 1), n_experts=10, n_layers=2)
+    document = trace(events, Step(100_000, 200_000, 1, Phase.DECODE, 1), n_experts=10, n_layers=2)
     found = {e["name"]: (e["tid"], e["ts"], e["dur"]) for e in document["traceEvents"] if "ts" in e}
     assert found == {
         "trunk before layer 0": (0, 0, 10),
@@ -121,7 +122,7 @@ def test_the_file_holds_the_last_token(
     assert line.startswith(f"1 token(s) in {other['step_ms']:.1f} ms (trunk ")
     assert sum(other["ms"].values()) == pytest.approx(other["step_ms"])
     slices = [e for e in document["traceEvents"] if e["ph"] == "X"]
-    n_layers = len(llama.opened.layout.layers)
+    n_layers = len(llama.found.layout.layers)
     assert sum(e["cat"] == "layer" for e in slices) == n_layers
     assert sum(e["cat"] == "trunk" for e in slices) == n_layers + 1
     assert any(e["cat"] == "demand" for e in slices)

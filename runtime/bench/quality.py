@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...policies.base import Phase
 from ..errors import UserError
 from ..sizes import format_size
 
@@ -202,12 +203,14 @@ def _pass(
 def _positions(
     llama: Llama, chunks: Sequence[Sequence[int]], report: Progress
 ) -> Iterator[Position]:
+    # One token at a time is asked for to measure what generation does.
+    phase = Phase.DECODE if llama.n_batch == 1 else Phase.PREFILL
     for done, chunk in enumerate(chunks):
         report(done, len(chunks))
         llama.reset()
         llama._ctx.kv_cache_clear()
         for at in range(0, len(chunk), llama.n_batch):
-            llama.eval(chunk[at : at + llama.n_batch])
+            llama.eval(chunk[at : at + llama.n_batch], phase)
             report(done + (at / len(chunk)), len(chunks))
         for at in range(len(chunk) // 2, len(chunk) - 1):
             yield Position(chunk[at + 1], log_softmax(llama.scores[at]))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...policies.base import Phase
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ class Spec:
     low_on_miss: bool = False
 
 
-def measure(spec: Spec) -> dict[str, Any]:
-    """Times, rates and greedy tokens of one run; our own counters cover the counted tokens."""
+def measure(spec: Spec, **given: Any) -> dict[str, Any]:
+    """Times, rates and greedy tokens of one run; our own counters cover the counted tokens.
+
+    ``given``: what ``Llama`` takes besides, a policy of the caller's for example.
+    """
     from .. import disk, timeline
     from ..formats.open import read_layout
     from ..llama import Llama
@@ -81,7 +85,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     if spec.probe_only:
         return disk.ceiling(read_layout(Path(spec.model)), spec.lanes)._asdict()
     start = time.perf_counter()
-    llama = _open(spec)
+    llama = _open(spec, **given)
     startup_s = time.perf_counter() - start
     if spec.open_only:
         return {"startup_s": startup_s, "rss_peak_bytes": rss_peak()}
@@ -90,7 +94,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         _fill(llama, spec.n_ctx)
 
     start = time.perf_counter()
-    tokens = [_step(llama, prompt)]
+    tokens = [_step(llama, prompt, Phase.PREFILL)]
     prefill_s = time.perf_counter() - start
     ours = llama if isinstance(llama, Llama) else None
     prefill_low_share = ours.stats()["low_share"] if ours is not None else None
@@ -126,16 +130,16 @@ def measure(spec: Spec) -> dict[str, Any]:
         result["stall_share"] = stats["stall_s"] / decode_s
         result["controller_share"] = (stats["route_s"] + stats["guess_s"]) / decode_s
         result["mode_line"] = ours.mode_line
-        result["warmed"] = ours.opened.n_warmed
+        result["warmed"] = ours.arena.n_warmed
         if spec.timeline is not None:
             timeline.record(ours)
-            _step(llama, tokens[-1:])
+            _step(llama, tokens[-1:], Phase.DECODE)
             result["timeline"] = timeline.write(ours, Path(spec.timeline))
     llama.close()
     return result
 
 
-def _open(spec: Spec) -> llama_cpp.Llama:
+def _open(spec: Spec, **given: Any) -> llama_cpp.Llama:
     import llama_cpp
     import llama_cpp.llama_cpp as bindings
 
@@ -156,6 +160,7 @@ def _open(spec: Spec) -> llama_cpp.Llama:
             n_threads=threads,
             low_share=spec.low_share,
             low_on_miss=spec.low_on_miss,
+            **given,
         )
     defaults = bindings.llama_model_default_params
 
@@ -180,7 +185,7 @@ def _open(spec: Spec) -> llama_cpp.Llama:
 def _kernels(spec: Spec, llama: llama_cpp.Llama) -> str:
     from ..llama import Llama
 
-    repacked = llama.opened.is_repacked if isinstance(llama, Llama) else spec.repack
+    repacked = llama.found.kernels.is_repacked if isinstance(llama, Llama) else spec.repack
     return "repacked" if repacked else "plain"
 
 
@@ -202,17 +207,22 @@ def _fill(llama: llama_cpp.Llama, n_ctx: int) -> None:
         llama.reset()
         llama.eval([(prime * i) % llama.n_vocab() for i in range(1, size)])
     if isinstance(llama, Llama):
-        layers, n_experts = llama.opened.layout.layers, llama.opened.layout.n_experts
-        llama.opened.fill(e.layer * n_experts + i for e in layers for i in range(n_experts))
+        layers, n_experts = llama.found.layout.layers, llama.found.layout.n_experts
+        llama.arena.fill(e.layer * n_experts + i for e in layers for i in range(n_experts))
     llama.reset()
     llama._ctx.kv_cache_clear()
 
 
-def _step(llama: llama_cpp.Llama, tokens: list[int]) -> int:
+def _step(llama: llama_cpp.Llama, tokens: list[int], phase: Phase) -> int:
     """Feed ``tokens``; the most likely next one."""
     import numpy as np
 
-    llama.eval(tokens)
+    from ..llama import Llama
+
+    if isinstance(llama, Llama):
+        llama.eval(tokens, phase)
+    else:
+        llama.eval(tokens)
     logits = llama._ctx.get_logits_ith(-1)
     return int(np.argmax(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),))))
 
@@ -222,7 +232,7 @@ def _decode(llama: llama_cpp.Llama, tokens: list[int], n: int, deadline: float) 
     for done in range(n):
         if done and time.perf_counter() > deadline:
             return done
-        tokens.append(_step(llama, tokens[-1:]))
+        tokens.append(_step(llama, tokens[-1:], Phase.DECODE))
     return n
 
 

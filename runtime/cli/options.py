@@ -55,7 +55,9 @@ def quieten() -> None:
     """Keep llama.cpp's own log off the terminal unless debugging."""
     from .. import logs
 
-    if not debugging():
+    if debugging():
+        logs.echo()
+    else:
         logs.silence()
 
 
@@ -193,13 +195,12 @@ def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
         )
     if not debugging():  # a verbose model has said it
         note(llama.mode_line)
-    assert llama.opened.budget is not None
-    note(llama.opened.budget.table())
-    if warning := llama.opened.budget.warning():
+    note(llama.arena.budget.table())
+    if warning := llama.arena.budget.warning():
         note(f"moe-gguf: warning: {warning}")
-    if llama.opened.options.warm:
-        note(llama.opened.warm_line())
-    if llama.n_ctx() > (trained := llama.opened.layout.n_ctx_train):
+    if llama.found.options.warm:
+        note(llama.arena.warm_line())
+    if llama.n_ctx() > (trained := llama.found.layout.n_ctx_train):
         note(f"moe-gguf: warning: this model was trained for a context of {trained} tokens only")
     return llama
 

@@ -6,6 +6,7 @@ numbers. What it predicts is a bound from reads alone; it knows no compute.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,44 +14,48 @@ from typing import Any
 
 import click
 
-from .. import disk
+from .. import disk, opening
 from ..budget import smallest
 from ..errors import UserError
-from ..llama import Llama
-from ..opening import OpenModel
+from ..opening import Found, Measured
+from ..options import Options
+from ..params import ContextShape, ModelParams, n_ctx_of
 from ..sizes import MB, format_size
-from .options import debugging, model_options, quieten, resolve
+from .options import model_options, quieten, resolve
 
 
-def plan_document(path: Path, **options: Any) -> dict[str, Any]:
-    """The document of ``plan``; the options are ``Llama``'s. UserError for an unusable file."""
-    opened = Llama.plan(path, **options)
-    needs, slot_bytes = opened.needs, opened.slots.slot_bytes
-    assert needs is not None
+def plan_document(
+    path: Path, n_ctx: int | None = None, n_threads: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """The document of ``plan``; ``options`` are those of ``Options``. UserError for an unusable
+    file."""
+    found = opening.find(path, Options(**options))
+    measured = _measured(found, n_ctx, n_threads)
+    needs, slot_bytes = measured.needs, found.slots.slot_bytes
     document: dict[str, Any] = {
         "path": str(path),
-        "architecture": opened.layout.architecture,
-        "n_ctx": opened.n_ctx,
+        "architecture": found.layout.architecture,
+        "n_ctx": measured.n_ctx,
         "fits": True,
         "reason": None,
         "warning": None,
-        "budget_bytes": opened.total,
-        "smallest_bytes": smallest(needs, slot_bytes, opened.n_all),
-        "working_set_fits_bytes": needs.with_slots(opened.working_set, slot_bytes),
-        "everything_fits_bytes": needs.with_slots(opened.n_all, slot_bytes),
+        "budget_bytes": found.total,
+        "smallest_bytes": smallest(needs, slot_bytes, found.n_all),
+        "working_set_fits_bytes": needs.with_slots(found.working_set, slot_bytes),
+        "everything_fits_bytes": needs.with_slots(found.n_all, slot_bytes),
         **{f"{name}_bytes": n_bytes for name, n_bytes in needs._asdict().items()},
         "slot_bytes": slot_bytes,
-        "working_set": opened.working_set,
-        "slots_all": opened.n_all,
+        "working_set": found.working_set,
+        "slots_all": found.n_all,
         "slots": 0,
         "resident_share": 0.0,
         "experts_bytes": 0,
-        "policy": opened.options.policy,
-        "reads": str(opened.mode),
-        "device": opened.options.device,
+        "policy": found.options.policy,
+        "reads": str(found.mode),
+        "device": found.options.device,
     }
     try:
-        budget = opened.divide()
+        budget = measured.divide()
     except UserError as error:
         return {**document, "fits": False, "reason": str(error), "predicted": None}
     return {
@@ -59,18 +64,29 @@ def plan_document(path: Path, **options: Any) -> dict[str, Any]:
         "slots": budget.n_slots,
         "resident_share": budget.resident_share,
         "experts_bytes": budget.experts,
-        "predicted": predict(opened, budget.resident_share),
+        "predicted": predict(found, budget.resident_share),
     }
 
 
-def predict(opened: OpenModel, resident_share: float) -> dict[str, Any]:
+def _measured(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
+    """What ``run`` would find with the same options; no weight is read, nothing stays open."""
+    overrides = {}
+    if found.options.experts_used is not None:
+        overrides[f"{found.layout.architecture}.expert_used_count"] = found.n_used
+    params = ModelParams(overrides)
+    shape = ContextShape(n_ctx_of(found.layout, n_ctx), n_threads=n_threads)
+    with contextlib.closing(found.bind()) as binding:
+        return opening.measure(found, binding, params.params, shape.params())
+
+
+def predict(found: Found, resident_share: float) -> dict[str, Any]:
     """Decode speed if nothing but reading experts took time, at two hit rates.
 
     Real routing repeats itself more than uniform routing, and computing takes time too: the
     first makes a run faster than the upper number, the second slower.
     """
-    per_token = opened.n_used * sum(layer.blob_bytes for layer in opened.layout.layers)
-    speed = disk.speed(opened.layout, opened.mode)
+    per_token = found.n_used * sum(layer.blob_bytes for layer in found.layout.layers)
+    speed = disk.speed(found.layout, found.mode)
     hit_rates = [0.0, resident_share]
     return {
         "disk_bytes_per_s": speed,
@@ -145,7 +161,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     quieten()
     path = resolve(model)
     with bar(f"measuring {path.name}"):  # like run: the process has the same size then
-        document = plan_document(path, verbose=debugging(), **options)
+        document = plan_document(path, **options)
     click.echo(json.dumps(document) if as_json else plan_text(document))
     if not document["fits"]:
         sys.exit(1)

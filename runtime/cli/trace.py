@@ -33,13 +33,13 @@ def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
     An interrupted run is not ``complete``: its last step counted nothing but may have loaded. With
     ``low_copies`` an expert that was held low and read again counts as a miss: no replay has those.
     """
-    layout = llama.opened.layout
+    layout = llama.found.layout
     stats = llama.stats()
     return {
         "model": layout.name,
         "architecture": layout.architecture,
         "n_experts": layout.n_experts,
-        "n_experts_used": llama.opened.n_used,
+        "n_experts_used": llama.found.n_used,
         "layers": [layer.layer for layer in layout.layers],
         "blob_bytes": [layer.blob_bytes for layer in layout.layers],
         "policy": stats["policy"],
@@ -51,8 +51,8 @@ def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
         "prefill_tokens": stats["prefill_tokens"],
         "decode_tokens": stats["decode_tokens"],
         "complete": complete,
-        "warmed": llama.opened.n_warmed or 0,
-        "low_copies": llama.opened.precision.lossy,
+        "warmed": llama.arena.n_warmed or 0,
+        "low_copies": llama.found.precision.lossy,
     }
 
 
@@ -101,11 +101,11 @@ def trace(
     check_writable(Path(output))
     recorder = TraceRecorder()
     llama = open_llama(model, recorder=recorder, **options)
-    opened = llama.opened
+    found = llama.found
     try:
         if save_routing:  # so that mistakes show now
-            check_writable(opened.routing_path)
-            load(opened.routing_path, opened.routing_identity)
+            check_writable(found.history_path)
+            load(found.history_path, found.identity)
         tokens = Chat(llama).ask(text) if chat else encode(llama, text)
         interrupted = False
         try:
@@ -118,8 +118,8 @@ def trace(
         note(stats_line(llama.stats()))
         note(f"moe-gguf: wrote {output}" + (", up to the interrupt" if interrupted else ""))
         if save_routing:
-            path, identity = opened.routing_path, opened.routing_identity
-            note(f"moe-gguf: {add_routing(path, identity, opened.gate_recall(), recorded)}")
+            path, identity = found.history_path, found.identity
+            note(f"moe-gguf: {add_routing(path, identity, llama.arena.gate_recall(), recorded)}")
     finally:
         llama.close()
     if interrupted:

@@ -41,7 +41,7 @@ def read_gguf(path: Path) -> ModelLayout:
     layers = _find_experts(headers, n_experts if type(n_experts) is int else 0)
     if not layers or type(n_experts) is not int:
         raise _no_experts(path, architecture, headers)
-    header, stream_bytes = stream_header(first, [i for h in headers for i in h.tensors])
+    stream, stream_bytes = stream_header(first, [i for h in headers for i in h.tensors])
     return ModelLayout(
         path=path,
         files=tuple(h.path for h in headers),
@@ -51,7 +51,7 @@ def read_gguf(path: Path) -> ModelLayout:
         n_experts=n_experts,
         layers=layers,
         tensors=tuple(tensors_of(headers)),
-        header=header,
+        header=stream,
         stream_bytes=stream_bytes,
     )
 

@@ -190,6 +190,12 @@ class Stats(ctypes.Structure):
         )
     ]
 
+    def since(self, mark: Stats) -> Stats:
+        """What was counted after ``mark`` was taken; ``scratch_bytes`` is a high-water mark."""
+        names = [field[0] for field in self._fields_]
+        counted = {name: getattr(self, name) - getattr(mark, name) for name in names}
+        return Stats(**{**counted, "scratch_bytes": self.scratch_bytes})
+
 
 class Event(ctypes.Structure):
     """One event of the timeline; times are those of ``time.perf_counter_ns`` on Linux."""

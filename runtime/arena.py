@@ -1,0 +1,218 @@
+"""The slots of a loaded model, who decides about them, and starting warm.
+
+Owns the controller, the callbacks and the native gates of one model. Knows budgets and policies by
+their values; does not know how the model was found, nor who computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import psutil
+
+from ..policies.base import Phase
+from ..policies.layered import hottest
+from ..policies.precision import MixedResidency
+from ..policies.predict import Gates
+from ..policies.presets import Facts, Policy, policy
+from ..policies.residency import Residency
+from . import mode_line
+from .budget import Budget
+from .controller import Controller, Demands, Guessing, Recorder
+from .formats.layout import ModelLayout
+from .opening import Found, Loaded, Progress
+from .plugin.abi import MAX_GUESSES
+from .plugin.callbacks import Callbacks
+from .plugin.gates import NativeGates, Router
+from .plugin.model import PluginModel
+from .routers import read_routers
+
+PolicyMaker = Callable[[Facts], Policy]
+RouterReader = Callable[[ModelLayout, PluginModel], Mapping[int, Router]]
+
+# Slots are filled at the start in steps of this size: Ctrl-C waits for one, and between two the
+# lanes idle for about a read.
+_FILL_BYTES = 64 << 20
+
+
+class Arena:
+    """The slots of one model, ready to compute with. Made by ``start``."""
+
+    def __init__(
+        self,
+        found: Found,
+        budget: Budget,
+        plugin: PluginModel,
+        controller: Controller,
+        gates: NativeGates | None,
+        is_blind: bool,
+    ) -> None:
+        self.found = found
+        self.budget = budget
+        self.plugin = plugin
+        self.controller = controller
+        self.gates = gates
+        self.is_blind = is_blind  # the policy would guess, but this model's routers are not known
+        self.n_warmed: int | None = None  # slots filled at the start; None without statistics
+        self.callbacks = Callbacks(plugin, controller, found.layout.n_experts)
+
+    @property
+    def residency(self) -> Residency:
+        return self.controller.residency
+
+    # -- around steps
+
+    def say(self, phase: Phase, n_sequences: int) -> None:
+        """What the next step is; whoever calls llama_decode says it first."""
+        self.plugin.step(phase, n_sequences)
+
+    def recover(self) -> BaseException:
+        """After a failed step: make the table true again and return the reason of the failure."""
+        self.residency.reconcile(self.plugin.slot_keys())
+        return self.callbacks.failure()
+
+    def interrupt(self, error: Exception) -> None:
+        """From any thread: every step fails with this from now on, the running one included."""
+        self.callbacks.stop = error
+
+    def cancel_guesses(self) -> None:
+        """Drop every guess that no lane has started; only between steps."""
+        self.plugin.cancel_guesses()
+        self.residency.reconcile(self.plugin.slot_keys())
+
+    # -- filling
+
+    def fill(self, keys: Iterable[int], progress: Progress | None = None) -> int:
+        """Read experts into free slots, in the order of the file; how many. Only between steps."""
+        residency, slot_bytes = self.residency, self.found.slots.slot_bytes
+        placed = sorted(residency.fill(keys))
+        at_once = max(1, _FILL_BYTES // slot_bytes)
+        trunk_bytes = self.found.layout.trunk_bytes
+        try:
+            for i in range(0, len(placed), at_once):
+                step = placed[i : i + at_once]
+                self.plugin.fill(step)
+                if progress is not None:
+                    done = (i + len(step)) * slot_bytes
+                    progress(trunk_bytes + done, trunk_bytes + len(placed) * slot_bytes)
+        except BaseException:
+            residency.reconcile(self.plugin.slot_keys())
+            raise
+        return len(placed)
+
+    # -- what is known of it
+
+    def demands(self) -> Demands:
+        """The counts of demands since the model was opened, those that settled included."""
+        asked = self.controller.demands()
+        settled, pairs = self.callbacks.settled(self.controller.layers)
+        hits = {n: asked.hits.get(n, 0) + settled.get(n, 0) for n in asked.hits.keys() | settled}
+        return asked._replace(hits=hits, pairs=asked.pairs + pairs)
+
+    def recall(self) -> dict[int, float]:
+        """By layer: how many of the experts a token used were among its best guesses, lately."""
+        if self.gates is not None:
+            return self.gates.recall
+        guessing = self.controller.guessing
+        return dict(guessing.predictor.recall) if guessing and guessing.predictor else {}
+
+    def gate_recall(self) -> dict[int, float]:
+        """``recall`` if the guesses were a router's: what a policy may be told of them later."""
+        return self.gates.recall if self.gates is not None else {}
+
+    def low_bytes(self, low_loads: Mapping[int, int]) -> int:
+        """Bytes of so many low copies by layer."""
+        layers = self.found.layout.layers
+        return sum(
+            low_loads[layer.layer] * layer.copies[1].n_bytes
+            for layer in layers
+            if layer.layer in low_loads
+        )
+
+    def mode_line(self) -> str:
+        """The one line that says what is in force."""
+        return mode_line.mode_line(self.found, self.budget, self.is_blind)
+
+    def warm_line(self) -> str:
+        """What came of starting warm."""
+        return mode_line.warm_line(self.found, self.budget, self.n_warmed)
+
+    def close(self) -> None:
+        """Only after the plugin's model is closed, which uses the gates."""
+        if self.gates is not None:
+            self.gates.close()
+
+
+def start(
+    loaded: Loaded,
+    *,
+    make_policy: PolicyMaker | None = None,
+    budget: Budget | None = None,
+    routers: RouterReader = read_routers,
+    recorder: Recorder | None = None,
+    progress: Progress | None = None,
+) -> Arena:
+    """Allocate the slots, bind the controller and start warm.
+
+    Called when trunk, KV cache and context exist: what they really took decides over the number of
+    slots, unless a ``budget`` was divided elsewhere. Without ``make_policy``, the one the options
+    name.
+    """
+    measured, plugin = loaded.measured, loaded.binding.plugin
+    found = measured.found
+    if budget is None:
+        budget = measured.with_process(int(psutil.Process().memory_info().rss)).divide()
+    plugin.allocate(budget.n_slots)
+    chosen = (make_policy or _named(found.options.policy))(_facts(found, budget.n_slots))
+    predictor, gates, is_blind = chosen.predictor, None, False
+    if isinstance(predictor, Gates):
+        found_routers = routers(found.layout, plugin)
+        is_blind = not found_routers
+        if found_routers:
+            gates = NativeGates(found_routers, found.n_used, predictor)
+            plugin.guess_with(gates.handle)
+        predictor = None
+    guessing = None
+    if predictor is not None or gates is not None:
+        blob_bytes = {layer.layer: layer.blob_bytes for layer in found.layout.layers}
+        guessing = Guessing(predictor, chosen.pace, blob_bytes, MAX_GUESSES)
+    layers = [layer.layer for layer in found.layout.layers]
+    residency = _residency(found, budget.n_slots, chosen)
+    controller = Controller(residency, layers, recorder, guessing)
+    # The statistics may be large and have told the policy what they know.
+    small = replace(found, statistics=None)
+    arena = Arena(small, budget, plugin, controller, gates, is_blind)
+    if found.statistics is not None:
+        # What is worth most is admitted last.
+        keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]
+        arena.n_warmed = arena.fill(keys, progress)
+    return arena
+
+
+def _named(name: str) -> PolicyMaker:
+    return lambda facts: policy(name, facts)
+
+
+def _facts(found: Found, n_slots: int) -> Facts:
+    layers = [layer.layer for layer in found.layout.layers]
+    buffered = not found.mode.direct
+    facts = Facts(n_slots, found.layout.n_experts, found.n_used, layers, buffered)
+    if found.statistics is None:
+        return facts
+    return replace(
+        facts,
+        recall=found.statistics.recalls(),
+        popularity=found.statistics.uses(),
+        transitions=found.statistics.follows,
+    )
+
+
+def _residency(found: Found, n_slots: int, chosen: Policy) -> Residency:
+    n_experts = found.layout.n_experts
+    if not found.precision.lossy:
+        return Residency(n_slots, n_experts, chosen.cache, chosen.order)
+    first_low_key = (found.layout.layers[-1].layer + 1) * n_experts
+    return MixedResidency(
+        n_slots, n_experts, chosen.cache, chosen.order, found.precision, first_low_key
+    )

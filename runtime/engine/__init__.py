@@ -1,0 +1,1 @@
+"""Computing with an open model: contexts, and whoever schedules what they compute."""

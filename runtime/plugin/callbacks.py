@@ -1,0 +1,179 @@
+"""The plugin's two callbacks: shared memory becomes values, and plans become shared memory.
+
+Owns the arrays over the plugin's memory and the exception that a callback cannot raise through C.
+Decides nothing: what is asked for goes to a ``Brain``, in ``runtime`` the controller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...policies.base import Guess, Ids, Inputs, RouteEvent
+from ...policies.pace import Meters
+from ...policies.residency import Plan
+from .abi import MAX_GUESSES, i32
+from .model import PluginModel
+
+
+class Brain(Protocol):
+    """Who answers. Called with the model waiting, once per MoE layer and step."""
+
+    def on_cancelled(self, keys: Sequence[int]) -> None:
+        """Guesses that will not arrive any more."""
+
+    def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
+        """The plan of one event; ``continuation``: of further tensors of the event before.
+
+        ``ids`` gives what the router chose, [n_tokens, n_used], valid during the call.
+        """
+
+    def wants_guesses(self, meters: Callable[[int, int], Meters]) -> bool:
+        """Whether ``on_guess`` is to be called for the event just planned; not for continuations.
+
+        ``meters`` gives what was measured by now, told how many experts the event before had to
+        read and how many of its experts were there because they had been guessed.
+        """
+
+    def is_settled(self, event: RouteEvent) -> bool:
+        """Whether the rest of this step will find all it needs, so that nobody need ask."""
+
+    def on_guess(
+        self, offered: Sequence[Guess], ids: Callable[[], Ids], inputs: Callable[[], Inputs]
+    ) -> Sequence[tuple[int, int]]:
+        """(key, slot) of what is to be read ahead, once the event's own reads are under way.
+
+        ``offered`` are the native gates' guesses, best first, if there are gates.
+        """
+
+
+class Callbacks:
+    """Answers one model's callbacks until the model is closed."""
+
+    def __init__(self, plugin: PluginModel, brain: Brain, n_experts: int) -> None:
+        self.plugin = plugin
+        self.brain = brain
+        # Once set, every step fails with it: a thread that computes cannot be stopped otherwise.
+        self.stop: Exception | None = None
+        self._failure: BaseException | None = None
+        call, n = plugin.call, n_experts
+        self._call = call
+        self._plan_experts: Any = (i32 * n).from_address(call.plan_experts)
+        self._plan_slots: Any = (i32 * n).from_address(call.plan_slots)
+        self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
+        self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
+        self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
+        self._offered_keys: Any = (i32 * (2 * n)).from_address(call.predicted_keys)
+        self._offered_chances: Any = (ctypes.c_float * (2 * n)).from_address(call.predicted_chances)
+        self._bind()
+
+    def _bind(self) -> None:
+        routes, guesses = self._answers(self._route), self._answers(self._guess)
+        next(routes)
+        next(guesses)
+        self.plugin.bind(routes.__next__, guesses.__next__)
+
+    def _answers(self, on_call: Callable[[], None]) -> Iterator[int]:
+        """Answer one call per item: 1 when it was served, 0 when that raised.
+
+        ctypes would print and swallow an exception; this keeps it for whoever called decode. A
+        generator, because Ctrl-C during a step is raised at the next bytecode of Python that runs:
+        in a function that is its entry, before any ``try``, but a generator resumes inside one.
+        """
+        answer = 0
+        while True:
+            try:
+                while True:
+                    yield answer
+                    answer = 0
+                    on_call()
+                    answer = 1
+            except GeneratorExit:
+                return
+            except BaseException as error:
+                self._failure, answer = error, 0
+
+    def _route(self) -> None:
+        if self.stop is not None:
+            raise self.stop
+        call, brain = self._call, self.brain
+        if call.n_cancelled:
+            brain.on_cancelled(call.cancelled[: call.n_cancelled])
+        n, continuation = call.n_experts, bool(call.continuation)
+        event = RouteEvent(
+            call.layer,
+            call.n_tokens,
+            call.experts[:n],
+            call.counts[:n],
+            call.phase,
+            call.n_sequences,
+        )
+        plan = brain.on_route(event, self._ids, continuation)
+        self._plan_experts[:n] = plan.experts
+        self._plan_slots[:n] = plan.slots
+        self._plan_loads[:n] = plan.loads
+        if not continuation:
+            call.wants_guesses = brain.wants_guesses(self._meters)
+            call.settled = brain.is_settled(event)
+
+    def _meters(self, n_missing: int, n_guessed: int) -> Meters:
+        call = self._call
+        return Meters(
+            call.layer,
+            call.n_tokens,
+            call.now_ns,
+            call.disk_ns,
+            call.read_bytes,
+            call.stall_ns,
+            call.guess_ns,
+            n_missing + call.n_late,
+            n_missing + n_guessed,
+            call.phase,
+            call.n_sequences,
+        )
+
+    def _guess(self) -> None:
+        call = self._call
+        n = call.n_predicted
+        offered = list(map(Guess, self._offered_keys[:n], self._offered_chances[:n]))
+        placed = self.brain.on_guess(offered, self._ids, self._inputs)
+        n = len(placed)
+        self._guess_keys[:n] = [key for key, _ in placed]
+        self._guess_slots[:n] = [slot for _, slot in placed]
+        call.n_guesses = n
+
+    def _inputs(self) -> Inputs:
+        """The layer's gate input, [n_tokens, n_embd], over the plugin's memory."""
+        call = self._call
+        x: Inputs = _over(call.x, "f4", call.n_tokens, call.n_embd, call.x_stride)
+        return x
+
+    def _ids(self) -> Ids:
+        """What the router chose, [n_tokens, n_used], over the plugin's memory."""
+        call = self._call
+        ids: Ids = _over(call.ids, "i4", call.n_tokens, call.n_used, 4 * call.n_used)
+        return ids
+
+    def settled(self, layers: Sequence[int]) -> tuple[dict[int, int], int]:
+        """What was found without asking: experts by layer, and (token, rank) pairs."""
+        call = self._call
+        found = {layer: call.settled_hits[layer] for layer in layers if call.settled_hits[layer]}
+        return found, int(call.settled_pairs)
+
+    def failure(self) -> BaseException:
+        """After a failed step: its reason, once; the callbacks answer again."""
+        self._bind()  # a second Ctrl-C within microseconds of the first ends the generator
+        failure, self._failure = self._failure, None
+        native = self.plugin.take_error()
+        return failure or native or RuntimeError("llama.cpp could not compute a step")
+
+
+@functools.lru_cache(maxsize=256)  # making one takes 20 us, and the plugin's memory rarely moves
+def _over(address: int, kind: str, n: int, width: int, stride: int) -> Any:
+    """Memory at an address as an array [n, width] of 4-byte numbers."""
+    memory = memoryview((ctypes.c_char * ((n - 1) * stride + 4 * width)).from_address(address))
+    return np.ndarray((n, width), kind, memory, 0, (stride, 4))
