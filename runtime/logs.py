@@ -37,7 +37,7 @@ class Log:
         return re.sub(r"^(\w+: )+", "", errors[0]).removeprefix("error loading model: ")
 
 
-# Who hears llama.cpp; the last one is in force. It keeps the pointer only, so they must stay alive.
+# Log callbacks, innermost last. llama.cpp keeps only the pointer, so each must stay referenced.
 _listeners: list[Any] = [llama_cpp._logger.llama_log_callback]
 
 

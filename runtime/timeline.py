@@ -19,7 +19,7 @@ from .stats import Step
 if TYPE_CHECKING:
     from .llama import Llama
 
-# Some ten times what a token of a large model makes; 2 MB, which the budget's margin covers.
+# About ten times the events of one token of a large model; 2 MB, which the budget's margin covers.
 CAPACITY = 1 << 16
 _PIECE = 1024  # events taken at once: as Python objects they are four times as large
 _MODEL_TRACK, _FIRST_LANE_TRACK = 0, 1

@@ -12,8 +12,9 @@ token at each scored position, x the token that stands there, and natural logari
     kl_divergence  mean of sum over the vocabulary of P(v) (log P(v) - log Q(v)), in nats
     top1_agreement share of positions at which P and Q have the same most likely token
 
-Between the passes P is kept on disk as log P in 16-bit floats and normalised again when read: that
-makes a divergence of nothing some 1e-6 nats instead of 0, and is invisible beside any real one.
+Between the passes P is kept on disk as log P in 16-bit floats and normalised again when read.
+Identical distributions therefore score about 1e-6 nats, not 0, which is invisible beside any real
+divergence.
 """
 
 from __future__ import annotations
