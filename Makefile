@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(wildcard runtime/native/*.cpp runtime/native/*.h)
 # The reads know nothing of ggml, so their stress is built without it, and in seconds.
-STRESS := tests/native/stress.cpp runtime/native/reads.cpp runtime/native/probe.cpp
+STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cpp stream.cpp os_linux.cpp)
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 

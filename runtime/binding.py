@@ -60,7 +60,7 @@ class Binding:
         overrides = self._without_memory if no_alloc else self._with_memory
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
         params.no_alloc = no_alloc
-        # Nothing is mapped (see native/stream.cpp): the trunk is anonymous memory.
+        # Nothing is mapped (see native/stream.h): the trunk is anonymous memory.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
         params.use_extra_bufts = False

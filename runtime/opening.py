@@ -29,12 +29,6 @@ from .options import Options
 
 Progress = Callable[[float, float], None]  # (done, of all)
 
-_MIB = 2**20
-# ggml-cpu's own work buffers of the trunk's matmuls and the tiled kernels' per-thread scratch.
-_WORK_BASE = 8 * _MIB
-_WORK_BYTES = 32 * _MIB  # native/executor.h, WORK_BYTES
-_FLOAT_TYPES = {0, 1, 30}  # F32, F16, BF16
-
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -155,7 +149,7 @@ def measure(
     sizes_ = logs.context_sizes(log)
     n_ubatch = min(context_params.n_ubatch, context_params.n_ctx)
     logits = n_outputs * found.layout.n_vocab * 4
-    work = executor_bytes(found.layout, found.n_used, n_ubatch)
+    work = binding.plugin.work_bytes(found.n_used, n_ubatch)
     needs = Needs(
         trunk=found.layout.trunk_bytes,
         kv=sizes_.kv,
@@ -233,24 +227,3 @@ def _check_low_copies(layout: ModelLayout, options: Options) -> None:
             f"{layout.path} has no low copy for {wanted}: make a bundle with moe-gguf convert"
             " --low-quant TYPE"
         )
-
-
-def executor_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
-    """Bytes the plugin and its inner device allocate for a batch of ``n_ubatch`` tokens.
-
-    Follows native/executor.cpp: an event runs either whole (ggml-cpu's table of rows, 8 bytes per
-    slot and pair, at most WORK_BYTES) or in rounds (gathered rows, at most WORK_BYTES unless one
-    expert has more, and the event's inputs kept once). Either way ggml-cpu quantizes a matmul's
-    input, to at most 1.2 bytes per element unless the weights are floats.
-    """
-    pairs = n_ubatch * n_used
-    n_all = len(layout.layers) * layout.n_experts
-    whole = min(_WORK_BYTES, pairs * n_all * 8)
-    tensors = [t for layer in layout.layers for t in layer.tensors]
-    width = max(sum(4 * (t.ne[0] + t.ne[1]) for t in layer.tensors) for layer in layout.layers)
-    gathered = min(pairs * width, max(_WORK_BYTES, n_ubatch * width))
-    kept = n_ubatch * max(t.ne[0] for t in tensors) * 4
-    kinds = {kind for layer in layout.layers for copy in layer.copies for kind in copy.types}
-    element = 4.0 if kinds & _FLOAT_TYPES else 1.2
-    quantized = int(pairs * max(t.ne[0] for t in tensors) * element)
-    return _WORK_BASE + 72 * n_all + max(whole, gathered + kept) + quantized

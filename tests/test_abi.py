@@ -12,17 +12,20 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import llama_cpp
 import pytest
+import tiny
 from conftest import TinyFile, missing
-from harness import ours
+from harness import ours, random_tokens, rows
 
 from moe_gguf import UserError
 from moe_gguf.policies.predict import Variant
 from moe_gguf.runtime.binding import BuftOverride
+from moe_gguf.runtime.formats.layout import ModelLayout
 from moe_gguf.runtime.plugin import abi, library, model
 from moe_gguf.runtime.plugin.gates import Gating
 
@@ -45,9 +48,8 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
 
 # sizeof of ggml's own declarations in ggml-backend-impl.h, release 0.3.36 of llama-cpp-python
 # (ggml-backend API version 2), on 64-bit systems. A struct of function pointers is 8 bytes each.
+# Version 3 differs in the table of a buffer type alone.
 GGML_SIZES = {
-    "ggml_backend_buffer_type_i": 6 * 8,
-    "ggml_backend_buffer_type": 6 * 8 + 16,
     "ggml_backend_buffer_i": 11 * 8,
     "ggml_backend_buffer": 11 * 8 + 32,
     "ggml_backend_i": 16 * 8,
@@ -58,9 +60,31 @@ GGML_SIZES = {
     "ggml_backend_reg": 8 + 4 * 8 + 8,
     "ggml_tensor": 336,  # public in ggml.h, but the executor writes its fields
 }
+# Members of ggml_backend_buffer_type_i by version, in ggml's order: result, parameters after the
+# first, and what ours answers in the test, 0 for a member that is null.
+BUFFER_TYPE_MEMBERS = {
+    2: {
+        "get_name": ("const char *", "", 6),
+        "alloc_buffer": ("ggml_backend_buffer_t", "size_t", 2),
+        "get_alignment": ("size_t", "", 3),
+        "get_max_size": ("size_t", "", 4),
+        "get_alloc_size": ("size_t", "const ggml_tensor *", 5),
+        "is_host": ("bool", "", 1),
+    },
+    3: {
+        "get_name": ("const char *", "", 6),
+        "alloc_buffer": ("ggml_backend_buffer_t", "size_t", 2),
+        "alloc_buffer_n": ("ggml_backend_buffer_t", "ggml_tensor **, int", 0),
+        "get_alignment": ("size_t", "", 3),
+        "get_max_size": ("size_t", "", 4),
+        "get_alloc_size": ("size_t", "const ggml_tensor *", 5),
+        "get_alloc_size_n": ("size_t", "ggml_tensor **, int", 0),
+        "is_host": ("bool", "", 1),
+    },
+}
 
 
-def compiled(source: str, folder: Path) -> dict[str, int]:
+def compiled(source: str, folder: Path, declarations: str = "") -> dict[str, int]:
     """What a program against the plugin's headers prints, as ``name number`` lines."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -68,7 +92,8 @@ def compiled(source: str, folder: Path) -> dict[str, int]:
     program = folder / "sizes"
     flags = ["-std=c++17", "-Wno-invalid-offsetof", f"-I{NATIVE}", f"-I{INCLUDE}"]
     includes = ["#include <cstddef>", "#include <cstdio>", '#include "moe.h"']
-    lines = [*includes, '#include "ggml-iface.h"', "int main() {", source, "}"]
+    includes += ['#include "ggml-iface.h"', '#include "buffer_type.h"']
+    lines = [*includes, declarations, "int main() {", source, "}"]
     subprocess.run(
         [str(compiler), *flags, "-o", str(program), "-x", "c++", "-"],
         input="\n".join(lines),
@@ -85,9 +110,10 @@ def show(name: str, expression: str) -> str:
 
 def test_the_mirror_equals_the_header(tmp_path: Path) -> None:
     lines = [show("MOE_ABI", "MOE_ABI"), show("MOE_MAX_GUESSES", "MOE_MAX_GUESSES")]
-    lines.append(show("MOE_COPIES", "MOE_COPIES"))
     expected = {"MOE_ABI": abi.ABI, "MOE_MAX_GUESSES": abi.MAX_GUESSES}
-    expected["MOE_COPIES"] = abi.COPIES
+    for name in ("COPIES", "GGML_OLDEST", "GGML_NEWEST"):
+        lines.append(show(f"MOE_{name}", f"MOE_{name}"))
+        expected[f"MOE_{name}"] = getattr(abi, name)
     for name, mirror in MIRRORS.items():
         lines.append(show(name, f"sizeof(struct {name})"))
         expected[name] = ctypes.sizeof(mirror)
@@ -114,7 +140,7 @@ def test_the_mirror_is_complete() -> None:
 
 
 def test_errors_have_the_numbers_of_the_header() -> None:
-    text = (NATIVE / "model.h").read_text()
+    text = (NATIVE / "failure.h").read_text()
     numbers = re.search(r"ERROR_NONE = (\d), ERROR_READ = (\d), ERROR_OTHER = (\d)", text)
     assert numbers
     assert tuple(map(int, numbers.groups())) == (
@@ -159,6 +185,99 @@ def test_the_pinned_release_is_installed() -> None:
 def test_ggml_s_structs_have_their_pinned_sizes(tmp_path: Path) -> None:
     lines = [show(name, f"sizeof(struct {name})") for name in GGML_SIZES]
     assert compiled("\n".join(lines), tmp_path) == GGML_SIZES
+
+
+@pytest.mark.parametrize("version", BUFFER_TYPE_MEMBERS)
+def test_a_buffer_type_speaks_each_version(tmp_path: Path, version: int) -> None:
+    """Built by the plugin's own code, called as a host of that version would: by place."""
+    members = BUFFER_TYPE_MEMBERS[version]
+    host_table = "".join(
+        f"{result} (*{name})(void *{parameters and ', ' + parameters});"
+        for name, (result, parameters, _) in members.items()
+    )
+    ours = "".join(
+        f"static {result} {name}(ggml_backend_buffer_type_t{parameters and ', ' + parameters}) "
+        f"{{ return ({result}){answer}; }}\n"
+        for name, (result, parameters, answer) in members.items()
+        if answer
+    )
+    named = [name for name, (*_, answer) in members.items() if answer]
+    source = f"""
+        int owner;
+        const moe::buffer_type_functions functions = {{{", ".join(named)}}};
+        moe::buffer_type type({version}, functions, (ggml_backend_dev_t)7, &owner);
+        auto * const host = (host_type *)type.ggml();
+        {show("device", "host->device")}
+        {show("owner", "moe::buffer_type::owner(type.ggml()) == &owner")}
+        {show("is_ours", "moe::buffer_type::is_named_by(type.ggml(), get_name)")}
+        {show("size", f"sizeof(moe::described_buffer_type<{version}>) - sizeof(host_type)")}
+    """
+    for name, (_, parameters, answer) in members.items():
+        arguments = {"": "", "size_t": ", 8"}.get(parameters, ", nullptr")
+        call = f"host->iface.{name}(host{arguments})" if answer else f"!!host->iface.{name}"
+        source += show(name, call)
+    host = f"struct host_type {{ struct {{ {host_table} }} iface; void * device, * context; }};"
+    expected = {name: answer for name, (*_, answer) in members.items()}
+    answers = compiled(source, tmp_path, f"{ours}{host}")
+    assert answers == expected | {"device": 7, "owner": 1, "is_ours": 1, "size": 0}
+
+
+@pytest.mark.parametrize("version", [1, 4])
+def test_a_buffer_type_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
+    source = f"""
+        bool refused = false;
+        try {{
+            moe::buffer_type type({version}, moe::buffer_type_functions(), nullptr, nullptr);
+        }} catch (const std::runtime_error &) {{
+            refused = true;
+        }}
+        {show("refused", "refused")}
+    """
+    assert compiled(source, tmp_path) == {"refused": 1}
+
+
+REFUSED = """
+import ctypes, sys
+import llama_cpp
+from moe_gguf import UserError
+from moe_gguf.runtime.plugin import library
+
+host = llama_cpp.llama_cpp._lib
+llama_cpp.llama_backend_init()
+host.ggml_backend_reg_get.restype = ctypes.c_void_p
+host.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
+ctypes.c_int32.from_address(host.ggml_backend_reg_get(0)).value = int(sys.argv[1])
+try:
+    library.load()
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("version", [1, 4, 6])
+def test_another_interface_version_is_refused_in_one_sentence(version: int) -> None:
+    """A process whose ggml says so of itself: nothing is registered, and the mend is named."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, str(version)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"this llama-cpp-python speaks version {version} of ggml's backend interface and moe-gguf "
+        "versions 2 to 3: pip install llama-cpp-python==0.3.36"
+    ]
+
+
+def test_version_3_is_answered_with_version_3() -> None:
+    """The ggml in this process speaks 2: where it claims 3, it gets a 3 and refuses that."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, "3"], capture_output=True, text=True, check=True
+    )
+    assert "it was built for another llama-cpp-python" in done.stdout
+
+
+def test_what_differs_between_systems_is_in_one_file_per_system() -> None:
+    system = re.compile(r"<(sys/\w+|fcntl|unistd|pthread|signal|windows)\.h>|memfd|_fileno|posix_")
+    files = [file for file in NATIVE.iterdir() if file.suffix in (".h", ".cpp")]
+    assert [file.name for file in files if system.search(file.read_text())] == ["os_linux.cpp"]
 
 
 # --- against the libraries in this process --------------------------------------------------------
@@ -266,6 +385,39 @@ def test_llama_cpp_s_structs() -> None:
     assert ctypes.sizeof(fields["tensor_buft_overrides"]) == 8
     assert {"load_mode", "no_alloc", "use_extra_bufts"} <= fields.keys()
     assert {"n_outputs_max", "cb_eval"} <= dict(llama_cpp.llama_context_params._fields_).keys()
+
+
+# --- the bytes of a step --------------------------------------------------------------------------
+
+
+def work_bytes(layout: ModelLayout, n_used: int, n_ubatch: int) -> int:
+    """The plugin's sum once more, from the model's layout."""
+    pairs = n_ubatch * n_used
+    n_all = len(layout.layers) * layout.n_experts
+    whole = min(2**25, pairs * n_all * 8)
+    tensors = [t for layer in layout.layers for t in layer.tensors]
+    width = max(sum(4 * (t.ne[0] + t.ne[1]) for t in layer.tensors) for layer in layout.layers)
+    gathered = min(pairs * width, max(2**25, n_ubatch * width))
+    kept = n_ubatch * max(t.ne[0] for t in tensors) * 4
+    kinds = {kind for layer in layout.layers for copy in layer.copies for kind in copy.types}
+    element = 4.0 if kinds & {0, 1, 30} else 1.2  # F32, F16, BF16
+    quantized = int(pairs * max(t.ne[0] for t in tensors) * element)
+    return 2**23 + 72 * n_all + max(whole, gathered + kept) + quantized
+
+
+@pytest.mark.parametrize("name", tiny.LAYOUTS)
+def test_what_a_step_takes_is_within_what_the_plugin_says(tiny_file: TinyFile, name: str) -> None:
+    with ours(tiny_file(name), 3) as opened:
+        plugin, n_used, layout = opened.plugin, opened.found.n_used, opened.found.layout
+        for n in (0, 1, 8, 300, 512, 100_000):
+            assert plugin.work_bytes(n_used, n) == work_bytes(layout, n_used, n)
+        for n in (1, 8, 300):
+            opened.reset_stats()
+            opened.context().decode(rows(random_tokens(n)))
+            stats = opened.stats()
+            assert stats.rounds > 0 or stats.whole == stats.events
+            of_tokens = plugin.work_bytes(n_used, n) - plugin.work_bytes(n_used, 0)
+            assert 0 < stats.scratch_bytes <= of_tokens or stats.rounds == 0
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 // Memory that is filled and emptied every event and allocated almost never.
 #pragma once
 
-#include <cstdlib>
 #include <new>
 
 #include "ggml.h"
+#include "os.h"
 
 namespace moe {
 
@@ -13,7 +13,7 @@ class buffer {
     buffer()                           = default;
     buffer(const buffer &)             = delete;
     buffer & operator=(const buffer &) = delete;
-    ~buffer() { free(data_); }
+    ~buffer() { os::aligned_free(data_); }
 
     // Contents are lost.
     void reserve(size_t bytes) {
@@ -21,10 +21,10 @@ class buffer {
         if (bytes <= capacity_) {
             return;
         }
-        free(data_);
-        data_     = nullptr;
+        os::aligned_free(data_);
         capacity_ = 0;
-        if (posix_memalign((void **)&data_, ALIGN, bytes) != 0) {
+        data_     = (char *)os::aligned_alloc(ALIGN, bytes);
+        if (data_ == nullptr) {
             throw std::bad_alloc();
         }
         capacity_ = bytes;

@@ -88,8 +88,8 @@ bool chain::recognise(ggml_tensor * const * split, int n) {
             continue;
         }
         if (matmul) {
-            auto *             model = (moe_model *)t->src[0]->buffer->buft->context;
-            const moe_tensor * where = model->find(t->src[0]);
+            auto *             model = (moe_model *)buffer_type::owner(t->src[0]->buffer->buft);
+            const moe_tensor * where = model->weights.find(t->src[0]);
             if (where == nullptr || t->src[2]->type != GGML_TYPE_I32) {
                 return false;
             }

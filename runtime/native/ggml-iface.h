@@ -1,27 +1,11 @@
-// The ggml-backend interface, version 2, as an out-of-tree backend has to know it: ggml installs
-// only its callers' half. Member order is ggml's ABI. The registry refuses us when api_version
-// differs from the host's, and tests/test_abi.py compares the sizes against the pinned release.
+// The ggml-backend interface as an out-of-tree backend has to know it: ggml installs only its callers'
+// half. Member order is ggml's ABI. Here is what versions 2 and 3 have in common; the one table in
+// which they differ is in buffer_type.h. The registry refuses us when api_version differs from the
+// host's, and tests/test_abi.py compares the sizes against the pinned release.
 #pragma once
 
 #include "ggml-backend.h"
 #include "ggml.h"
-
-#define MOE_GGML_API_VERSION 2
-
-struct ggml_backend_buffer_type_i {
-    const char * (*get_name)(ggml_backend_buffer_type_t buft);
-    ggml_backend_buffer_t (*alloc_buffer)(ggml_backend_buffer_type_t buft, size_t size);
-    size_t (*get_alignment)(ggml_backend_buffer_type_t buft);
-    size_t (*get_max_size)(ggml_backend_buffer_type_t buft);
-    size_t (*get_alloc_size)(ggml_backend_buffer_type_t buft, const struct ggml_tensor * tensor);
-    bool (*is_host)(ggml_backend_buffer_type_t buft);
-};
-
-struct ggml_backend_buffer_type {
-    struct ggml_backend_buffer_type_i iface;
-    ggml_backend_dev_t                device;
-    void *                            context;
-};
 
 struct ggml_backend_buffer_i {
     void (*free_buffer)(ggml_backend_buffer_t buffer);

@@ -21,6 +21,9 @@ extern "C" {
 #endif
 
 #define MOE_ABI 5
+// Versions of ggml's backend interface that the plugin can speak.
+#define MOE_GGML_OLDEST 2
+#define MOE_GGML_NEWEST 3
 #define MOE_MAX_GUESSES 256
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
@@ -83,7 +86,7 @@ struct moe_config {
     int32_t                         n_parts;
     int32_t                         n_transforms;
     int32_t                         lanes;         // reader threads
-    int32_t                         direct;        // 1: O_DIRECT
+    int32_t                         direct;        // 1: past the page cache
     int32_t                         offset_align;  // of file offsets in direct reads
     int32_t                         memory_align;  // of destinations in direct reads
     int64_t                         slot_bytes;    // distance between two slots
@@ -171,7 +174,7 @@ struct moe_stats {
     int64_t guess_loads;
     int64_t guess_promoted;  // demanded while still being read
     int64_t guess_cancelled;
-    int64_t scratch_bytes;  // high-water mark of the executor's own buffers
+    int64_t scratch_bytes;  // high-water mark of the rows that were kept and gathered
 };
 
 enum moe_gating {
@@ -181,7 +184,7 @@ enum moe_gating {
     MOE_GATING_SQRT_SOFTPLUS,
 };
 
-// How a layer chooses experts; policies/router.py says what each field means.
+// How a layer chooses experts; runtime/plugin/gates.py says what each field means.
 struct moe_router {
     const float * weight;      // [n_experts][n_embd]
     const float * logit_bias;  // [n_experts] or NULL, added to the logits
@@ -234,11 +237,15 @@ struct moe_event {
 };
 
 struct moe_probe {
-    int32_t direct;  // 1: O_DIRECT reads work on this file
+    int32_t direct;  // 1: direct reads work on this file
     int32_t offset_align;
     int32_t memory_align;
     int32_t reserved;
 };
+
+// The version that the ggml of this process speaks; 0 where it cannot be known. Outside the two above
+// the plugin registers nothing.
+MOE_API int32_t moe_ggml_version(void);
 
 // NULL on failure, with a sentence in error[n_error].
 MOE_API struct moe_model * moe_model_new(const struct moe_config * config, char * error, size_t n_error);
@@ -255,6 +262,9 @@ MOE_API FILE * moe_model_stream(struct moe_model * model);
 // Where the loaded model keeps a trunk tensor, in the file's own type; NULL if it does not, or not
 // plainly. Valid as long as the llama model is.
 MOE_API const void * moe_model_trunk_data(struct moe_model * model, const char * name);
+// What a batch of so many tokens takes at most, with every expert in a slot, beside the slots: the
+// plugin's own buffers and those of the kernels it calls.
+MOE_API int64_t moe_model_work_bytes(struct moe_model * model, int32_t n_used, int32_t n_ubatch);
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
 MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
 MOE_API void    moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
@@ -304,7 +314,7 @@ MOE_API void moe_gates_forget(struct moe_gates * gates);
 // Lately: of the experts a token used, the share that was guessed first; -1 where nothing was.
 MOE_API float moe_gates_recall(struct moe_gates * gates, int32_t layer);
 
-// Tries O_DIRECT on a file and finds the smallest alignments that work.
+// Tries direct reads of a file and finds the smallest alignments that work.
 MOE_API void moe_probe_direct(const char * path, struct moe_probe * probe);
 // Bytes per second of reading blobs of `bytes` at the given offsets with `lanes` threads.
 MOE_API double moe_probe_speed(const char * path, const int64_t * offsets, int32_t n, int64_t bytes, int32_t lanes, int32_t direct);

@@ -1,14 +1,7 @@
 #include "reads.h"
 
-#include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -19,27 +12,20 @@ static int64_t round_up(int64_t x, int64_t align) { return (x + align - 1) & ~(a
 
 reads::reads(const std::vector<std::string> & paths, const read_options & options) : paths_(paths), options_(options) {
     for (const auto & path : paths_) {
-        const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | (options_.direct ? O_DIRECT : 0));
-        if (fd < 0) {
-            const std::string why = strerror(errno);
-            for (int other : fds_) {
-                close(other);
+        int            error = 0;
+        const os::file file  = os::open_file(path.c_str(), options_.direct ? os::access::DIRECT : os::access::SCATTERED, &error);
+        if (file == os::NO_FILE) {
+            for (os::file other : files_) {
+                os::close_file(other);
             }
-            throw std::runtime_error("cannot open " + path + ": " + why);
+            throw std::runtime_error("cannot open " + path + ": " + os::describe(error));
         }
-        if (!options_.direct) {
-            posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);  // experts are scattered: readahead past them is waste
-        }
-        fds_.push_back(fd);
+        files_.push_back(file);
     }
-    // Lanes must not run the host's signal handlers: Ctrl-C belongs to Python's main thread.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const os::signals_blocked blocked;  // Ctrl-C belongs to Python's main thread
     for (int i = 0; i < options_.lanes; i++) {
         lanes_.emplace_back([this, i] { lane(i); });
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 reads::~reads() {
@@ -51,8 +37,8 @@ reads::~reads() {
     for (auto & t : lanes_) {
         t.join();
     }
-    for (int fd : fds_) {
-        close(fd);
+    for (os::file file : files_) {
+        os::close_file(file);
     }
 }
 
@@ -266,9 +252,7 @@ void reads::finish_if_done(std::unique_lock<std::mutex> & lock, int slot) {
 void reads::lane(int number) {
     char * bounce = nullptr;
     if (options_.direct) {
-        if (posix_memalign((void **)&bounce, 4096, CHUNK_BYTES + 2 * (size_t)options_.offset_align) != 0) {
-            bounce = nullptr;
-        }
+        bounce = (char *)os::aligned_alloc(4096, CHUNK_BYTES + 2 * (size_t)options_.offset_align);
     }
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -309,7 +293,7 @@ void reads::lane(int number) {
         }
     }
     lock.unlock();
-    free(bounce);
+    os::aligned_free(bounce);
 }
 
 std::string reads::read_chunk(const chunk & c, char * bounce) {
@@ -330,7 +314,7 @@ std::string reads::read_chunk(const chunk & c, char * bounce) {
     if (inject_skip_.load(std::memory_order_relaxed) >= 0 && inject_skip_.fetch_sub(1) == 0) {
         const int err = inject_err_;
         if (err > 0) {
-            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + strerror(err);
+            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + os::describe(err);
         }
         if (err < 0) {
             std::this_thread::sleep_for(std::chrono::milliseconds(-err));
@@ -338,12 +322,9 @@ std::string reads::read_chunk(const chunk & c, char * bounce) {
         cut = err == 0;
     }
     while (!cut && done < head + c.bytes) {
-        const ssize_t n = pread(fds_[c.file], dest + done, want - done, begin + done);
-        if (n < 0 && errno == EINTR) {
-            continue;
-        }
+        const int64_t n = os::read_at(files_[c.file], dest + done, want - done, begin + done);
         if (n < 0) {
-            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + strerror(errno);
+            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + os::describe((int)-n);
         }
         if (n == 0) {
             cut = true;

@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "os.h"
 #include "timeline.h"
 
 namespace moe {
@@ -117,7 +118,7 @@ class reads {
     void        finish_if_done(std::unique_lock<std::mutex> & lock, int slot);
 
     std::vector<std::string> paths_;
-    std::vector<int>         fds_;
+    std::vector<os::file>    files_;
     read_options             options_;
     std::mutex               mutex_;
     std::condition_variable  work_, done_;

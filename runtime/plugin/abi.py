@@ -11,6 +11,8 @@ import ctypes
 import numpy as np
 
 ABI = 5
+# Versions of ggml's backend interface that the plugin can speak.
+GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
 COPIES = 2
 

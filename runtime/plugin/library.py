@@ -13,7 +13,20 @@ import llama_cpp
 
 from .. import logs
 from ..errors import UserError
-from .abi import ROUTE_FN, Call, Config, Event, GatesConfig, Probe, Stats, i32, i32_array, i64
+from .abi import (
+    GGML_NEWEST,
+    GGML_OLDEST,
+    ROUTE_FN,
+    Call,
+    Config,
+    Event,
+    GatesConfig,
+    Probe,
+    Stats,
+    i32,
+    i32_array,
+    i64,
+)
 
 LIBRARY = "libggml-moe.so"
 
@@ -53,13 +66,11 @@ def load() -> ctypes.CDLL:
     with logs.capture():  # ggml announces every backend on stderr
         loaded = host.ggml_backend_load(path)
     if not loaded:
-        raise UserError(
-            "llama.cpp refused the moe-gguf plugin: it was built for another llama-cpp-python; "
-            "reinstall moe-gguf"
-        )
+        raise UserError(_refusal(path))
     lib = ctypes.CDLL(path.decode())
     handle = ctypes.c_void_p
     for name, restype, argtypes in (
+        ("moe_ggml_version", i32, []),
         ("moe_model_new", handle, [ctypes.POINTER(Config), ctypes.c_char_p, ctypes.c_size_t]),
         ("moe_model_free", None, [handle]),
         ("moe_model_expert_buffer_type", handle, [handle]),
@@ -68,6 +79,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_stream", handle, [handle]),
         ("fclose", ctypes.c_int, [handle]),  # the C library's, for that stream
         ("moe_model_trunk_data", handle, [handle, ctypes.c_char_p]),
+        ("moe_model_work_bytes", i64, [handle, i32, i32]),
         ("moe_model_arena", i32, [handle, i32]),
         ("moe_model_bind", None, [handle, ROUTE_FN, ROUTE_FN]),
         ("moe_model_guess_with", None, [handle, handle]),
@@ -99,6 +111,24 @@ def load() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = restype, argtypes
     return lib
+
+
+def _refusal(path: bytes) -> str:
+    """Why llama.cpp did not take the plugin, and what to do."""
+    try:
+        version = int(ctypes.CDLL(path.decode()).moe_ggml_version())
+    except OSError:  # it does not even link with this llama.cpp
+        version = GGML_NEWEST
+    if GGML_OLDEST <= version <= GGML_NEWEST:
+        return (
+            "llama.cpp refused the moe-gguf plugin: it was built for another llama-cpp-python; "
+            "reinstall moe-gguf"
+        )
+    pinned = [r for r in importlib.metadata.requires("moe-gguf") or [] if "llama-cpp" in r]
+    return (
+        f"this llama-cpp-python speaks version {version} of ggml's backend interface and moe-gguf "
+        f"versions {GGML_OLDEST} to {GGML_NEWEST}: pip install {pinned[0]}"
+    )
 
 
 def probe_direct(path: Path) -> DirectProbe:

@@ -57,6 +57,10 @@ class PluginModel:
         address: int | None = self._lib.moe_model_trunk_data(self._open, name.encode())
         return address
 
+    def work_bytes(self, n_used: int, n_ubatch: int) -> int:
+        """What a batch of so many tokens takes at most beside the slots, every expert in one."""
+        return int(self._lib.moe_model_work_bytes(self._open, n_used, n_ubatch))
+
     def allocate(self, n_slots: int) -> None:
         if self._lib.moe_model_arena(self._open, n_slots) != 0:
             raise UserError(f"the system refused the memory for {n_slots} slots: lower --memory")

@@ -1,0 +1,78 @@
+#include "arena.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "os.h"
+#include "repack.h"
+
+namespace moe {
+
+host_arena::host_arena(const weights & w) : weights_(w) {
+    for (const moe_tensor & t : w.tensors()) {
+        for (int copy = 0; copy < MOE_COPIES; copy++) {
+            const bool repacked = t.type[copy] >= 0 && t.layout[copy] == MOE_LAYOUT_REPACKED;
+            traits_.push_back(repacked ? repack_traits((enum ggml_type)t.type[copy], t.ne[0], t.ne[1]) : nullptr);
+            if (repacked && traits_.back() == nullptr) {
+                throw std::runtime_error(std::string(t.name) + " is in a kernel layout that this machine does not have");
+            }
+        }
+    }
+}
+
+host_arena::~host_arena() {
+    if (repacked_) {
+        ggml_backend_buffer_free(repacked_);
+    }
+    if (memory_) {
+        os::release(memory_, (size_t)n_slots_ * weights_.slot_bytes);
+    }
+}
+
+bool host_arena::allocate(int n_slots) {
+    const size_t bytes = (size_t)n_slots * weights_.slot_bytes;
+    memory_            = (char *)os::allocate(bytes);
+    if (memory_ == nullptr) {
+        return false;
+    }
+    n_slots_ = n_slots;
+    if (std::any_of(traits_.begin(), traits_.end(), [](void * t) { return t != nullptr; })) {
+        repacked_ = repack_buffer_over(memory_, bytes);
+    }
+    return true;
+}
+
+// Another machine's kernel layouts are made plain.
+void host_arena::finish(int slot, int key) {
+    thread_local std::vector<uint8_t> scratch;
+
+    const int copy = weights_.copy_of(key);
+    for (const moe_tensor * t : weights_.of_layer(weights_.layer_of(key))) {
+        if (t->layout[copy] != MOE_LAYOUT_FOREIGN) {
+            continue;
+        }
+        const auto type = (enum ggml_type)t->type[copy];
+        scratch.resize(ggml_row_size(type, t->ne[0]) * t->ne[1]);
+        unpack(weights_.transform(t->transform[copy]), t->ne[0] / ggml_blck_size(type), t->ne[1],
+               (uint8_t *)place(slot, t->slot_offset[copy]), scratch.data());
+    }
+}
+
+void host_arena::show(const moe_tensor & weight, int copy, ggml_tensor * t) const {
+    void * const traits = traits_[MOE_COPIES * weights_.index_of(weight) + copy];
+    t->type             = (enum ggml_type)weight.type[copy];
+    t->ne[0]            = weight.ne[0];
+    t->ne[1]            = weight.ne[1];
+    t->ne[2]            = n_slots_;
+    t->ne[3]            = 1;
+    t->nb[0]            = ggml_type_size(t->type);
+    t->nb[1]            = ggml_row_size(t->type, t->ne[0]);
+    t->nb[2]            = weights_.slot_bytes;
+    t->nb[3]            = weights_.slot_bytes * n_slots_;
+    t->data             = memory_ + weight.slot_offset[copy];
+    t->buffer           = traits ? repacked_ : nullptr;
+    t->extra            = traits;
+}
+
+}  // namespace moe

@@ -1,0 +1,84 @@
+// What is said between a model's events and its controller: which experts an event needs, the plan that
+// answers, the guesses afterwards, and what becomes of an event that fails.
+//
+// Owns moe_call and what has to be remembered from one event to the next. A wrong plan would compute with
+// wrong weights, so everything it claims is checked against the slots. Computes nothing.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "chain.h"
+#include "gates.h"
+#include "rows.h"
+
+namespace moe {
+
+class dialogue {
+  public:
+    explicit dialogue(moe_model & model);
+    dialogue(const dialogue &)             = delete;
+    dialogue & operator=(const dialogue &) = delete;
+
+    // One expert of the running event.
+    struct entry {
+        int  expert;
+        int  copy;
+        int  slot;
+        int  first;  // its pairs are pairs[first .. first + count)
+        int  count;
+        int  waits_for;  // index of the entry that must free the slot first, or -1
+        bool load;
+        bool submitted;
+        bool done;
+    };
+
+    // An event is begun, computed by whoever asks, and ended; nothing of it outlives the end. A false is
+    // an event that has failed, with the reason in the model.
+    bool begin(const chain & c, rows & activations);
+    // Asks for guesses, now that the disk has what this layer waits for, and submits them. Once.
+    bool ask_for_guesses();
+    // The input that guesses are made from has moved: rounds may write over the original.
+    void input_moved(const ggml_tensor & x);
+    void stalled(int64_t ns) { call.stall_ns += ns; }
+    void end(bool failed);
+
+    std::vector<int32_t> ids;      // [n_tokens][n_used]
+    std::vector<int32_t> pairs;    // token * n_used + rank, grouped by expert, in token order
+    std::vector<entry>   entries;  // the plan, in execution order
+
+    void step(int phase, int n_sequences);
+    void reset_counts();
+
+    moe_call     call{};
+    moe_route_fn route = nullptr;
+    moe_route_fn guess = nullptr;
+    moe_gates *  gates = nullptr;  // that guess for the model; not owned
+
+  private:
+    bool         group_pairs(rows & activations);
+    void         remember_tensors();
+    bool         ask();
+    bool         plan_settled();
+    bool         read_plan();
+    const char * read_entry(int i);
+    void         drop_wrong_guesses();
+    bool         predict();
+
+    moe_model &          model_;
+    const chain *        c_ = nullptr;  // of the running event
+    std::vector<int32_t> arrays_;
+    std::vector<float>   chances_;
+    std::vector<int64_t> settled_hits_;
+    std::vector<int32_t> index_of_;  // expert -> index in call.experts; -1 between events
+    std::vector<int32_t> first_of_;  // index -> first pair
+    std::vector<int32_t> occupant_;  // slot -> last entry planned for it; -1 between events
+    std::vector<int32_t> dropped_;
+    std::vector<int32_t> abandoned_;
+    // Which tensors of which layer the running step has seen, to tell a continuation.
+    int                             last_layer_ = -1;
+    bool                            is_later_   = false;  // this event's layer comes after the last one's
+    std::vector<const moe_tensor *> last_seen_;
+};
+
+}  // namespace moe

@@ -1,0 +1,16 @@
+// What the rest of the plugin needs of its own registration in ggml.
+#pragma once
+
+#include "buffer_type.h"
+
+namespace moe {
+
+// The version of the backend interface that the ggml of this process speaks; 0 if it has no backend yet
+// that would tell.
+int ggml_version();
+// Ours, once ggml has registered it.
+ggml_backend_dev_t device();
+// Of routed experts: address space without memory.
+extern const buffer_type_functions expert_type;
+
+}  // namespace moe

@@ -1,0 +1,227 @@
+#include "trunk.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "os.h"
+#include "repack.h"
+
+namespace moe {
+
+namespace {
+
+// A repacked tensor is read in pieces of this size, so that the biggest one does not count twice.
+constexpr int64_t PIECE_BYTES = 4 << 20;
+// No repacked layout interleaves more rows.
+constexpr int64_t MAX_INTERLEAVE = 16;
+
+ggml_backend_dev_t cpu() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+
+ggml_backend_buffer_type_t cpu_type() { return ggml_backend_dev_buffer_type(cpu()); }
+
+size_t type_alignment(ggml_backend_buffer_type_t) { return ggml_backend_buft_get_alignment(cpu_type()); }
+
+// ---- plain: the CPU's own memory, filled by us instead of by llama.cpp
+
+ggml_backend_buffer_t inner(ggml_backend_buffer_t buffer) { return (ggml_backend_buffer_t)buffer->context; }
+
+void   plain_free(ggml_backend_buffer_t buffer) { ggml_backend_buffer_free(inner(buffer)); }
+void * plain_base(ggml_backend_buffer_t buffer) { return ggml_backend_buffer_get_base(inner(buffer)); }
+
+void plain_memset(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+    memset((char *)tensor->data + offset, value, size);
+}
+
+void plain_set(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    // While loading, data points into the empty mapping. A tensor that is not the model's (a LoRA
+    // adapter's) comes with its bytes.
+    if (!((trunk *)buffer_type::owner(buffer->buft))->read(tensor)) {
+        memcpy((char *)tensor->data + offset, data, size);
+    }
+}
+
+void plain_get(ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    memcpy(data, (const char *)tensor->data + offset, size);
+}
+
+void plain_clear(ggml_backend_buffer_t buffer, uint8_t value) { ggml_backend_buffer_clear(inner(buffer), value); }
+
+const ggml_backend_buffer_i plain_iface = {
+    /* .free_buffer   = */ plain_free,
+    /* .get_base      = */ plain_base,
+    /* .init_tensor   = */ nullptr,
+    /* .memset_tensor = */ plain_memset,
+    /* .set_tensor    = */ plain_set,
+    /* .get_tensor    = */ plain_get,
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ nullptr,
+    /* .clear         = */ plain_clear,
+    /* .reset         = */ nullptr,
+};
+
+const char * plain_type_name(ggml_backend_buffer_type_t) { return "MOE_TRUNK"; }
+bool         plain_type_is_host(ggml_backend_buffer_type_t) { return true; }
+
+ggml_backend_buffer_t plain_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(cpu_type(), size);
+    return buffer ? ggml_backend_buffer_init(buft, plain_iface, buffer, size) : nullptr;
+}
+
+const buffer_type_functions plain_type = {
+    /* .get_name       = */ plain_type_name,
+    /* .alloc_buffer   = */ plain_type_alloc,
+    /* .get_alignment  = */ type_alignment,
+    /* .get_max_size   = */ nullptr,
+    /* .get_alloc_size = */ nullptr,
+    /* .is_host        = */ plain_type_is_host,
+};
+
+// ---- repacked: what ggml-cpu takes for its own CPU_REPACK buffer, filled by us
+
+struct repacked_buffer {
+    ggml_backend_buffer_t inner;
+    trunk *               owner;
+};
+
+repacked_buffer & repacked_of(ggml_backend_buffer_t buffer) { return *(repacked_buffer *)buffer->context; }
+
+void repacked_free(ggml_backend_buffer_t buffer) {
+    ggml_backend_buffer_free(repacked_of(buffer).inner);
+    delete &repacked_of(buffer);
+}
+
+void * repacked_base(ggml_backend_buffer_t buffer) { return ggml_backend_buffer_get_base(repacked_of(buffer).inner); }
+
+ggml_status repacked_init(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    ggml_backend_buffer_t own = repacked_of(buffer).inner;
+    return own->iface.init_tensor(own, tensor);
+}
+
+void repacked_set(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void *, size_t, size_t) {
+    if (!repacked_of(buffer).owner->read(tensor)) {
+        GGML_ABORT("%s is not a tensor of this model", tensor->name);
+    }
+}
+
+const ggml_backend_buffer_i repacked_iface = {
+    /* .free_buffer   = */ repacked_free,
+    /* .get_base      = */ repacked_base,
+    /* .init_tensor   = */ repacked_init,
+    /* .memset_tensor = */ nullptr,
+    /* .set_tensor    = */ repacked_set,
+    /* .get_tensor    = */ nullptr,
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ nullptr,
+    /* .clear         = */ nullptr,
+    /* .reset         = */ nullptr,
+};
+
+const char * repacked_type_name(ggml_backend_buffer_type_t) { return "MOE_TRUNK_REPACK"; }
+
+// ggml-cpu knows its repacked tensors by their buffer's type, so the buffer has to carry that type.
+ggml_backend_buffer_t repacked_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(repack_type(), size);
+    auto * const          owner  = (trunk *)buffer_type::owner(buft);
+    return buffer ? ggml_backend_buffer_init(repack_type(), repacked_iface, new repacked_buffer{buffer, owner}, size) : nullptr;
+}
+
+const buffer_type_functions repacked_type = {
+    /* .get_name       = */ repacked_type_name,
+    /* .alloc_buffer   = */ repacked_type_alloc,
+    /* .get_alignment  = */ type_alignment,
+    /* .get_max_size   = */ nullptr,
+    /* .get_alloc_size = */ nullptr,
+    /* .is_host        = */ nullptr,
+};
+
+// The rows of a matrix that one read brings; all of anything else.
+int64_t rows_at_once(const moe_trunk_tensor & t, const ggml_tensor * tensor) {
+    const int64_t rows = ggml_nrows(tensor);
+    return t.repacked ? std::min(rows, std::max<int64_t>(1, PIECE_BYTES / tensor->nb[1] / MAX_INTERLEAVE) * MAX_INTERLEAVE) : rows;
+}
+
+constexpr int ENDED_EARLY = -1;
+
+// 0, ENDED_EARLY or the system's number of an error.
+int read_exactly(os::file file, char * to, int64_t n_bytes, int64_t offset) {
+    for (int64_t done = 0; done < n_bytes;) {
+        const int64_t n = os::read_at(file, to + done, n_bytes - done, offset + done);
+        if (n <= 0) {
+            return n == 0 ? ENDED_EARLY : (int)-n;
+        }
+        done += n;
+    }
+    return 0;
+}
+
+}  // namespace
+
+trunk::trunk(const moe_config & config, int api_version, failure & why)
+    : plain(api_version, plain_type, cpu(), this),
+      repacked(api_version, repacked_type, cpu(), this),
+      paths_(config.paths, config.paths + config.n_files),
+      tensors_(config.trunk_tensors, config.trunk_tensors + config.n_trunk_tensors),
+      data_(tensors_.size()),
+      why_(why) {
+    for (size_t i = 0; i < tensors_.size(); i++) {
+        by_name_[tensors_[i].name] = (int)i;
+    }
+}
+
+bool trunk::read(ggml_tensor * tensor) {
+    const auto it = by_name_.find(tensor->name);
+    if (it == by_name_.end()) {
+        return false;
+    }
+    // Some architectures (gemma4) have llama.cpp make a tied output matrix a tensor of its own in
+    // the same buffer: it is shown the bytes that are there, and its memory is never touched.
+    const void * const there = data_[it->second];
+    if (there != nullptr) {
+        tensor->data = (void *)there;
+        return true;
+    }
+    data_[it->second]              = tensor->data;
+    const moe_trunk_tensor & t     = tensors_[it->second];
+    const int                error = read_rows(t, tensor);
+    if (error != 0) {  // set_tensor cannot fail: whoever loads asks for the error afterwards
+        why_.set(ERROR_READ, "cannot read " + std::string(t.name) + " from " + paths_[t.file] + ": " +
+                                 (error == ENDED_EARLY ? "the file ended early" : os::describe(error)));
+    }
+    return true;
+}
+
+// As read_exactly.
+int trunk::read_rows(const moe_trunk_tensor & t, ggml_tensor * tensor) const {
+    const int64_t     n_rows = ggml_nrows(tensor), row_bytes = t.n_bytes / n_rows;
+    int               error = 0;
+    const os::file    file  = os::open_file(paths_[t.file].c_str(), os::access::SEQUENTIAL, &error);
+    std::vector<char> plain;
+    for (int64_t row = 0, n = rows_at_once(t, tensor); row < n_rows && error == 0; row += n) {
+        n               = std::min(n, n_rows - row);
+        char * const to = (char *)tensor->data + row * row_bytes;
+        if (!t.repacked) {
+            error = read_exactly(file, to, n * row_bytes, t.offset + row * row_bytes);
+            continue;
+        }
+        plain.resize(n * row_bytes);
+        error = read_exactly(file, plain.data(), n * row_bytes, t.offset + row * row_bytes);
+        if (error == 0) {
+            repack(tensor->type, tensor->ne[0], tensor->ne[1], n, plain.data(), to);
+        }
+    }
+    if (file != os::NO_FILE) {
+        os::close_file(file);
+    }
+    return error;
+}
+
+const void * trunk::data(const char * name) const {
+    const auto it = by_name_.find(name);
+    return it == by_name_.end() || tensors_[it->second].repacked ? nullptr : data_[it->second];
+}
+
+void trunk::forget() { std::fill(data_.begin(), data_.end(), nullptr); }
+
+}  // namespace moe
