@@ -13,6 +13,7 @@ import numpy as np
 ABI = 5
 MAX_GUESSES = 256
 COPIES = 2
+CHUNK_BYTES = 1 << 20  # native/reads.h
 
 i32, i64 = ctypes.c_int32, ctypes.c_int64
 i32_array = ctypes.POINTER(i32)
