@@ -33,7 +33,7 @@ from moe_gguf.runtime.budget import Budget, Needs
 from moe_gguf.runtime.cli import main, options, run
 from moe_gguf.runtime.cli.inspect import describe
 from moe_gguf.runtime.cli.plan import plan_document
-from moe_gguf.runtime.cli.replay import replay_document
+from moe_gguf.runtime.cli.replay import replay_document, replay_text
 from moe_gguf.runtime.formats.gguf_header import read_header
 from moe_gguf.runtime.llama import Llama
 from moe_gguf.runtime.sizes import MB
@@ -467,6 +467,7 @@ def test_a_replay_counts_what_the_engine_counted(
     guessed = document["metadata"]["guesses"]
     assert not guessed or policy.startswith(("eap", "fate"))
     assert document["guesses"] == policy.startswith(("eap", "fate"))
+    assert (f"guesses: those offered to {policy}" in replay_text(document)) == document["guesses"]
     assert document["recorded"]["policy"] == policy
     assert document["recorded"]["n_slots"] == n_slots
     assert document["recorded"]["hits"] + document["recorded"]["misses"] > 0
