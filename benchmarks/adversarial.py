@@ -64,7 +64,8 @@ ROWS = ("lru", *LIES, "fate")
 
 def wrong(facts: Facts) -> Policy:
     """LRU, and guesses paced as in ``fate``."""
-    return Policy(LRU(), Popularity(), Gates(), IdleDisk(facts.buffered))
+    pace = IdleDisk(facts.chunk_bytes, facts.buffered)
+    return Policy(LRU(), Popularity(), facts.gates(Gates()), pace)
 
 
 def lying(lie: Callable[[Router], Router]) -> Callable[..., dict[int, Router]]:

@@ -22,27 +22,31 @@ Ids = NDArray[np.int16] | NDArray[np.int32]
 
 
 class Phase(IntEnum):
-    """What a step computes; the plugin's numbers (moe_phase). On the callback a plain int stands
-    for it."""
+    """What a step is for; whoever starts it says so.
+
+    Not to be read off the number of tokens: a step that decodes for eight sequences has eight, and
+    the last layer of a prompt is often computed for one.
+    """
 
     PREFILL = 0
     DECODE = 1  # one token of each sequence
-    MIXED = 2  # some of each
+    MIXED = 2  # some sequences prefill while others decode
 
 
 class RouteEvent(NamedTuple):
     """What one MoE layer asked for in one step.
 
     ``experts`` are the distinct experts in first-seen order (for one token: in the router's
-    order), ``counts[i]`` how many (token, rank) pairs chose ``experts[i]``.
+    order), ``counts[i]`` how many (token, rank) pairs chose ``experts[i]``. ``phase`` and
+    ``n_sequences`` are the step's, ``n_tokens`` is the layer's.
     """
 
     layer: int
     n_tokens: int
     experts: Sequence[int]
     counts: Sequence[int]
-    phase: int = Phase.PREFILL
-    n_sequences: int = 1
+    phase: Phase
+    n_sequences: int
 
 
 class CachePolicy(Protocol):
@@ -91,20 +95,24 @@ class Guess(NamedTuple):
 
 
 class Predictor(Protocol):
-    """Which experts a later layer will ask for. Guesses change time, never output."""
+    """Which experts a later layer will ask for. Guesses change time, never output.
+
+    One learns from routes, another asks the routers themselves, a third repeats a recording: who
+    reads ahead need not know which.
+    """
 
     @property
     def recall(self) -> Mapping[int, float]:
         """By layer: the share of the experts a token used that was guessed first, lately."""
 
     def observe(self, event: RouteEvent, ids: Ids) -> None:
-        """What a layer really asked for, [n_tokens, n_used]; before ``guess``."""
+        """What a layer really asked for, [n_tokens, n_used]; once per event, before ``guess``."""
 
     def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
         """Keys worth reading ahead after ``event``, best first; may be empty.
 
         ``x`` is the layer's gate input, [n_tokens, n_embd]; like ``ids`` it is valid during the
-        call only.
+        call only. A recording keeps none: replayed, n_embd is 0.
         """
 
 

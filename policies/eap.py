@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .base import Guess, Ids, Inputs, RouteEvent
+from .base import Guess, Ids, Inputs, Phase, RouteEvent
 
 Floats = npt.NDArray[np.float32]
 
@@ -35,8 +35,9 @@ class ExpertPaths:
       each expert, so there it grows by the expected number if the two choices were independent:
       count(a) * count(b) / n_tokens. For one token that is exact.
 
-    A sequence begins when several tokens reach the first layer after single ones did: a prompt
-    after decoding. ``begin_sequence`` says so otherwise.
+    A sequence begins when a prefill event reaches the first layer after one of another phase did:
+    a prompt after decoding. Where several sequences run at once they are counted as one, and a
+    prompt that joins them in a mixed step begins nothing. ``begin_sequence`` says so otherwise.
 
     Of earlier runs, ``popularity`` gives each key's uses per token, and ``transitions`` what
     ``follows`` counts, per token. The first weighs as one token of every sequence, so that experts
@@ -67,6 +68,7 @@ class ExpertPaths:
         self._experts: npt.NDArray[np.intp] | None = None  # of the latest event
         self._counts = np.zeros(0, np.float32)
         self._n_tokens = 1
+        self._phase = Phase.PREFILL
 
     @property
     def n_bytes(self) -> int:
@@ -80,7 +82,8 @@ class ExpertPaths:
 
     def observe(self, event: RouteEvent) -> None:
         i = self.index[event.layer]
-        if i == 0 and event.n_tokens > 1 and self._n_tokens == 1 and self.events:
+        begins = event.phase == Phase.PREFILL and self._phase != Phase.PREFILL
+        if begins and i == 0:
             self.begin_sequence()
         experts = np.fromiter(event.experts, np.intp, len(event.experts))
         counts = np.fromiter(event.counts, np.float32, len(event.counts))
@@ -95,7 +98,7 @@ class ExpertPaths:
             else:
                 self.follows[i - 1, before] += row
         self.at, self._experts, self._counts = i, experts, counts
-        self._n_tokens = event.n_tokens
+        self._n_tokens, self._phase = event.n_tokens, event.phase
         self.events += 1
 
     def next_uses(self) -> Floats | None:
@@ -143,9 +146,10 @@ class PathPredictor:
 
     def observe(self, event: RouteEvent, ids: Ids) -> None:
         self.paths.observe(event)
-        if self._guessed and event.n_tokens == 1:
+        if self._guessed and event.phase == Phase.DECODE:
             base = event.layer * self.paths.n_experts
-            now = sum(base + e in self._guessed for e in event.experts) / len(event.experts)
+            votes = zip(event.experts, event.counts, strict=True)
+            now = sum(n for e, n in votes if base + e in self._guessed) / sum(event.counts)
             mean = self.recall.get(event.layer, now)
             self.recall[event.layer] = mean + (now - mean) / 256
 

@@ -33,14 +33,14 @@ def allocate(
     """Shallow-favoring quotas, which add up to the smaller of ``n_slots`` and all experts.
 
     ``layers`` are the MoE layers in model order; ``predictability`` is the measured recall of the
-    guesses for each, where known; ``working_set`` is the experts one token uses in a layer. A miss
+    guesses for each, where known; ``working_set`` is the experts one step uses in a layer. A miss
     that was guessed in time costs nothing, so slots are worth most where guesses fail: layers below
     ``BAD_RECALL``, and the first one, for which nothing can be guessed, hold all their experts.
     Layers of unknown recall count as good. The rest is divided evenly.
 
     If there are too few slots the bad layers are filled in model order, as in the paper, but only
     from what is left once every layer has its floor, the working set. Below that a layer evicts
-    what the very same token still needs, and all its demands miss at every token: more than a
+    what the very same step still needs, and all its demands miss at every step: more than a
     shallow layer can win with those slots.
     """
     n_slots = min(n_slots, n_experts * len(layers))

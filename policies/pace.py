@@ -12,8 +12,6 @@ from typing import NamedTuple, Protocol
 
 from .base import Guess, Phase
 
-# A reader in the middle of a chunk cannot be stopped: what a wrong guess may cost a demand.
-CHUNK_BYTES = 1 << 20  # native/reads.h
 # A wrong guess takes the slot of what would be evicted next anyway, a little too early.
 VICTIM_VALUE = 0.05
 _DECAY = 0.8  # of the running means: about five tokens, or layers
@@ -27,7 +25,8 @@ class Meters(NamedTuple):
     """What one route event finds measured."""
 
     layer: int
-    n_tokens: int
+    phase: Phase
+    n_sequences: int
     now_ns: int
     disk_ns: int  # of the time so far: the disk was reading
     read_bytes: int  # so far
@@ -36,8 +35,6 @@ class Meters(NamedTuple):
     guess_ns: int  # guessing
     n_waits: int  # experts that were not there when they were asked for
     n_unguessed: int  # experts that would not have been there without guesses
-    phase: int = Phase.PREFILL
-    n_sequences: int = 1
 
 
 class Pace(Protocol):
@@ -47,7 +44,8 @@ class Pace(Protocol):
         """A route event arrived. Whether to guess after it."""
 
     def choose(self, guesses: Sequence[Guess], n_bytes: int) -> list[Guess]:
-        """Those worth reading now, of ``n_bytes`` each; ``guesses`` are best first."""
+        """Those worth reading now, of ``n_bytes`` each; ``guesses`` are best first, and so is
+        what comes back."""
 
 
 class Everything:
@@ -61,7 +59,7 @@ class Everything:
 
 
 class _Stakes:
-    """What guessing can win and costs, per event; of single tokens or of prompts."""
+    """What guessing can win and costs, per event of one phase."""
 
     def __init__(self) -> None:
         self.idle_ns: dict[int, float] = {}  # by layer: of the disk after its event, unguessed
@@ -95,11 +93,19 @@ class IdleDisk:
     cannot be stopped any more and the early end of its victim. There are no guesses at all where
     the stalls of an event are worth less than the guessing takes, nor where ``buffered`` reads come
     from the page cache: copying what is not needed takes the processor from what is.
+
+    A reader in the middle of a chunk of ``chunk_bytes`` cannot be stopped: that is what a wrong
+    guess may cost a demand.
+
+    Stakes are measured by phase: a prompt's long computation is no window for a generated token.
+    Mixed steps have stakes of their own, for their length is the scheduler's choice and like
+    neither. The number of sequences is not told apart: it changes slowly, and the means follow.
     """
 
-    def __init__(self, buffered: bool = False) -> None:
+    def __init__(self, chunk_bytes: int, buffered: bool = False) -> None:
+        self.chunk_bytes = chunk_bytes
         self.buffered = buffered
-        self._stakes = {True: _Stakes(), False: _Stakes()}  # by: one token
+        self._stakes = tuple(_Stakes() for _ in Phase)
         self._bytes = self._busy_ns = 0.0  # decayed sums: their ratio is the speed
         self._n_reads = 0
         self._last: Meters | None = None
@@ -117,7 +123,7 @@ class IdleDisk:
                 self._bytes = _DECAY * self._bytes + n_bytes
                 self._busy_ns = _DECAY * self._busy_ns + busy
                 self._n_reads += 1
-            stakes = self._stakes[last.n_tokens == 1]
+            stakes = self._stakes[last.phase]
             stakes.learn(meters)
             idle = meters.now_ns - last.now_ns - busy + min(busy, self._guessed_ns)
             mean = stakes.idle_ns.get(last.layer, idle)
@@ -126,7 +132,7 @@ class IdleDisk:
         self._guessed_ns = 0.0
         if self._n_reads < _FEW or (self.buffered and self.ns_per_byte < _COPY_NS_PER_BYTE):
             return False
-        stakes = self._stakes[meters.n_tokens == 1]
+        stakes = self._stakes[meters.phase]
         if stakes.n_unguessed is None or meters.layer not in stakes.idle_ns:
             return True
         worth = stakes.n_unguessed * stakes.wait_ns(math.inf)
@@ -134,10 +140,10 @@ class IdleDisk:
 
     def choose(self, guesses: Sequence[Guess], n_bytes: int) -> list[Guess]:
         assert self._last is not None
-        stakes = self._stakes[self._last.n_tokens == 1]
+        stakes = self._stakes[self._last.phase]
         each = n_bytes * self.ns_per_byte
         wait = stakes.wait_ns(each)
-        chunk = CHUNK_BYTES * self.ns_per_byte
+        chunk = self.chunk_bytes * self.ns_per_byte
         idle = stakes.idle_ns.get(self._last.layer, 0.0)
         chosen: list[Guess] = []
         for guess in guesses:

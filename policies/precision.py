@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from .base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .base import CachePolicy, Guess, LoadOrder, Phase, RouteEvent
 from .order import Popularity
 from .residency import Plan, Residency
 
 
 class Precision(NamedTuple):
-    """What may be low: of several tokens' experts the unpopular tail, of one token's all or none.
+    """What may be low: of a prompt's experts the unpopular tail, of decoding all or none.
 
-    ``low_share`` is the tail's share of the votes, a vote being one (token, rank) pair. What counts
-    is the event: of a prompt's last piece llama.cpp may compute the last layer for one token only.
+    ``low_share`` is the tail's share of the votes, a vote being one (token, rank) pair.
+    ``low_on_miss`` is for decode events, of however many sequences.
+
+    In a mixed event an expert works for prompts and for generated tokens, and an event does not say
+    for whom. So there it may be low only where both rules allow it: the tail, with
+    ``low_on_miss``. Neither option then reaches tokens that it was not asked for.
     """
 
     low_share: float = 0.0
@@ -29,9 +33,13 @@ class Precision(NamedTuple):
 
     def may_be_low(self, event: RouteEvent) -> Collection[int]:
         """Experts of the event for which the low copy will do."""
-        if event.n_tokens > 1:
-            return tail(event, self.low_share)
-        return event.experts if self.low_on_miss else ()
+        if event.phase == Phase.DECODE:
+            return event.experts if self.low_on_miss else ()
+        if event.phase == Phase.MIXED and not self.low_on_miss:
+            return ()
+        # The tail is small change among many tokens. Where a prompt's last layer is computed for
+        # its last token alone, the first generated one hangs on every expert.
+        return tail(event, self.low_share) if event.n_tokens > 1 else ()
 
 
 def tail(event: RouteEvent, share: float) -> set[int]:
@@ -58,7 +66,7 @@ class MixedResidency(Residency):
     until its expert is evicted or must be whole; nothing is read only to better it. Guesses are
     read whole, and none is made for an expert that is held low.
 
-    In the plugin the low copies' keys follow all others, from ``first_low_key``.
+    In ``reconcile`` the low copies' keys follow all others, from ``first_low_key``.
     """
 
     is_plain = False

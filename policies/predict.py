@@ -1,18 +1,22 @@
 """How to guess a later layer's experts with that layer's own router.
 
 After Fate (arXiv 2502.12224): the next layer's router, applied to what this layer's router saw,
-names most of the next layer's experts. The work is done in native/gates.cpp.
+names most of the next layer's experts. Only the description of such guesses is here: whoever has
+routers, or a recording of what they said, makes a ``Predictor`` of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
+
+from .base import Predictor
 
 Variant = Literal["raw", "renorm", "residual"]
 
 
 class Gates(NamedTuple):
-    """Which guesses to make, in place of a ``Predictor``.
+    """Which guesses to ask of the model's own routers.
 
     ``variant`` is what is fed to a later layer's router:
 
@@ -31,3 +35,7 @@ class Gates(NamedTuple):
     variant: Variant = "residual"
     ahead: int = 1
     widen: int = 2
+
+
+# Makes the predictor so described; None where there is nothing to make it of.
+GatesMaker = Callable[[Gates], Predictor | None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 from .arc import ARC
@@ -13,7 +13,7 @@ from .eap import ExpertPaths, Floats, PathCache, PathPredictor
 from .layered import Layered, allocate, evenly
 from .order import Popularity
 from .pace import Everything, IdleDisk, Pace
-from .predict import Gates
+from .predict import Gates, GatesMaker
 
 
 class Policy(NamedTuple):
@@ -24,13 +24,17 @@ class Policy(NamedTuple):
 
     cache: CachePolicy
     order: LoadOrder
-    predictor: Predictor | Gates | None = None
+    predictor: Predictor | None = None
     pace: Pace = Everything()
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a policy may know of the model and the arena it is for, and whether reads are buffered.
+    """What a policy may know of the model and the arena it is for.
+
+    ``n_used`` experts are used by one token in a layer; at most ``n_sequences`` decode at once. Of
+    reads: whether they are ``buffered``, and how many bytes of one cannot be called back.
+    ``gates`` makes the guesses of the model's routers, if it has any that are understood.
 
     Of earlier runs, where known: ``recall``, what gate guesses were worth in each layer;
     ``popularity``, by key its uses per token, unused ones left out; ``transitions``
@@ -41,7 +45,11 @@ class Facts:
     n_experts: int
     n_used: int
     layers: Sequence[int]
+    _: KW_ONLY
+    n_sequences: int = 1
     buffered: bool = False
+    chunk_bytes: int = 0
+    gates: GatesMaker = lambda how: None
     recall: Mapping[int, float] = field(default_factory=dict)
     popularity: Mapping[int, float] = field(default_factory=dict)
     transitions: Callable[[], Floats | None] = lambda: None
@@ -59,7 +67,8 @@ def _layered_lfu(facts: Facts) -> Layered:
 
 def _shallow_favoring(facts: Facts) -> Layered:
     """Fate's cache: layers that predict badly hold all their experts, one ARC per layer."""
-    quotas = allocate(facts.n_slots, facts.n_experts, facts.layers, facts.recall, facts.n_used)
+    together = facts.n_used * facts.n_sequences  # used by one decode step, at most
+    quotas = allocate(facts.n_slots, facts.n_experts, facts.layers, facts.recall, together)
     return Layered(facts.n_experts, quotas, lambda layer, quota: ARC(quota))
 
 
@@ -68,19 +77,23 @@ def _eap(facts: Facts) -> Policy:
     return Policy(PathCache(paths), Popularity(), PathPredictor(paths), Everything())
 
 
-POLICIES: Mapping[str, Callable[[Facts], Policy]] = {
+def _fate(facts: Facts, cache: CachePolicy, how: Gates) -> Policy:
+    pace = IdleDisk(facts.chunk_bytes, facts.buffered)
+    return Policy(cache, Popularity(), facts.gates(how), pace)
+
+
+# What makes a fresh policy for a model; one of these names, or a function of one's own.
+PolicyMaker = Callable[[Facts], Policy]
+
+POLICIES: Mapping[str, PolicyMaker] = {
     "load-on-demand": lambda facts: Policy(LoadOnDemand(), Popularity()),
     "lru": lambda facts: Policy(LRU(), Popularity()),
     "lfu": lambda facts: Policy(LFU(history=facts.popularity), Popularity()),
     "arc": lambda facts: Policy(ARC(facts.n_slots), Popularity()),
     "eap": _eap,
     "layered-lfu": lambda facts: Policy(_layered_lfu(facts), Popularity()),
-    "fate": lambda facts: Policy(
-        _layered_lfu(facts), Popularity(), Gates(), IdleDisk(facts.buffered)
-    ),
-    "fate-paper": lambda facts: Policy(
-        _shallow_favoring(facts), Popularity(), Gates("raw"), IdleDisk(facts.buffered)
-    ),
+    "fate": lambda facts: _fate(facts, _layered_lfu(facts), Gates()),
+    "fate-paper": lambda facts: _fate(facts, _shallow_favoring(facts), Gates("raw")),
 }
 
 

@@ -1,37 +1,49 @@
 """The simulator: a recorded run again, under any policy and arena size, without weights.
 
-Drives the classes the engine drives. Counts hits and bytes; knows no time, so a better hit rate
-here is not yet a faster engine, and guesses, which depend on time, are not made.
+Drives the classes the engine drives. Counts hits, guesses and bytes; knows no time, so a better hit
+rate here is not yet a faster engine.
+
+What is read ahead depends on time, so that comes from the recording. A policy that asks the model's
+routers gets the guesses the recorded run was offered; one that predicts by itself does so again.
+After an event no more of them are read than the recorded run read there, those that it read first.
+The recorded policy at the recorded size so gives the engine's own counts exactly. At other sizes,
+and under other policies, the number stands for the disk time there was; where the recorded run
+found nothing left to read it is 0, so a smaller arena is given too few guesses rather than too
+many. A recording without guesses (of ``lru``, say) replays guessing policies by their caches alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import NamedTuple
 
-from .base import RouteEvent
+import numpy as np
+
+from .base import Guess, Ids, Inputs, RouteEvent
 from .cache import Belady
 from .order import FirstSeen
-from .predict import Gates
 from .presets import Facts, Policy, policy
 from .residency import Residency
-from .trace import Ids, Trace, route_event
-
-Routed = tuple[RouteEvent, Ids, bool]  # an event, its ids, whether it continues the one before
+from .trace import Offers, Trace, TraceEvent
 
 BELADY = "belady"  # a row like the others, but no policy to run: it needs the future
+_NO_INPUTS = np.zeros((1, 0), np.float32)  # a trace holds none
 
 
 class ReplayResult(NamedTuple):
     """One row of a replay; the counts are those the engine would have reported.
 
-    ``bytes_read`` counts every load, also the loads of continuations.
+    ``bytes_read`` counts every load, also the loads of continuations. A guess counts whole, though
+    the engine may have given it up halfway.
     """
 
     policy: str
     n_slots: int
     hits: int
     misses: int
+    guesses: int
+    guesses_used: int
     bytes_read: int
     layer_hits: dict[int, int]
     layer_misses: dict[int, int]
@@ -48,64 +60,132 @@ class ReplayResult(NamedTuple):
         }
 
 
+class RecordedOffers:
+    """A predictor that offers what the recorded run was offered, event by event."""
+
+    def __init__(self, offers: Iterable[Offers]) -> None:
+        self.recall: dict[int, float] = {}
+        self._left = iter(offers)
+        self._now = Offers()
+
+    def observe(self, event: RouteEvent, ids: Ids) -> None:
+        self._now = next(self._left)
+
+    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
+        return list(map(Guess, self._now.keys, self._now.chances))
+
+
 def replay(trace: Trace, policy: str, n_slots: int) -> ReplayResult:
     """Replay a trace under a named policy or ``"belady"``, from an empty arena.
 
-    Bélády's row bounds every other one from above in hits. For that it skips continuations, and an
-    event larger than the arena leaves behind whichever experts are best, where a real arena is
-    left with those computed last.
+    Bélády's row bounds from above the hits of every other one that guesses nothing. For that it
+    skips continuations, and an event larger than the arena leaves behind whichever experts are
+    best, where a real arena is left with those computed last.
     """
     return replay_table(trace, [policy], [n_slots])[0]
 
 
 def replay_table(trace: Trace, policies: Iterable[str], sizes: Sequence[int]) -> list[ReplayResult]:
     """A row per policy and size, sizes innermost. ValueError on an unknown policy or no slots."""
-    events = [(route_event(e.layer, e.ids), e.ids, e.continuation) for e in trace.events]
+    events = [(event.route(), event) for event in trace.events]
     return [_replay(trace, events, name, n_slots) for name in policies for n_slots in sizes]
 
 
-def _replay(trace: Trace, events: Sequence[Routed], name: str, n_slots: int) -> ReplayResult:
+Events = Sequence[tuple[RouteEvent, TraceEvent]]
+
+
+def _replay(trace: Trace, events: Events, name: str, n_slots: int) -> ReplayResult:
     if n_slots < 1:
         raise ValueError(f"An arena of {n_slots} slots holds no expert: ask for at least 1.")
     n_experts = trace.metadata["n_experts"]
-    blob_bytes = dict(zip(trace.metadata["layers"], trace.metadata["blob_bytes"], strict=True))
-    belady = None
+    arena: Arena
     if name == BELADY:
-        events = [routed for routed in events if not routed[2]]
-        belady = Belady([e.layer * n_experts + x for e, *_ in events for x in e.experts])
-    if belady is None:
-        n_used = max((event.ids.shape[1] for event in trace.events), default=1)
-        chosen = policy(name, Facts(n_slots, n_experts, n_used, trace.metadata["layers"]))
+        events = [(event, recorded) for event, recorded in events if not recorded.continuation]
+        future = [event.layer * n_experts + x for event, _ in events for x in event.experts]
+        arena = IdealArena(Belady(future), n_slots, n_experts)
     else:
-        chosen = Policy(belady, FirstSeen())
-    residency = Residency(n_slots, n_experts, chosen.cache, chosen.order)
-    predictor = None if isinstance(chosen.predictor, Gates) else chosen.predictor
-    layer_hits = dict.fromkeys(sorted({event.layer for event, *_ in events}), 0)
+        arena = Arena(policy(name, _facts(trace, n_slots)), n_slots, n_experts)
+    blob_bytes = dict(zip(trace.metadata["layers"], trace.metadata["blob_bytes"], strict=True))
+    layer_hits = dict.fromkeys(sorted({event.layer for event, _ in events}), 0)
     layer_misses = layer_hits.copy()
-    bytes_read = 0
-    for event, ids, continuation in events:
-        if belady is not None and len(event.experts) > n_slots:
-            n_hits = _serve_ideally(residency, belady, event)
-        else:
-            plan = residency.plan(event)
-            n_hits = plan.n_hits
-            if predictor is not None and not continuation:
-                predictor.observe(event, ids)  # a cache may go by what it learns
+    guesses = bytes_read = 0
+    for event, recorded in events:
+        n_hits = arena.serve(event, recorded)
         n_misses = len(event.experts) - n_hits
         bytes_read += n_misses * blob_bytes[event.layer]
-        if not continuation:
-            layer_hits[event.layer] += n_hits
-            layer_misses[event.layer] += n_misses
+        if recorded.continuation:
+            continue
+        layer_hits[event.layer] += n_hits
+        layer_misses[event.layer] += n_misses
+        for key, _ in arena.guess(event, recorded):
+            bytes_read += blob_bytes[key // n_experts]
+            guesses += 1
+    used = arena.residency.guesses_used
     hits, misses = sum(layer_hits.values()), sum(layer_misses.values())
-    return ReplayResult(name, n_slots, hits, misses, bytes_read, layer_hits, layer_misses)
+    return ReplayResult(
+        name, n_slots, hits, misses, guesses, used, bytes_read, layer_hits, layer_misses
+    )
 
 
-def _serve_ideally(residency: Residency, belady: Belady, event: RouteEvent) -> int:
-    """Serve an event larger than the arena, keep the experts needed soonest, return the hits."""
-    base = event.layer * residency.n_experts
-    hits = [x for x in event.experts if base + x in belady]
-    residency.plan(RouteEvent(event.layer, event.n_tokens, hits, [1] * len(hits)))
-    for expert in event.experts:
-        if expert not in hits and (residency.free or not belady.bypass(base + expert)):
-            residency.plan(RouteEvent(event.layer, event.n_tokens, [expert], [1]))
-    return len(hits)
+def _facts(trace: Trace, n_slots: int) -> Facts:
+    meta = trace.metadata
+    offers = [event.offers for event in trace.events if not event.continuation]
+    return Facts(
+        n_slots,
+        meta["n_experts"],
+        max((event.ids.shape[1] for event in trace.events), default=1),
+        meta["layers"],
+        n_sequences=meta.get("n_sequences", 1),
+        gates=lambda how: RecordedOffers(offers) if trace.has_offers else None,
+    )
+
+
+class Arena:
+    """A policy at work on slots that hold nothing."""
+
+    def __init__(self, policy: Policy, n_slots: int, n_experts: int) -> None:
+        self.residency = Residency(n_slots, n_experts, policy.cache, policy.order)
+        self.predictor = policy.predictor
+
+    def serve(self, event: RouteEvent, recorded: TraceEvent) -> int:
+        """Plan an event; how many hits it had."""
+        residency = self.residency
+        if recorded.cancelled:
+            guesses = residency.guessed | residency.stale.keys()
+            residency.drop([key for key in recorded.cancelled if key in guesses])
+        return residency.plan(event).n_hits
+
+    def guess(self, event: RouteEvent, recorded: TraceEvent) -> Sequence[tuple[int, int]]:
+        """(key, slot) of what is read ahead after an event."""
+        if self.predictor is None:
+            return ()
+        self.predictor.observe(event, recorded.ids)  # a cache may go by what it learns
+        most = sum(recorded.offers.chosen)
+        if not most:
+            return ()
+        guesses = self.predictor.guess(event, _NO_INPUTS)
+        read = set(compress(recorded.offers.keys, recorded.offers.chosen))
+        missing = [guess for guess in guesses if guess.key not in self.residency.slot_of]
+        missing.sort(key=lambda guess: guess.key not in read)  # stable
+        return self.residency.guess(event, missing[:most], (guess.key for guess in guesses))
+
+
+class IdealArena(Arena):
+    """Bélády's: what does not fit is served ideally too."""
+
+    def __init__(self, belady: Belady, n_slots: int, n_experts: int) -> None:
+        super().__init__(Policy(belady, FirstSeen()), n_slots, n_experts)
+        self.belady = belady
+
+    def serve(self, event: RouteEvent, recorded: TraceEvent) -> int:
+        """Of an event larger than the arena, keep the experts needed soonest."""
+        residency, belady = self.residency, self.belady
+        if len(event.experts) <= residency.n_slots:
+            return super().serve(event, recorded)
+        base = event.layer * residency.n_experts
+        hits = [x for x in event.experts if base + x in belady]
+        residency.plan(event._replace(experts=hits, counts=[1] * len(hits)))
+        for expert in event.experts:
+            if expert not in hits and (residency.free or not belady.bypass(base + expert)):
+                residency.plan(event._replace(experts=[expert], counts=[1]))
+        return len(hits)

@@ -11,24 +11,23 @@ from dataclasses import replace
 
 import psutil
 
-from ..policies.base import Phase
+from ..policies.base import Phase, Predictor
 from ..policies.layered import hottest
 from ..policies.precision import MixedResidency
-from ..policies.predict import Gates
-from ..policies.presets import Facts, Policy, policy
+from ..policies.predict import Gates, GatesMaker
+from ..policies.presets import Facts, Policy, PolicyMaker, policy
 from ..policies.residency import Residency
 from . import mode_line
 from .budget import Budget
 from .controller import Controller, Demands, Guessing, Recorder
 from .formats.layout import ModelLayout
 from .opening import Found, Loaded, Progress
-from .plugin.abi import MAX_GUESSES
+from .plugin.abi import CHUNK_BYTES, MAX_GUESSES
 from .plugin.callbacks import Callbacks
-from .plugin.gates import NativeGates, Router
+from .plugin.gates import NativeGates, PluginGates, Router
 from .plugin.model import PluginModel
 from .routers import read_routers
 
-PolicyMaker = Callable[[Facts], Policy]
 RouterReader = Callable[[ModelLayout, PluginModel], Mapping[int, Router]]
 
 # Slots are filled at the start in steps of this size: Ctrl-C waits for one, and between two the
@@ -112,10 +111,8 @@ class Arena:
 
     def recall(self) -> dict[int, float]:
         """By layer: how many of the experts a token used were among its best guesses, lately."""
-        if self.gates is not None:
-            return self.gates.recall
         guessing = self.controller.guessing
-        return dict(guessing.predictor.recall) if guessing and guessing.predictor else {}
+        return dict(guessing.predictor.recall) if guessing else {}
 
     def gate_recall(self) -> dict[int, float]:
         """``recall`` if the guesses were a router's: what a policy may be told of them later."""
@@ -164,25 +161,19 @@ def start(
     if budget is None:
         budget = measured.with_process(int(psutil.Process().memory_info().rss)).divide()
     plugin.allocate(budget.n_slots)
-    chosen = (make_policy or _named(found.options.policy))(_facts(found, budget.n_slots))
-    predictor, gates, is_blind = chosen.predictor, None, False
-    if isinstance(predictor, Gates):
-        found_routers = routers(found.layout, plugin)
-        is_blind = not found_routers
-        if found_routers:
-            gates = NativeGates(found_routers, found.n_used, predictor)
-            plugin.guess_with(gates.handle)
-        predictor = None
+    gates = _GatesMaker(found, plugin, routers)
+    facts = _facts(found, budget.n_slots, gates)
+    chosen = (make_policy or _named(found.options.policy))(facts)
     guessing = None
-    if predictor is not None or gates is not None:
+    if chosen.predictor is not None:
         blob_bytes = {layer.layer: layer.blob_bytes for layer in found.layout.layers}
-        guessing = Guessing(predictor, chosen.pace, blob_bytes, MAX_GUESSES)
+        guessing = Guessing(chosen.predictor, chosen.pace, blob_bytes, MAX_GUESSES)
     layers = [layer.layer for layer in found.layout.layers]
     residency = _residency(found, budget.n_slots, chosen)
     controller = Controller(residency, layers, recorder, guessing)
     # The statistics may be large and have told the policy what they know.
     small = replace(found, statistics=None)
-    arena = Arena(small, budget, plugin, controller, gates, is_blind)
+    arena = Arena(small, budget, plugin, controller, gates.made, gates.is_blind)
     if found.statistics is not None:
         # What is worth most is admitted last.
         keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]
@@ -190,14 +181,40 @@ def start(
     return arena
 
 
+class _GatesMaker:
+    """Makes the predictor that asks a model's routers, if its policy wants one."""
+
+    def __init__(self, found: Found, plugin: PluginModel, routers: RouterReader) -> None:
+        self._found = found
+        self._plugin = plugin
+        self._routers = routers
+        self.made: NativeGates | None = None
+        self.is_blind = False  # one was wanted, but this model's routers are not known
+
+    def __call__(self, how: Gates) -> Predictor | None:
+        routers = self._routers(self._found.layout, self._plugin)
+        self.is_blind = not routers
+        if not routers:
+            return None
+        self.made = NativeGates(routers, self._found.n_used, how)
+        return PluginGates(self.made, self._plugin)
+
+
 def _named(name: str) -> PolicyMaker:
     return lambda facts: policy(name, facts)
 
 
-def _facts(found: Found, n_slots: int) -> Facts:
+def _facts(found: Found, n_slots: int, gates: GatesMaker) -> Facts:
     layers = [layer.layer for layer in found.layout.layers]
-    buffered = not found.mode.direct
-    facts = Facts(n_slots, found.layout.n_experts, found.n_used, layers, buffered)
+    facts = Facts(
+        n_slots,
+        found.layout.n_experts,
+        found.n_used,
+        layers,
+        buffered=not found.mode.direct,
+        chunk_bytes=CHUNK_BYTES,
+        gates=gates,
+    )
     if found.statistics is None:
         return facts
     return replace(

@@ -20,14 +20,18 @@ class Recorder(Protocol):
     """Receives every route event as the router made it (``trace`` records these)."""
 
     def record(
-        self, layer: int, n_tokens: int, n_used: int, ids: list[int], continuation: bool
-    ) -> None: ...
+        self, event: RouteEvent, ids_flat: list[int], continuation: bool, cancelled: Sequence[int]
+    ) -> None:
+        """An event, its ids token by token, and the guesses that were given up before it."""
+
+    def record_guesses(self, offered: Sequence[Guess], chosen: Sequence[Guess]) -> None:
+        """What there was to be read ahead after the event recorded last, and what was chosen."""
 
 
 class Guessing(NamedTuple):
-    """What it takes to read ahead; without a predictor the plugin's gates make the guesses."""
+    """What it takes to read ahead."""
 
-    predictor: Predictor | None
+    predictor: Predictor
     pace: Pace
     blob_bytes: Mapping[int, int]  # by layer
     most: int  # guesses after one event
@@ -74,22 +78,24 @@ class Controller:
         self.layer_misses: dict[int, int] = {}
         self.low_loads: dict[int, int] = {}
         self.pairs = self.low_pairs = 0
-        self._event = RouteEvent(-1, 0, (), ())
+        self._event = RouteEvent(-1, 0, (), (), Phase.PREFILL, 0)
+        self._cancelled: Sequence[int] = ()  # since the event before
         self._n_missing = self._n_guessed = 0  # of that event: experts read for it, good guesses
         self._before = (0, 0)  # likewise of the event before
+        self._pays = False  # whether to read ahead after the event
 
     # -- the two callbacks
 
     def on_cancelled(self, keys: Sequence[int]) -> None:
         self.residency.drop(keys)
+        self._cancelled = keys
 
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         self._event = event
         if self.recorder is not None:
-            chosen = ids()
-            flat = chosen.reshape(-1).tolist()
-            n_tokens, n_used = chosen.shape
-            self.recorder.record(event.layer, n_tokens, n_used, flat, continuation)
+            flat = ids().reshape(-1).tolist()
+            self.recorder.record(event, flat, continuation, self._cancelled)
+            self._cancelled = ()
         residency, layer = self.residency, event.layer
         guesses_used = residency.guesses_used
         plan = residency.plan(event)
@@ -110,10 +116,11 @@ class Controller:
     def wants_guesses(self, meters: Callable[[int, int], Meters]) -> bool:
         if self.guessing is None:
             return False
-        pays = self.guessing.pace.event(meters(*self._before))
+        self._pays = self.guessing.pace.event(meters(*self._before))
         # With everything there, nothing is worth guessing; but a recording wants to know how good
         # guesses would be.
-        return (pays and len(self.residency.slot_of) < self._n_all) or self.recorder is not None
+        wants = self._pays and len(self.residency.slot_of) < self._n_all
+        return wants or self.recorder is not None
 
     def is_settled(self, event: RouteEvent) -> bool:
         """Every expert has its slot, and nobody wants to hear of each event."""
@@ -126,20 +133,23 @@ class Controller:
         )
 
     def on_guess(
-        self, offered: Sequence[Guess], ids: Callable[[], Ids], inputs: Callable[[], Inputs]
+        self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]
     ) -> Sequence[tuple[int, int]]:
         assert self.guessing is not None
         predictor, pace, blob_bytes, most = self.guessing
         event, residency = self._event, self.residency
-        guesses = offered
-        if predictor is not None:
-            predictor.observe(event, ids())
-            guesses = predictor.guess(event, inputs())
+        predictor.observe(event, ids())
+        guesses = predictor.guess(event, inputs())
         missing = [guess for guess in guesses if guess.key not in residency.slot_of]
-        if not missing:
+        chosen: Sequence[Guess] = ()
+        if missing and self._pays:
+            n_bytes = blob_bytes[missing[0].key // residency.n_experts]
+            chosen = pace.choose(missing, n_bytes)[:most]
+        if self.recorder is not None:
+            self.recorder.record_guesses(guesses, chosen)
+        if not chosen:
             return ()
-        chosen = pace.choose(missing, blob_bytes[missing[0].key // residency.n_experts])
-        return residency.guess(event, chosen[:most], (guess.key for guess in guesses))
+        return residency.guess(event, chosen, (guess.key for guess in guesses))
 
     # -- counts
 

@@ -24,9 +24,10 @@ import llama_cpp._logger
 import llama_cpp.llama_cpp as bindings
 
 from ..policies.base import Phase
+from ..policies.presets import PolicyMaker
 from . import arena as arenas
 from . import logs, opening
-from .arena import Arena, PolicyMaker, RouterReader
+from .arena import Arena, RouterReader
 from .controller import Recorder
 from .errors import UserError
 from .opening import Loaded, Progress

@@ -32,9 +32,9 @@ from moe_gguf.policies.base import (
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything, Pace
 from moe_gguf.policies.precision import MixedResidency
-from moe_gguf.policies.presets import policy
+from moe_gguf.policies.presets import PolicyMaker, policy
 from moe_gguf.runtime import logs, opening
-from moe_gguf.runtime.arena import Arena, PolicyMaker, RouterReader, start
+from moe_gguf.runtime.arena import Arena, RouterReader, start
 from moe_gguf.runtime.budget import Budget, Needs
 from moe_gguf.runtime.controller import Recorder
 from moe_gguf.runtime.engine import context as contexts
@@ -267,9 +267,9 @@ class Events:
         self.continued = 0  # (token, rank) pairs of those
 
     def record(
-        self, layer: int, n_tokens: int, n_used: int, ids: list[int], continuation: bool
+        self, event: RouteEvent, ids: list[int], continuation: bool, cancelled: Sequence[int]
     ) -> None:
-        self.n_tokens.append(n_tokens)
+        self.n_tokens.append(event.n_tokens)
         self.ids.append(ids)
         counts = np.bincount(ids)
         self.most_rows = max(self.most_rows, int(counts.max()))
@@ -278,6 +278,9 @@ class Events:
         self.demanded += 0 if continuation else distinct
         self.continuations += continuation
         self.continued += len(ids) if continuation else 0
+
+    def record_guesses(self, offered: Sequence[Guess], chosen: Sequence[Guess]) -> None:
+        pass
 
 
 class Guesser:

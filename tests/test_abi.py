@@ -23,6 +23,7 @@ from conftest import TinyFile, missing
 from harness import ours, random_tokens, rows
 
 from moe_gguf import UserError
+from moe_gguf.policies.base import Phase
 from moe_gguf.policies.predict import Variant
 from moe_gguf.runtime.binding import BuftOverride
 from moe_gguf.runtime.formats.layout import ModelLayout
@@ -162,6 +163,13 @@ def test_event_kinds_have_the_numbers_of_the_header() -> None:
 def test_phases_have_the_numbers_of_the_header() -> None:
     names = re.findall(r"MOE_PHASE_(\w+)(?: = 0)?,", (NATIVE / "moe.h").read_text())
     assert {name.lower(): i for i, name in enumerate(names)} == abi.PHASES
+    assert {phase.name.lower(): int(phase) for phase in Phase} == abi.PHASES
+
+
+def test_a_chunk_is_as_long_as_the_reads_say() -> None:
+    shift = re.search(r" CHUNK_BYTES\s+= 1 << (\d+);", (NATIVE / "reads.h").read_text())
+    assert shift
+    assert 1 << int(shift[1]) == abi.CHUNK_BYTES
 
 
 def test_gatings_and_variants_have_the_numbers_of_the_header() -> None:

@@ -7,10 +7,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import TinyFile
+from harness import ours, random_tokens, rows
 
 from moe_gguf.policies import Residency
-from moe_gguf.policies.base import RouteEvent
+from moe_gguf.policies.base import Phase, RouteEvent
 from moe_gguf.policies.eap import ExpertPaths, PathCache, PathPredictor
+from moe_gguf.runtime.engine.context import Row
 
 N_EXPERTS = 8
 LAYERS = [1, 2, 4]  # a dense layer first, and one between
@@ -18,7 +21,11 @@ NO_IDS, NO_INPUTS = np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32)  # 
 
 
 def event(layer: int, *experts: int) -> RouteEvent:
-    return RouteEvent(layer, 1, experts, [1] * len(experts))
+    return RouteEvent(layer, 1, experts, [1] * len(experts), Phase.DECODE, 1)
+
+
+def prompt(layer: int, n_tokens: int, counts: dict[int, int]) -> RouteEvent:
+    return RouteEvent(layer, n_tokens, list(counts), list(counts.values()), Phase.PREFILL, 1)
 
 
 def ask(predictor: PathPredictor, event: RouteEvent) -> list[int]:
@@ -52,8 +59,8 @@ def test_single_tokens_are_counted_exactly(seed: int) -> None:
 
 def test_a_batch_counts_the_expected_pairs() -> None:
     paths = make()
-    paths.observe(RouteEvent(1, 4, [0, 1], [4, 4]))
-    paths.observe(RouteEvent(2, 4, [5, 6, 7], [4, 3, 1]))
+    paths.observe(prompt(1, 4, {0: 4, 1: 4}))
+    paths.observe(prompt(2, 4, {5: 4, 6: 3, 7: 1}))
     # Every token used 0 and 1, so the expectation is exact; pairs per token: 2 times 2.
     assert paths.follows[0, 0, 5:].tolist() == [4, 3, 1]
     assert paths.follows[0, 1, 5:].tolist() == [4, 3, 1]
@@ -92,23 +99,50 @@ def test_an_expert_never_seen_predicts_what_is_usual() -> None:
 def test_a_new_prompt_begins_a_sequence() -> None:
     paths = make()
     for layer, expert in zip(LAYERS, (1, 2, 3), strict=True):
-        paths.observe(RouteEvent(layer, 5, [expert], [5]))
+        paths.observe(prompt(layer, 5, {expert: 5}))
     for layer, expert in zip(LAYERS, (1, 2, 3), strict=True):
-        paths.observe(RouteEvent(layer, 5, [expert], [5]))  # the prompt's second half
+        paths.observe(prompt(layer, 5, {expert: 5}))  # the prompt's second half
     assert paths.uses[0, 1] == 10
     for layer, expert in zip(LAYERS, (1, 2, 3), strict=True):
         paths.observe(event(layer, expert))
     assert paths.follows[0, 1, 2] == 11
-    paths.observe(RouteEvent(1, 3, [4], [3]))
+    paths.observe(prompt(1, 3, {4: 3}))
     assert paths.uses.sum() == 3
     assert paths.follows[0, 1, 2] == 5.5  # the past counts half
+
+
+def test_a_prompt_of_one_token_begins_a_sequence_too() -> None:
+    paths = make()
+    for layer in LAYERS:
+        paths.observe(event(layer, 0))
+    paths.observe(prompt(1, 1, {4: 1}))
+    assert paths.uses.sum() == 1
+
+
+def test_eight_sequences_decoding_are_no_new_prompt() -> None:
+    """Nor is a step that mixes a prompt in; the recall of guesses is that of decoding."""
+    paths = make()
+    predictor = PathPredictor(paths)
+    for layer in LAYERS:
+        ask(predictor, event(layer, layer))
+    eight = RouteEvent(1, 8, [1, 5], [6, 2], Phase.DECODE, 8)
+    ask(predictor, eight)
+    ask(predictor, eight._replace(phase=Phase.MIXED, n_tokens=20, counts=[15, 5]))
+    assert paths.uses[0, 1] == 1 + 6 + 15
+    assert paths.follows[0, 1, 2] == 1
+    # Six of the next layer's eight tokens use what was guessed.
+    ask(predictor, eight)
+    ask(predictor, RouteEvent(2, 8, [2, 7], [6, 2], Phase.DECODE, 8))
+    assert predictor.recall[2] == 6 / 8
+    paths.observe(prompt(1, 3, {4: 3}))
+    assert paths.uses.sum() == 3
 
 
 def test_a_skipped_layer_links_nothing() -> None:
     paths = make()
     paths.observe(event(1, 0))
     paths.observe(event(4, 0))
-    paths.observe(RouteEvent(2, 1, [0], [1]))
+    paths.observe(event(2, 0))
     assert paths.follows.sum() == 0
 
 
@@ -162,3 +196,18 @@ def test_paths_beat_chance_on_a_predictable_model() -> None:
             residency.guess(demanded, guesses_made, [guess.key for guess in guesses_made])
             residency.check_integrity()
     assert right / made > 0.9
+
+
+def test_in_the_engine_only_a_prompt_begins_a_sequence(tiny_file: TinyFile) -> None:
+    with ours(tiny_file("qwen3moe"), 19, policy="eap") as model:
+        context = model.context(n_seq_max=4)
+        context.decode(rows(random_tokens(5)), Phase.PREFILL)
+        assert model.controller.guessing is not None
+        predictor = model.controller.guessing.predictor
+        assert isinstance(predictor, PathPredictor)
+        for i in range(2):
+            batch = [Row(7 * i + seq, 5 * (seq == 0) + i, seq) for seq in range(3)]
+            context.decode(batch, Phase.DECODE)
+        assert predictor.paths.tokens[0] == 5 + 2 * 3
+        context.decode(rows(random_tokens(4), seq=3), Phase.PREFILL)
+        assert predictor.paths.tokens[0] == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, get_args
@@ -10,9 +10,11 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from conftest import TinyFile
-from harness import ours, rows
+from harness import Ours, RandomGuesses, ours, rows
 from reference_gates import Ids, ReferenceGates, rank
 
+from moe_gguf.policies.base import Guess, RouteEvent
+from moe_gguf.policies.pace import Everything
 from moe_gguf.policies.predict import Gates, Variant
 from moe_gguf.runtime.plugin.gates import (
     Floats,
@@ -22,6 +24,7 @@ from moe_gguf.runtime.plugin.gates import (
     Router,
     RoutingRule,
 )
+from moe_gguf.runtime.routers import read_routers
 
 N_EXPERTS, N_EMBD, N_USED = 16, 53, 4
 LAYERS = [1, 2, 5]
@@ -247,3 +250,51 @@ def test_without_a_router_nothing_is_guessed_and_the_mode_line_says_so(
         assert "policy fate without guesses (" in model.arena.mode_line()
         assert model.stats().guess_loads == 0
         assert model.arena.recall() == {}
+
+
+class Twin:
+    """A recorder with gates of its own, which are asked from Python what the plugin should say."""
+
+    def __init__(self) -> None:
+        self.model: Ours | None = None
+        self.gates: NativeGates | None = None
+        self.expected: list[Guess] = []
+        self.n_compared = 0
+
+    def record(
+        self, event: RouteEvent, ids: list[int], continuation: bool, cancelled: Sequence[int]
+    ) -> None:
+        assert self.model is not None
+        assert self.gates is not None
+        self.gates.observe(event.layer, np.array(ids, np.int32).reshape(event.n_tokens, -1))
+        predicted = self.gates.predict(event.layer, self.model.arena.callbacks._inputs())
+        self.expected = [Guess(16 * p.layer + p.expert, p.chance) for p in predicted]
+
+    def record_guesses(self, offered: Sequence[Guess], chosen: Sequence[Guess]) -> None:
+        assert offered == self.expected
+        self.n_compared += 1
+
+
+def test_inside_the_plugin_they_guess_what_they_guess_alone(tiny_file: TinyFile) -> None:
+    """5 slots never hold all that is predicted, so every event but the last layer's asks."""
+    twin = Twin()
+    with ours(tiny_file("qwen3moe"), 5, policy="fate", pace=Everything(), recorder=twin) as model:
+        found = model.found
+        routers_ = read_routers(found.layout, model.plugin)
+        with closing(NativeGates(routers_, found.n_used, Gates())) as twin.gates:
+            twin.model = model
+            context = model.context()
+            context.decode(rows([3, 1, 4, 1, 5]))
+            for i in range(10):
+                context.decode(rows([7 * i], 5 + i))
+            assert twin.n_compared == 11 * 2
+            assert model.arena.recall() == twin.gates.recall != {}
+
+
+def test_another_predictor_is_not_kept_from_guessing_by_gates(tiny_file: TinyFile) -> None:
+    """A policy may be given another predictor than its own: its gates then do not run."""
+    guesses = RandomGuesses(range(3), 16, 3)
+    with ours(tiny_file("qwen3moe"), 19, policy="fate", predictor=guesses) as model:
+        model.context().decode(rows([3, 1, 4, 1, 5]))
+        assert model.stats().guess_loads > 0
+        assert model.plugin.call.n_predicted == 0

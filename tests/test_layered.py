@@ -9,7 +9,7 @@ import pytest
 
 from moe_gguf.policies import Residency
 from moe_gguf.policies.arc import ARC
-from moe_gguf.policies.base import CachePolicy, RouteEvent
+from moe_gguf.policies.base import CachePolicy, Phase, RouteEvent
 from moe_gguf.policies.cache import LFU, LRU
 from moe_gguf.policies.layered import Layered, allocate, evenly
 
@@ -55,9 +55,12 @@ def test_quotas_add_up(seed: int) -> None:
         assert all(0 <= quota <= n_experts for quota in quotas.values())
 
 
+def event(layer: int, experts: list[int]) -> RouteEvent:
+    return RouteEvent(layer, 1, experts, [1] * len(experts), Phase.DECODE, 1)
+
+
 def random_event(rng: random.Random, layer: int) -> RouteEvent:
-    experts = rng.sample(range(N_EXPERTS), rng.choice([USED, USED, USED, N_EXPERTS]))
-    return RouteEvent(layer, 1, experts, [1] * len(experts))
+    return event(layer, rng.sample(range(N_EXPERTS), rng.choice([USED, USED, USED, N_EXPERTS])))
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -80,7 +83,7 @@ def test_layers_settle_at_their_quotas_and_move_when_these_change(inner: str) ->
     # A layer that needs all its experts at once borrows slots that come back later.
     for _ in range(40):
         for layer in LAYERS:
-            residency.plan(RouteEvent(layer, 1, rng.sample(range(N_EXPERTS), USED), [1] * USED))
+            residency.plan(event(layer, rng.sample(range(N_EXPERTS), USED)))
     assert sizes() == quotas
     changed = allocate(30, N_EXPERTS, LAYERS, {5: 0.1}, USED)
     assert changed != quotas
@@ -90,7 +93,7 @@ def test_layers_settle_at_their_quotas_and_move_when_these_change(inner: str) ->
     cache.check_integrity()
     for _ in range(40):
         for layer in LAYERS:
-            residency.plan(RouteEvent(layer, 1, rng.sample(range(N_EXPERTS), USED), [1] * USED))
+            residency.plan(event(layer, rng.sample(range(N_EXPERTS), USED)))
     assert sizes() == changed
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llama_cpp import _internals as internals
 
 import moe_gguf
 from moe_gguf import UserError
+from moe_gguf.policies.base import Guess, RouteEvent
 
 N_SLOTS = 19  # of 48
 SETTINGS: dict[str, Any] = {
@@ -600,10 +601,13 @@ def test_recorder_and_progress(tiny_file: TinyFile) -> None:
 
     class Recorder:
         def record(
-            self, layer: int, n_tokens: int, n_used: int, ids: list[int], continuation: bool
+            self, event: RouteEvent, ids: list[int], continuation: bool, cancelled: Sequence[int]
         ) -> None:
-            assert len(ids) == n_tokens * n_used
-            seen.append((layer, n_tokens))
+            assert len(ids) == sum(event.counts)
+            seen.append((event.layer, event.n_tokens))
+
+        def record_guesses(self, offered: Sequence[Guess], chosen: Sequence[Guess]) -> None:
+            assert set(chosen) <= set(offered)
 
     llama = open_ours(
         tiny_file("qwen3moe"),

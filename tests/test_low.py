@@ -38,13 +38,15 @@ from harness import (
 )
 
 from moe_gguf import ExpertReadError, UserError
+from moe_gguf.policies.base import Phase
 from moe_gguf.policies.precision import tail
-from moe_gguf.policies.trace import TraceRecorder, route_event
+from moe_gguf.policies.trace import TraceEvent, TraceRecorder
 from moe_gguf.runtime.bench.quality import kl_divergence, log_softmax
 from moe_gguf.runtime.bench.report import table
 from moe_gguf.runtime.bench.rounds import bench
 from moe_gguf.runtime.cli.replay import replay_document
 from moe_gguf.runtime.cli.trace import trace_metadata
+from moe_gguf.runtime.engine.context import Row
 from moe_gguf.runtime.llama import Llama
 
 N_STEPS = 6
@@ -187,7 +189,7 @@ def test_only_tokens_that_used_a_low_expert_change(
     n_changed = 0
     shaken = False  # an earlier token changed what later layers attend to
     layers = [np.array(ids, np.int32).reshape(-1, n_used) for ids in events.ids]
-    low = [tail(route_event(0, ids), share) for ids in layers]
+    low = [tail(TraceEvent(0, Phase.PREFILL, 1, False, ids).route(), share) for ids in layers]
     for t in range(len(PROMPT)):
         uses = [not low[layer].isdisjoint(ids[t].tolist()) for layer, ids in enumerate(layers)]
         if any(uses):
@@ -225,6 +227,17 @@ def test_low_on_miss_computes_all_of_generation_low_where_nothing_is_kept(
         context.decode(rows([7], len(PROMPT)))
         assert model.meter.demands().low_pairs == model.meter.demands().pairs > 0
         assert model.meter.table()["low_bytes_read"] == model.stats().read_bytes
+
+
+def test_three_sequences_decode_by_the_decode_rule(hybrid: Path) -> None:
+    with ours(hybrid, policy="load-on-demand", low_share=0.5, low_on_miss=True) as model:
+        context = model.context(n_seq_max=3)
+        context.decode([Row(7 * seq, 0, seq) for seq in range(3)], Phase.DECODE)
+        assert model.meter.demands().low_pairs == model.meter.demands().pairs > 0
+    with ours(hybrid, policy="load-on-demand", low_share=0.5) as model:
+        context = model.context(n_seq_max=3)
+        context.decode([Row(7 * seq, 0, seq) for seq in range(3)], Phase.DECODE)
+        assert model.meter.demands().low_pairs == 0
 
 
 # --- 3 -------------------------------------------------------------------------------------------

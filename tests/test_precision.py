@@ -8,21 +8,21 @@ from collections.abc import Sequence
 import pytest
 
 from moe_gguf.policies import POLICIES, Facts, MixedResidency, Plan, Precision, policy
-from moe_gguf.policies.base import Guess, RouteEvent
+from moe_gguf.policies.base import Guess, Phase, RouteEvent
 from moe_gguf.policies.precision import tail
 
 N_LAYERS, N_EXPERTS = 3, 12
 FIRST_LOW = N_LAYERS * N_EXPERTS
 
 
-def event(layer: int, counts: dict[int, int]) -> RouteEvent:
-    """Of several tokens, unless every count is 1."""
+def event(layer: int, counts: dict[int, int], phase: Phase = Phase.PREFILL) -> RouteEvent:
+    """A prompt's, unless another phase is given."""
     n_tokens = max(counts.values())
-    return RouteEvent(layer, n_tokens, list(counts), list(counts.values()))
+    return RouteEvent(layer, n_tokens, list(counts), list(counts.values()), phase, 1)
 
 
 def token(layer: int, *experts: int) -> RouteEvent:
-    return RouteEvent(layer, 1, experts, [1] * len(experts))
+    return event(layer, dict.fromkeys(experts, 1), Phase.DECODE)
 
 
 # --- the rule -------------------------------------------------------------------------------------
@@ -51,6 +51,30 @@ def test_prefill_and_decode_have_rules_of_their_own() -> None:
     assert set(Precision(low_share=0.25).may_be_low(one)) == set()
     assert set(Precision(low_on_miss=True).may_be_low(prompt)) == set()
     assert set(Precision(low_on_miss=True).may_be_low(one)) == {1, 2}
+
+
+def test_eight_sequences_decode_by_the_decode_rule() -> None:
+    eight = event(0, {1: 8, 2: 5, 3: 3}, Phase.DECODE)._replace(n_sequences=8, n_tokens=8)
+    assert set(Precision(low_share=0.5).may_be_low(eight)) == set()
+    assert set(Precision(low_on_miss=True).may_be_low(eight)) == {1, 2, 3}
+    assert set(Precision(0.25, low_on_miss=True).may_be_low(eight)) == {1, 2, 3}
+
+
+def test_of_a_mixed_step_only_what_both_rules_allow_is_low() -> None:
+    """Its experts work for prompts and for generated tokens, and nobody knows for which."""
+    mixed = event(0, {1: 3, 2: 1}, Phase.MIXED)
+    assert set(Precision(low_share=0.25).may_be_low(mixed)) == set()
+    assert set(Precision(low_on_miss=True).may_be_low(mixed)) == set()
+    assert set(Precision(0.25, low_on_miss=True).may_be_low(mixed)) == {2}
+
+
+def test_a_prompt_s_last_token_alone_has_no_tail() -> None:
+    """llama.cpp may compute a prompt's last layer for it only; it is no decoding either."""
+    last = event(0, {4: 1, 5: 1, 6: 1, 7: 1})
+    assert set(Precision(0.5, low_on_miss=True).may_be_low(last)) == set()
+
+
+def test_lossy_is_whatever_is_not_the_default() -> None:
     assert not Precision().lossy
     assert Precision(0.25).lossy
     assert Precision(low_on_miss=True).lossy
@@ -116,7 +140,7 @@ def test_random_events_guesses_and_failures(name: str, n_slots: int, precision: 
         experts = rng.sample(range(N_EXPERTS), rng.choice([1, 3, 3, N_EXPERTS]))
         layer, one = rng.randrange(N_LAYERS), rng.random() < 0.5
         counts = {e: 1 if one else rng.randrange(1, 5) for e in experts}
-        routed = event(layer, counts)
+        routed = event(layer, counts, rng.choice(list(Phase)))
         slots.run(routed)
         if name != "load-on-demand" and rng.random() < 0.5:
             slots.guess(routed, rng.sample(range(FIRST_LOW), 3))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
+from conftest import TinyFile
+from harness import Ours, ours, random_tokens, rows
 
 from moe_gguf.policies import POLICIES, Facts, Residency, policy
-from moe_gguf.policies.predict import Gates
+from moe_gguf.policies.base import Guess, Ids, Inputs, Phase, RouteEvent
+from moe_gguf.policies.pace import Everything, Meters, Pace
 from moe_gguf.policies.replay import replay, replay_table
-from moe_gguf.policies.trace import Trace, TraceEvent, TraceRecorder, load_trace, route_event
+from moe_gguf.policies.trace import Offers, Trace, TraceEvent, TraceRecorder, load_trace
+from moe_gguf.runtime.engine.context import Row
 
 ROWS = [*POLICIES, "belady"]
 
@@ -28,8 +36,14 @@ def metadata(n_layers: int, n_experts: int) -> dict[str, Any]:
 def make_trace(events: Sequence[tuple[int, Sequence[Sequence[int]]]], n_experts: int) -> Trace:
     """A trace from (layer, ids by token) pairs."""
     n_layers = 1 + max(layer for layer, _ in events)
-    rows = [TraceEvent(layer, len(ids), False, np.array(ids, np.int16)) for layer, ids in events]
+    rows = [trace_event(layer, np.array(ids, np.int16)) for layer, ids in events]
     return Trace(metadata(n_layers, n_experts), rows)
+
+
+def trace_event(layer: int, ids: Ids, continuation: bool = False) -> TraceEvent:
+    """Of a prompt, or of one sequence decoding."""
+    phase = Phase.DECODE if len(ids) == 1 else Phase.PREFILL
+    return TraceEvent(layer, phase, 1, continuation, ids)
 
 
 def random_trace(seed: int, n_experts: int = 10, n_layers: int = 3, n_events: int = 120) -> Trace:
@@ -87,9 +101,28 @@ def golden_trace() -> Trace:
 
 def record(trace: Trace) -> TraceRecorder:
     recorder = TraceRecorder()
-    for layer, n_tokens, continuation, ids in trace.events:
-        recorder.record(layer, n_tokens, ids.shape[1], ids.ravel().tolist(), continuation)
+    for event in trace.events:
+        ids = event.ids.ravel().tolist()
+        recorder.record(event.route(), ids, event.continuation, event.cancelled)
+        if event.offers.keys:
+            offered = list(map(Guess, event.offers.keys, event.offers.chances))
+            recorder.record_guesses(offered, list(compress(offered, event.offers.chosen)))
     return recorder
+
+
+def with_guesses(trace: Trace, seed: int = 0) -> Trace:
+    """The trace with something offered after every other event, and some of that cancelled."""
+    rng = random.Random(seed)
+    keys = [layer * 10 + e for layer in range(3) for e in range(10)]
+    events = []
+    cancelled: list[int] = []
+    for event in trace.events:
+        offered = rng.sample(keys, 5) if rng.random() < 0.5 else []
+        chosen = [rng.random() < 0.5 for _ in offered]
+        chances = [rng.randrange(5) / 4 for _ in offered]
+        events.append(event._replace(cancelled=cancelled, offers=Offers(offered, chances, chosen)))
+        cancelled = [key for key in compress(offered, chosen) if rng.random() < 0.3]
+    return Trace(trace.metadata, events)
 
 
 def arrays_of(path: Path) -> dict[str, Any]:
@@ -102,14 +135,18 @@ def arrays_of(path: Path) -> dict[str, Any]:
 
 def test_a_route_event_lists_experts_as_first_seen() -> None:
     ids = np.array([[7, 2, 5], [5, 7, 1], [9, 7, 2]], np.int16)
-    event = route_event(3, ids)
-    assert event == (3, 3, [7, 2, 5, 1, 9], [3, 2, 2, 1, 1])
+    event = TraceEvent(3, Phase.MIXED, 2, False, ids).route()
+    assert event == (3, 3, [7, 2, 5, 1, 9], [3, 2, 2, 1, 1], Phase.MIXED, 2)
 
 
 @pytest.mark.parametrize("n_experts", [10, 40000])
 def test_a_trace_survives_the_disk(n_experts: int, tmp_path: Path) -> None:
-    events = [*random_trace(1).events, TraceEvent(1, 1, False, np.array([[n_experts - 1]]))]
-    events += [TraceEvent(1, 1, True, np.array([[n_experts - 1]]))]
+    last = np.array([[n_experts - 1]])
+    events = [*with_guesses(random_trace(1)).events]
+    events += [
+        TraceEvent(1, Phase.DECODE, 8, False, last),
+        TraceEvent(1, Phase.MIXED, 3, True, last),
+    ]
     trace = Trace({**metadata(3, n_experts), "model": "größer", "hits": 5}, events)
     record(trace).save(tmp_path / "run.npz", trace.metadata)
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"], "a temporary file is left"
@@ -117,8 +154,10 @@ def test_a_trace_survives_the_disk(n_experts: int, tmp_path: Path) -> None:
     assert loaded.metadata.items() >= trace.metadata.items()
     assert len(loaded.events) == len(trace.events)
     for a, b in zip(loaded.events, trace.events, strict=True):
-        assert a[:3] == b[:3]
+        assert a[:4] == b[:4]
         assert np.array_equal(a.ids, b.ids)
+        assert a.cancelled == list(b.cancelled)
+        assert [list(column) for column in a.offers] == [list(column) for column in b.offers]
         assert a.ids.dtype == (np.int16 if n_experts < 1 << 15 else np.int32)
 
 
@@ -141,7 +180,7 @@ def test_a_trace_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
         recorder.save(old, metadata(2, 10))
     with pytest.raises(ValueError, match="an expert is not below"):
         recorder.save(old, metadata(3, 9))
-    recorder.record(0, 2, 3, [1, 2, 3], False)  # half an event
+    recorder.record(RouteEvent(0, 2, (), (), Phase.PREFILL, 1), [1, 2, 3], False)  # half an event
     with pytest.raises(ValueError, match="do not add up"):
         recorder.save(old, metadata(3, 10))
     assert old.read_bytes() == b"the previous one"
@@ -150,7 +189,7 @@ def test_a_trace_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 
 def test_what_is_no_trace_is_refused_in_one_sentence(tmp_path: Path) -> None:
     good = tmp_path / "good.npz"
-    record(random_trace(1)).save(good, metadata(3, 10))
+    record(with_guesses(random_trace(1))).save(good, metadata(3, 10))
     arrays = arrays_of(good)
     meta = json.loads(arrays["metadata"].tobytes())
     raw = good.read_bytes()
@@ -162,7 +201,7 @@ def test_what_is_no_trace_is_refused_in_one_sentence(tmp_path: Path) -> None:
         text = json.dumps({k: v for k, v in {**meta, **changes}.items() if v is not None})
         return patched(metadata=np.frombuffer(text.encode(), np.uint8))
 
-    def first(name: str, value: int) -> dict[str, Any]:
+    def first(name: str, value: float) -> dict[str, Any]:
         array = arrays[name].copy()
         array[0] = value
         return patched(**{name: array})
@@ -172,10 +211,12 @@ def test_what_is_no_trace_is_refused_in_one_sentence(tmp_path: Path) -> None:
     archives = [
         *(patched(**{name: None}) for name in arrays),
         *(described(**{name: None}) for name in metadata(1, 1)),
-        described(version=2),
+        described(version=1),
+        described(version=3),
         described(format="something else"),
         described(n_experts=9),
         described(n_experts=True),
+        described(n_sequences="two"),
         described(blob_bytes=[1, 2]),
         described(layers=[0, 1, "2"]),
         patched(metadata=np.frombuffer(b"[1]", np.uint8)),
@@ -193,6 +234,18 @@ def test_what_is_no_trace_is_refused_in_one_sentence(tmp_path: Path) -> None:
         first("ids", 10),
         first("layer", 3),
         first("continuation", 1),
+        first("phase", 3),
+        first("phase", -1),
+        first("n_sequences", 0),
+        first("n_cancelled", -1),
+        first("n_cancelled", 1),
+        first("n_offered", 7),
+        first("cancelled", 30),
+        first("offered", -1),
+        first("chances", 2),
+        first("chances", float("nan")),
+        patched(chosen=arrays["chosen"][1:]),
+        patched(chances=arrays["chances"].astype(np.int32)),
         patched(continuation=np.ones_like(arrays["continuation"])),
     ]
     path = tmp_path / "bad.npz"
@@ -212,7 +265,7 @@ def test_what_is_no_trace_is_refused_in_one_sentence(tmp_path: Path) -> None:
 
 def test_damaged_bytes_raise_nothing_but_value_error(tmp_path: Path) -> None:
     path = tmp_path / "run.npz"
-    record(random_trace(1, n_events=12)).save(path, metadata(3, 10))
+    record(with_guesses(random_trace(1, n_events=12))).save(path, metadata(3, 10))
     raw = path.read_bytes()
     rng = random.Random(0)
     refused = 0
@@ -254,26 +307,103 @@ def test_golden_counts(name: str) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("n_slots", [2, 7, 12, 30])
 def test_replay_counts_what_the_run_counted(name: str, n_slots: int, tmp_path: Path) -> None:
-    """A run as the engine does it, with some layers in two parts, then its trace from disk."""
+    """A run as the engine does it, with some layers in two parts and guesses by a pace that nobody
+    understands, some of them given up; then its trace from disk."""
     rng = random.Random(n_slots)
-    cache, order, predictor, _ = policy(name, Facts(n_slots, 10, 3, range(3)))
+    facts = Facts(n_slots, 10, 3, range(3), gates=lambda how: RandomOffers(rng))
+    cache, order, predictor, _ = policy(name, facts)
     residency = Residency(n_slots, 10, cache, order)
     recorder = TraceRecorder()
-    hits = misses = loaded = 0
-    for layer, n_tokens, _, ids in random_trace(7).events:
+    hits = misses = n_placed = loaded = 0
+    for recorded in random_trace(7).events:
         for continuation in (False, True) if rng.random() < 0.3 else (False,):
-            event = route_event(layer, ids)
+            guesses = [*residency.guessed, *residency.stale]
+            cancelled = rng.sample(guesses, rng.randrange(len(guesses) + 1) // 2)
+            residency.drop(cancelled)
+            event, ids = recorded.route(), recorded.ids
             plan = residency.plan(event)
-            recorder.record(layer, n_tokens, 3, ids.ravel().tolist(), continuation)
-            loaded += sum(plan.loads) * (100 + layer)
-            if not continuation:
-                if predictor is not None and not isinstance(predictor, Gates):
-                    predictor.observe(event, ids)
-                hits += plan.n_hits
-                misses += sum(plan.loads)
+            recorder.record(event, ids.ravel().tolist(), continuation, cancelled)
+            loaded += sum(plan.loads) * (100 + event.layer)
+            if continuation:
+                continue
+            hits += plan.n_hits
+            misses += sum(plan.loads)
+            if predictor is None:
+                continue
+            predictor.observe(event, ids)
+            offered = predictor.guess(event, np.zeros((1, 0), np.float32))
+            missing = [guess for guess in offered if guess.key not in residency.slot_of]
+            chosen = [guess for guess in missing if rng.random() < 0.6]
+            recorder.record_guesses(offered, chosen)
+            placed = residency.guess(event, chosen, [guess.key for guess in offered])
+            n_placed += len(placed)
+            loaded += sum(100 + key // 10 for key, _ in placed)
     recorder.save(tmp_path / "run.npz", metadata(3, 10))
     row = replay(load_trace(tmp_path / "run.npz"), name, n_slots)
-    assert (row.hits, row.misses, row.bytes_read) == (hits, misses, loaded)
+    assert row[2:7] == (hits, misses, n_placed, residency.guesses_used, loaded)
+    # eap offers what it has seen, and 30 slots keep all of that.
+    assert predictor is None or n_placed > 0 or n_slots == 2 or (name == "eap" and n_slots == 30)
+
+
+class RandomOffers:
+    """Gates that offer experts of the next layer at random, none after the last."""
+
+    recall: Mapping[int, float] = {}
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def observe(self, event: RouteEvent, ids: Ids) -> None:
+        pass
+
+    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
+        experts = self.rng.sample(range(10), 6) if event.layer < 2 else []
+        return [Guess(10 * (event.layer + 1) + e, 0.5) for e in experts]
+
+
+def test_a_recording_without_guesses_replays_the_cache_of_fate_alone() -> None:
+    trace = random_trace(4)
+    assert not trace.has_offers
+    for name, alone in (("fate", "layered-lfu"), ("eap", "eap")):
+        row, without = replay(trace, name, 12), replay(trace, alone, 12)
+        assert row[2:] == without[2:]
+        assert row.guesses == row.guesses_used == 0
+
+
+def test_right_guesses_turn_misses_into_hits_and_wrong_ones_cost_their_bytes() -> None:
+    """Two layers, one token: of layer 1's experts 12 and 13 it is offered 12, 14 and 13, and reads
+    the first two."""
+    ids = np.array([[1, 2]], np.int16), np.array([[2, 3]], np.int16)
+    offers = Offers([12, 14, 13], [0.9, 0.8, 0.1], [True, True, False])
+    first, second = trace_event(0, ids[0])._replace(offers=offers), trace_event(1, ids[1])
+    trace = Trace(metadata(2, 10), [first, second])
+    row = replay(trace, "fate", 8)
+    assert (row.hits, row.misses, row.guesses, row.guesses_used) == (1, 3, 2, 1)
+    assert row.bytes_read == 2 * 100 + (2 + 1) * 101
+    # A guess that the run gave up before the layer came is none.
+    given_up = Trace(trace.metadata, [first, second._replace(cancelled=[12])])
+    assert replay(given_up, "fate", 8).hits == 0
+    assert replay(trace, "lru", 8).misses == 4
+
+
+def test_other_sizes_read_ahead_no_more_than_the_recorded_run() -> None:
+    trace = with_guesses(random_trace(5, n_events=300))
+    most = sum(sum(event.offers.chosen) for event in trace.events)
+    for row in replay_table(trace, ["fate", "fate-paper", "eap"], [4, 9, 15, 24, 30]):
+        assert row.guesses <= most
+        assert row.guesses > 0 or row.n_slots not in (9, 15)
+    assert replay(trace, "lru", 9).guesses == replay(trace, "belady", 9).guesses == 0
+
+
+def test_a_trace_of_version_1_is_to_be_recorded_again(tmp_path: Path) -> None:
+    path = tmp_path / "old.npz"
+    record(random_trace(1)).save(path, metadata(3, 10))
+    arrays = arrays_of(path)
+    old = {**json.loads(arrays["metadata"].tobytes()), "version": 1}
+    arrays["metadata"] = np.frombuffer(json.dumps(old).encode(), np.uint8)
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"its version is 1, not 2.*record it again with"):
+        load_trace(path)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -357,3 +487,121 @@ def test_unusable_requests_name_the_mend() -> None:
         replay(trace, "lru", 0)
     with pytest.raises(ValueError, match="choose one of"):
         replay(trace, "mru", 4)
+
+
+# --- against the engine --------------------------------------------------------------------------
+
+N_TOKENS = 16
+
+
+def slowly() -> Any:
+    """A scheduler callback that lets the lanes finish before each layer asks for its experts."""
+    op_desc = llama_cpp.llama_cpp._lib.ggml_op_desc
+    op_desc.argtypes, op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
+
+    def ask(tensor: int, asking: bool, _: object) -> bool:
+        if op_desc(tensor) == b"MUL_MAT_ID":
+            time.sleep(0.003)
+        return False
+
+    return llama_cpp.ggml_backend_sched_eval_callback(ask)
+
+
+def three_sequences(model: Ours, **params: Any) -> None:
+    """Prompts one after another, decoding together, and a prompt among the decoding."""
+    context = model.context(n_seq_max=3, **params)
+    for seq in range(2):
+        context.decode(rows(random_tokens(9, seq + 1), seq=seq), Phase.PREFILL)
+    for i in range(N_TOKENS):
+        context.decode([Row(7 * i + seq, 9 + i, seq) for seq in range(2)], Phase.DECODE)
+    mixed = [Row(5, 9 + N_TOKENS), *rows(random_tokens(20), seq=2)]
+    context.decode(mixed, Phase.MIXED)
+    for i in range(N_TOKENS):
+        context.decode(rows([11 * i], 20 + i, seq=2), Phase.DECODE)
+
+
+@pytest.mark.parametrize("pace", [Everything, lambda: SomeTime(3)], ids=["everything", "some"])
+@pytest.mark.parametrize("policy", ["fate", "fate-paper", "eap"])
+@pytest.mark.parametrize("n_slots", [5, 14, 30])
+def test_a_guessing_run_is_replayed_exactly(
+    policy: str, n_slots: int, pace: Callable[[], Pace], tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    recorder = TraceRecorder()
+    with ours(
+        tiny_file("qwen3moe"), n_slots, policy=policy, pace=pace(), recorder=recorder
+    ) as model:
+        three_sequences(model)
+        trace = recorder.save(tmp_path / "t.npz", described(model))
+        counted = counts(model)
+    row = replay(load_trace(tmp_path / "t.npz"), policy, n_slots)
+    assert (row.hits, row.misses, row.guesses, row.guesses_used) == counted
+    assert row.guesses > 0
+    # A step may come in several pieces, each of which is of the whole step's phase.
+    steps = ((event.phase, event.n_sequences) for event in trace.events)
+    said = [(Phase.PREFILL, 1), (Phase.DECODE, 2), (Phase.MIXED, 2), (Phase.DECODE, 1)]
+    assert [step for step, _ in itertools.groupby(steps)] == said
+
+
+def test_and_so_are_its_bytes_where_no_guess_is_given_up(
+    tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    recorder, callback = TraceRecorder(), slowly()
+    with ours(
+        tiny_file("qwen3moe"), 19, policy="fate", pace=Everything(), recorder=recorder
+    ) as model:
+        three_sequences(model, cb_eval=callback)
+        trace = recorder.save(tmp_path / "t.npz", described(model))
+        counted, n_bytes = counts(model), model.stats().read_bytes
+    assert not any(event.cancelled for event in trace.events)
+    row = replay(trace, "fate", 19)
+    assert (row.hits, row.misses, row.guesses, row.guesses_used) == counted
+    assert row.bytes_read == n_bytes
+
+
+def test_a_recording_guesses_no_more_than_any_run(tiny_file: TinyFile, tmp_path: Path) -> None:
+    """Where guessing does not pay, what is offered is recorded, and nothing of it is read."""
+    recorder = TraceRecorder()
+    with ours(tiny_file("qwen3moe"), 19, policy="fate", pace=Never(), recorder=recorder) as model:
+        three_sequences(model)
+        trace = recorder.save(tmp_path / "t.npz", described(model))
+        assert model.stats().guess_loads == 0
+        hits = model.hits
+    assert trace.has_offers
+    assert not any(any(event.offers.chosen) for event in trace.events)
+    assert replay(trace, "fate", 19).hits == hits
+
+
+class SomeTime(Everything):
+    """Time for ``n`` guesses after two events of three."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.events = 0
+
+    def event(self, meters: Meters) -> bool:
+        self.events += 1
+        return self.events % 3 != 0
+
+    def choose(self, guesses: Sequence[Guess], n_bytes: int) -> list[Guess]:
+        return [guess for i, guess in enumerate(guesses) if i % 2][: self.n]
+
+
+class Never(Everything):
+    """A pace to which no guess ever pays."""
+
+    def event(self, meters: Meters) -> bool:
+        return False
+
+
+def described(model: Ours) -> dict[str, Any]:
+    layout = model.found.layout
+    return {
+        "n_experts": layout.n_experts,
+        "layers": [layer.layer for layer in layout.layers],
+        "blob_bytes": [layer.blob_bytes for layer in layout.layers],
+    }
+
+
+def counts(model: Ours) -> tuple[int, int, int, int]:
+    used = model.meter.demands().guesses_used
+    return model.hits, model.misses, model.stats().guess_loads, used

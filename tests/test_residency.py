@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from moe_gguf.policies import POLICIES, Facts, Plan, Residency, policy
-from moe_gguf.policies.base import Guess, RouteEvent
+from moe_gguf.policies.base import Guess, Phase, RouteEvent
 from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.order import Popularity
 
@@ -63,14 +63,15 @@ def make(n_slots: int, name: str = "lru") -> Slots:
 
 
 def event(layer: int, *experts: int, counts: Sequence[int] | None = None) -> RouteEvent:
-    return RouteEvent(layer, 1, experts, counts or [1] * len(experts))
+    return RouteEvent(layer, 1, experts, counts or [1] * len(experts), Phase.DECODE, 1)
 
 
 def random_event(rng: random.Random) -> RouteEvent:
     n = rng.choice([1, 3, 3, 3, N_EXPERTS])
     experts = rng.sample(range(N_EXPERTS), n)
     counts = [rng.randrange(1, 5) for _ in experts]
-    return RouteEvent(rng.randrange(N_LAYERS), sum(counts), experts, counts)
+    layer = rng.randrange(N_LAYERS)
+    return RouteEvent(layer, sum(counts), experts, counts, Phase.PREFILL, 1)
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 5, 11, 12, 20, N_LAYERS * N_EXPERTS])

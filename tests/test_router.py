@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from harness import ours, random_tokens, rows
 from reference_gates import Ids, confidence, gate, scores, select, top
 
+from moe_gguf.policies.base import Guess, RouteEvent
 from moe_gguf.runtime.plugin.abi import Call
 from moe_gguf.runtime.plugin.gates import Floats, RoutingRule
 from moe_gguf.runtime.routers import routing_rule
@@ -26,15 +27,18 @@ class Watcher:
         self.events: list[tuple[int, Floats, Ids]] = []
 
     def record(
-        self, layer: int, n_tokens: int, n_used: int, ids: list[int], continuation: bool
+        self, event: RouteEvent, ids: list[int], continuation: bool, cancelled: Sequence[int]
     ) -> None:
-        call = self.call
+        call, n_tokens = self.call, event.n_tokens
         assert call is not None
         stride = call.x_stride // 4
         buffer = (ctypes.c_float * (stride * (n_tokens - 1) + call.n_embd)).from_address(call.x)
         flat = np.frombuffer(buffer, np.float32)
         x = np.stack([flat[t * stride : t * stride + call.n_embd] for t in range(n_tokens)])
-        self.events.append((layer, x, np.array(ids).reshape(n_tokens, n_used)))
+        self.events.append((event.layer, x, np.array(ids).reshape(n_tokens, -1)))
+
+    def record_guesses(self, offered: Sequence[Guess], chosen: Sequence[Guess]) -> None:
+        pass
 
 
 def watch(path: Path) -> tuple[gguf.GGUFReader, list[tuple[int, Floats, Ids]]]:

@@ -22,7 +22,7 @@ from test_cli import Command, moe_gguf  # noqa: F401  the fixture
 from test_replay import random_trace
 
 from moe_gguf.policies import POLICIES, Facts, policy
-from moe_gguf.policies.base import RouteEvent
+from moe_gguf.policies.base import Phase, RouteEvent
 from moe_gguf.policies.cache import LFU
 from moe_gguf.policies.eap import ExpertPaths, PathPredictor
 from moe_gguf.policies.layered import Layered, hottest
@@ -66,8 +66,8 @@ def test_counts_are_those_of_a_walk_over_the_tokens() -> None:
         step = [event.ids for event in trace.events[first : first + 3]]
         step[2] = step[2][-1:]  # as llama.cpp computes the last layer of a prompt
         for layer, ids in enumerate(step):
-            events.append(TraceEvent(layer, len(ids), False, ids))
-            events.append(TraceEvent(layer, len(ids), True, ids))  # its further tensors
+            events.append(TraceEvent(layer, Phase.PREFILL, 1, False, ids))
+            events.append(TraceEvent(layer, Phase.PREFILL, 1, True, ids))  # its further tensors
             popularity.update((layer, int(e)) for e in ids.ravel())
         for t in range(len(step[0])):
             pairs = itertools.product(step[0][t].tolist(), step[1][t].tolist())
@@ -128,7 +128,8 @@ def test_counts_stop_at_what_the_file_can_hold() -> None:
 
 def test_transitions_that_would_be_too_big_are_not_kept(tmp_path: Path) -> None:
     identity = IDENTITY._replace(layers=tuple(range(62)), n_experts=525)
-    trace = Trace({}, [TraceEvent(0, 1, False, np.array([[1, 2, 524]], np.int16))])
+    ids = np.array([[1, 2, 524]], np.int16)
+    trace = Trace({}, [TraceEvent(0, Phase.DECODE, 1, False, ids)])
     stats = count(trace, identity, {})
     assert stats.transitions is None
     assert stats.follows() is None
@@ -201,7 +202,15 @@ def test_a_damaged_file_is_refused_or_harmless(seed: int, tmp_path: Path) -> Non
     (stats + counted(2)).save(path)
     assert load(path, IDENTITY) is not None
     for name in POLICIES:
-        facts = Facts(12, 10, 3, [0, 1, 2], False, stats.recalls(), stats.uses(), stats.follows)
+        facts = Facts(
+            12,
+            10,
+            3,
+            [0, 1, 2],
+            recall=stats.recalls(),
+            popularity=stats.uses(),
+            transitions=stats.follows,
+        )
         cache = policy(name, facts).cache
         for key in hottest(stats.uses(), 12, cache)[::-1]:
             cache.admit(key)
@@ -258,7 +267,7 @@ def test_paths_guess_and_judge_from_the_first_token_on() -> None:
     worth = paths.worth()
     assert worth[1].argmax() == 2
     predictor = PathPredictor(paths)
-    event = RouteEvent(0, 1, [0, 1], [1, 1])
+    event = RouteEvent(0, 1, [0, 1], [1, 1], Phase.DECODE, 1)
     predictor.observe(event, np.array([[0, 1]], np.int32))
     guesses = predictor.guess(event, np.zeros((1, 4), np.float32))
     assert {guess.key for guess in guesses} == {8 + 5, 8 + 6}

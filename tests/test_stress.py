@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from moe_gguf.policies import POLICIES, Facts, Residency, policy
-from moe_gguf.policies.base import Guess, LoadOrder, RouteEvent
-from moe_gguf.policies.predict import Gates
+from moe_gguf.policies.base import Guess, LoadOrder, Phase, RouteEvent
 
 ROOT = Path(__file__).parent.parent
 STEPS = int(os.environ.get("STRESS_STEPS", "100000"))
@@ -57,8 +56,7 @@ class Schedule:
 
     def __init__(self, name: str, n_slots: int, rng: random.Random) -> None:
         facts = Facts(n_slots, N_EXPERTS, N_USED, range(N_LAYERS))
-        cache, order, predictor, _ = policy(name, facts)
-        self.predictor = None if isinstance(predictor, Gates) else predictor
+        cache, order, self.predictor, _ = policy(name, facts)
         self.order = BrokenOrder(order)
         self.residency = Residency(n_slots, N_EXPERTS, cache, self.order)
         self.held = [EMPTY] * n_slots  # the key each slot holds or is being filled with
@@ -73,7 +71,7 @@ class Schedule:
         n = N_EXPERTS if rng.random() < 0.03 else rng.randrange(1, 2 * N_USED)
         # Squared, so that some experts are popular and policies have something to keep.
         experts = list(dict.fromkeys(int(N_EXPERTS * rng.random() ** 2) for _ in range(n)))
-        event = RouteEvent(self.layer, 1, experts, [1] * len(experts))
+        event = RouteEvent(self.layer, 1, experts, [1] * len(experts), Phase.DECODE, 1)
         self.order.broken = rng.random() < 0.01
         try:
             self._plan(event)

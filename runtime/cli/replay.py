@@ -61,6 +61,7 @@ def replay_document(path: Path, policies: str | None, slots: str | None) -> dict
         "metadata": dict(trace.metadata),
         "events": len(trace.events),
         "recorded": _recorded(trace),
+        "guesses": trace.has_offers,
         "sizes": sizes,
         "rows": [_row(result) for result in replay_table(trace, names, sizes)],
     }
@@ -73,6 +74,8 @@ def _row(result: ReplayResult) -> dict[str, Any]:
         "hits": result.hits,
         "misses": result.misses,
         "hit_rate": result.hit_rate,
+        "guesses": result.guesses,
+        "guesses_used": result.guesses_used,
         "bytes_read": result.bytes_read,
     }
 
@@ -80,15 +83,14 @@ def _row(result: ReplayResult) -> dict[str, Any]:
 def _recorded(trace: Trace) -> dict[str, Any] | None:
     """The recorded run's own counts and whether replaying it gives them again; None if unknown.
 
-    A replay begins with empty slots and guesses nothing: what a warm run counted it cannot tell,
-    nor what one that guessed did, for how much is guessed depends on time.
+    A replay begins with empty slots: what a warm run counted it cannot tell.
     """
     meta = trace.metadata
     policy, n_slots = str(meta.get("policy")), meta.get("n_slots")
-    counts = meta.get("hits"), meta.get("misses")
+    counts = meta.get("hits"), meta.get("misses"), meta.get("guesses")
     if policy not in POLICIES or type(n_slots) is not int or n_slots < 1:
         return None
-    unlike = ("warmed", "guesses", "low_copies")
+    unlike = ("warmed", "low_copies")
     if None in counts or not meta.get("complete", True) or any(map(meta.get, unlike)):
         return None
     (again,) = replay_table(trace, [policy], [n_slots])
@@ -97,7 +99,8 @@ def _recorded(trace: Trace) -> dict[str, Any] | None:
         "n_slots": n_slots,
         "hits": counts[0],
         "misses": counts[1],
-        "reproduced": (again.hits, again.misses) == counts,
+        "guesses": counts[2],
+        "reproduced": (again.hits, again.misses, again.guesses) == counts,
     }
 
 
@@ -127,16 +130,17 @@ def replay_text(document: dict[str, Any]) -> str:
     ]
     if (recorded := d["recorded"]) is None:
         lines.append(
-            "the recorded run cannot be checked: it guessed, began warm, used low copies, was "
-            "interrupted or says too little"
+            "the recorded run cannot be checked: it began warm, used low copies, was interrupted "
+            "or says too little"
         )
     else:
         run = (
-            f"{recorded['policy']} with {recorded['n_slots']} slots had {recorded['hits']} hits "
-            f"and {recorded['misses']} misses"
+            f"{recorded['policy']} with {recorded['n_slots']} slots had {recorded['hits']} hits, "
+            f"{recorded['misses']} misses and {recorded['guesses']} guesses"
         )
         verdict = "the same" if recorded["reproduced"] else "OTHER COUNTS, which is a bug"
         lines.append(f"recorded: {run}; replaying it gives {verdict}")
+    lines.append(_guesses_note(document))
     header = [f"{n} slots ({n / n_all:.0%})" for n in d["sizes"]]
     cells: dict[str, list[str]] = {}
     for row in d["rows"]:
@@ -144,6 +148,16 @@ def replay_text(document: dict[str, Any]) -> str:
         cells.setdefault(row["policy"], []).append(cell)
     lines += _table([["hits, bytes read", *header], *([name, *row] for name, row in cells.items())])
     return "\n".join(lines)
+
+
+def _guesses_note(document: dict[str, Any]) -> str:
+    if not document["guesses"]:
+        return "guesses: none were recorded; policies that guess are replayed by their caches alone"
+    run = document["metadata"].get("policy", "the recorded run")
+    return (
+        f"guesses: those offered to {run}, and after each event no more than it read there; belady "
+        "bounds policies that guess nothing"
+    )
 
 
 def _table(rows: list[list[str]]) -> Iterable[str]:

@@ -15,6 +15,7 @@ ABI = 5
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
 COPIES = 2
+CHUNK_BYTES = 1 << 20  # native/reads.h
 
 i32, i64 = ctypes.c_int32, ctypes.c_int64
 i32_array = ctypes.POINTER(i32)

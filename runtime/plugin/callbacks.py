@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...policies.base import Guess, Ids, Inputs, RouteEvent
+from ...policies.base import Ids, Inputs, Phase, RouteEvent
 from ...policies.pace import Meters
 from ...policies.residency import Plan
 from .abi import MAX_GUESSES, i32
 from .model import PluginModel
+
+_PHASES = tuple(Phase)  # calling the class takes ten times as long
 
 
 class Brain(Protocol):
@@ -43,12 +45,9 @@ class Brain(Protocol):
         """Whether the rest of this step will find all it needs, so that nobody need ask."""
 
     def on_guess(
-        self, offered: Sequence[Guess], ids: Callable[[], Ids], inputs: Callable[[], Inputs]
+        self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]
     ) -> Sequence[tuple[int, int]]:
-        """(key, slot) of what is to be read ahead, once the event's own reads are under way.
-
-        ``offered`` are the native gates' guesses, best first, if there are gates.
-        """
+        """(key, slot) of what is to be read ahead, once the event's own reads are under way."""
 
 
 class Callbacks:
@@ -67,8 +66,6 @@ class Callbacks:
         self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
-        self._offered_keys: Any = (i32 * (2 * n)).from_address(call.predicted_keys)
-        self._offered_chances: Any = (ctypes.c_float * (2 * n)).from_address(call.predicted_chances)
         self._bind()
 
     def _bind(self) -> None:
@@ -109,7 +106,7 @@ class Callbacks:
             call.n_tokens,
             call.experts[:n],
             call.counts[:n],
-            call.phase,
+            _PHASES[call.phase],
             call.n_sequences,
         )
         plan = brain.on_route(event, self._ids, continuation)
@@ -124,7 +121,8 @@ class Callbacks:
         call = self._call
         return Meters(
             call.layer,
-            call.n_tokens,
+            _PHASES[call.phase],
+            call.n_sequences,
             call.now_ns,
             call.disk_ns,
             call.read_bytes,
@@ -132,19 +130,14 @@ class Callbacks:
             call.guess_ns,
             n_missing + call.n_late,
             n_missing + n_guessed,
-            call.phase,
-            call.n_sequences,
         )
 
     def _guess(self) -> None:
-        call = self._call
-        n = call.n_predicted
-        offered = list(map(Guess, self._offered_keys[:n], self._offered_chances[:n]))
-        placed = self.brain.on_guess(offered, self._ids, self._inputs)
+        placed = self.brain.on_guess(self._ids, self._inputs)
         n = len(placed)
         self._guess_keys[:n] = [key for key, _ in placed]
         self._guess_slots[:n] = [slot for _, slot in placed]
-        call.n_guesses = n
+        self._call.n_guesses = n
 
     def _inputs(self) -> Inputs:
         """The layer's gate input, [n_tokens, n_embd], over the plugin's memory."""
