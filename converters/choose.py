@@ -24,7 +24,7 @@ from .mix import (
     type_name,
     type_number,
 )
-from .source import ExpertStack, Pair, Source, TrunkTensor
+from .source import ExpertStack, Pair, Source, SourceTensor
 from .source_gguf import GgufSource
 
 Note = Callable[[str], None]
@@ -33,7 +33,7 @@ LAYOUTS = ("auto", "plain", "repacked")
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """What to make of a source; `quant` None keeps a GGUF's bytes and takes q4_k for the rest."""
 
     quant: str | None = None
@@ -50,12 +50,12 @@ class Options:
 class Choices(NamedTuple):
     quant: str
     sets: list[list[Matrix]]
-    trunk: list[tuple[TrunkTensor, int]]
+    trunk: list[tuple[SourceTensor, int]]
     metadata: Mapping[str, Pair]
     imatrix: Imatrix
 
 
-def choose(source: Source, options: Options, note: Note) -> Choices:
+def choose(source: Source, options: ConvertOptions, note: Note) -> Choices:
     quant = (options.quant or _default_quant(source)).lower()
     if options.imatrix and quant == COPY and options.low_quant is None:
         raise UserError("--imatrix weighs a quantization: give --quant or --low-quant with it")
@@ -106,7 +106,7 @@ def _fit(wanted: int, row: int, fallbacks: Counter[tuple[int, int, int]]) -> int
 def _matrix(
     stack: ExpertStack,
     wanted: int | None,
-    options: Options,
+    options: ConvertOptions,
     fallbacks: Counter[tuple[int, int, int]],
 ) -> Matrix:
     ggml_type = stack.ggml_type

@@ -22,13 +22,13 @@ from ..runtime.formats.bundle import PLAIN, is_bundle
 from ..runtime.formats.ggml_types import type_bytes
 from ..runtime.progress import Report as Progress
 from ..runtime.sizes import format_size
-from .blueprint import Matrix, Plan, make_plan, trunk_rows
+from .blueprint import Blueprint, Matrix, make_blueprint, trunk_rows
 from .bundle_writer import BundleWriter
-from .choose import Note, Options, choose, describe_layouts
+from .choose import ConvertOptions, Note, choose, describe_layouts
 from .imatrix import Imatrix, Weights
 from .mix import type_name
 from .quantize import Job, Quantizer, Then
-from .source import FORGET_BYTES, Source, TrunkTensor
+from .source import FORGET_BYTES, Source, SourceTensor
 from .source_gguf import GgufSource
 
 # Bytes that are read, quantized or waiting to be written: a few pieces of any size, so that nobody
@@ -79,7 +79,7 @@ def open_source(path: Path) -> Source:
 
 
 def convert(
-    source: Source, folder: Path, options: Options, progress: Progress, note: Note
+    source: Source, folder: Path, options: ConvertOptions, progress: Progress, note: Note
 ) -> Summary:
     """Write the bundle, or the rest of it.
 
@@ -87,7 +87,7 @@ def convert(
     any kill, the folder is no bundle yet and the same call goes on where this one stopped.
     """
     choices = choose(source, options, note)
-    plan = make_plan(
+    blueprint = make_blueprint(
         source,
         choices.quant,
         choices.sets,
@@ -96,11 +96,11 @@ def convert(
         describe_layouts(choices.sets),
         options.shard_bytes,
     )
-    identity = plan.identity(_hash(options.imatrix) if options.imatrix else "")
-    with BundleWriter(folder, plan, identity, note) as writer:
+    identity = blueprint.identity(_hash(options.imatrix) if options.imatrix else "")
+    with BundleWriter(folder, blueprint, identity, note) as writer:
         threads = options.threads or len(os.sched_getaffinity(0))
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
-            work = _work(plan, writer.done, quantizer, choices.imatrix)
+            work = _work(blueprint, writer.done, quantizer, choices.imatrix)
             passed = 0
             for piece, jobs in _ahead(readers, work):
                 for which, job in enumerate(jobs):
@@ -114,7 +114,7 @@ def convert(
                     passed = 0
                 progress(writer.done_bytes, writer.total_bytes)
         writer.finish()
-    return _summary(plan)
+    return _summary(blueprint)
 
 
 def _hash(path: Path) -> str:
@@ -134,17 +134,19 @@ class _Piece(NamedTuple):
     ends_step: bool
 
 
-def _work(plan: Plan, first: int, quantizer: Quantizer, imatrix: Imatrix) -> Iterator[_Piece]:
-    """Every piece from step `first` on, in the order of the plan."""
-    for blob in range(first, plan.n_blobs):
-        layer, expert = divmod(blob, plan.n_experts)
-        roles = list(zip(*(s.layers[layer] for s in plan.sets), strict=True))
+def _work(
+    blueprint: Blueprint, first: int, quantizer: Quantizer, imatrix: Imatrix
+) -> Iterator[_Piece]:
+    """Every piece from step `first` on, in the order of the blueprint."""
+    for blob in range(first, blueprint.n_blobs):
+        layer, expert = divmod(blob, blueprint.n_experts)
+        roles = list(zip(*(s.layers[layer] for s in blueprint.sets), strict=True))
         for role, matrices in enumerate(roles):
             stack = matrices[0].stack
             row = _row_bytes(stack.ne[0], stack.ggml_type, *(m.ggml_type for m in matrices))
             # A kernel's layout interleaves rows, and each piece is packed by itself.
             step = max(MATRIX_BYTES // row // interleaving.MOST_ROWS, 1) * interleaving.MOST_ROWS
-            offsets = tuple(s.offsets[layer][role] for s in plan.sets)
+            offsets = tuple(s.offsets[layer][role] for s in blueprint.sets)
             weights = imatrix.get(stack.name)
             for at, n in _slices(stack.ne[1], step):
                 yield _Piece(
@@ -153,7 +155,7 @@ def _work(plan: Plan, first: int, quantizer: Quantizer, imatrix: Imatrix) -> Ite
                     () if at else offsets,
                     role == len(roles) - 1 and at + n == stack.ne[1],
                 )
-    for tensor, ggml_type in plan.trunk[max(first - plan.n_blobs, 0) :]:
+    for tensor, ggml_type in blueprint.trunk[max(first - blueprint.n_blobs, 0) :]:
         row, rows = _row_bytes(tensor.ne[0], tensor.ggml_type, ggml_type), trunk_rows(tensor)
         weights = imatrix.get(tensor.name)
         for at, n in _slices(rows, max(SLICE_BYTES // row, 1)):
@@ -201,7 +203,7 @@ def _packing(matrix: Matrix) -> Then | None:
 
 def _start_rows(
     quantizer: Quantizer,
-    tensor: TrunkTensor,
+    tensor: SourceTensor,
     ggml_type: int,
     first: int,
     n: int,
@@ -242,19 +244,19 @@ def _ahead(
 # --- reporting ----------------------------------------------------------------------------------
 
 
-def _summary(plan: Plan) -> Summary:
-    expert_weights = plan.n_experts * sum(
-        m.stack.ne[0] * m.stack.ne[1] for layer in plan.sets[0].layers for m in layer
+def _summary(blueprint: Blueprint) -> Summary:
+    expert_weights = blueprint.n_experts * sum(
+        m.stack.ne[0] * m.stack.ne[1] for layer in blueprint.sets[0].layers for m in layer
     )
-    trunk = plan.trunk_infos
-    sizes = [*plan.expert_bytes, 0]
-    types = [_shares((t.ggml_type, t.n_bytes) for t in s.blobs.tensors) for s in plan.sets]
+    trunk = blueprint.trunk_infos
+    sizes = [*blueprint.expert_bytes, 0]
+    types = [_shares((t.ggml_type, t.n_bytes) for t in s.blobs.tensors) for s in blueprint.sets]
     return Summary(
         expert_weights + sum(info.n_items for info in trunk),
         expert_weights,
         sizes[0],
         sizes[1],
-        plan.trunk_bytes,
+        blueprint.trunk_bytes,
         types[0],
         types[1] if len(types) > 1 else (),
         _shares((info.ggml_type, info.n_bytes) for info in trunk),

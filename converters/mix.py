@@ -13,7 +13,7 @@ from typing import Any
 
 from ..runtime.errors import UserError
 from ..runtime.formats.ggml_types import GGML_TYPES
-from .source import Pair, Source, TrunkTensor
+from .source import Pair, Source, SourceTensor
 
 NUMBERS: dict[str, int] = {kind.name.lower(): number for number, kind in GGML_TYPES.items()}
 
@@ -127,7 +127,7 @@ class _Mix:
         self.values = [name for name in names if _category(name) == "attn_v"]
         self.downs = [name for name in names if _category(name) == "ffn_down"]
 
-    def type(self, tensor: TrunkTensor) -> int:
+    def type(self, tensor: SourceTensor) -> int:
         if self.wanted in FLOATS:
             return self.wanted
         category = _category(tensor.name)

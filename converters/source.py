@@ -43,7 +43,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class TrunkTensor:
+class SourceTensor:
     """One tensor that is not a routed expert.
 
     ``ne`` is in ggml's order, row length first; a row is ``ne[0]`` items. ``read(first, n)`` gives
@@ -82,7 +82,7 @@ class Source(Protocol):
     sha256: str  # of everything that describes the weights (headers, configuration), not of them
     n_experts: int
     metadata: Mapping[str, Pair]  # in order; without the keys of split sets and of alignment
-    trunk: Sequence[TrunkTensor]
+    trunk: Sequence[SourceTensor]
     experts: Sequence[ExpertStack]  # by layer, then gate, up, gate_up, down
 
     def forget(self) -> None:

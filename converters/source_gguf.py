@@ -18,9 +18,9 @@ from gguf import GGUFValueType
 from ..runtime.errors import UserError, reason
 from ..runtime.formats.ggml_types import type_bytes
 from ..runtime.formats.gguf_header import GgufHeader, KeyValue, ValueType
-from ..runtime.formats.layout import ExpertTensor, Tensor
+from ..runtime.formats.layout import ExpertTensor, PlacedTensor
 from ..runtime.formats.open import read_layout
-from .source import Bytes, ExpertStack, Pair, TrunkTensor, forget
+from .source import Bytes, ExpertStack, Pair, SourceTensor, forget
 
 _LEFT_OUT = ("split.", "general.alignment")  # what speaks of the files, not of the model
 
@@ -43,8 +43,8 @@ class GgufSource:
             for layer in layout.layers
             for expert in layer.tensors
         ]
-        self.trunk: Sequence[TrunkTensor] = [
-            TrunkTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
+        self.trunk: Sequence[SourceTensor] = [
+            SourceTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
             for t in tensors.values()
         ]
 
@@ -55,13 +55,13 @@ class GgufSource:
         while self._files:
             os.close(self._files.pop())
 
-    def _stack(self, e: ExpertTensor, t: Tensor) -> ExpertStack:
+    def _stack(self, e: ExpertTensor, t: PlacedTensor) -> ExpertStack:
         def read(expert: int, first: int, n: int) -> Bytes:
             return self._read_rows(t, expert * e.ne[1] + first, n)
 
         return ExpertStack(e.name, e.layer, e.role, e.ne[:2], e.ggml_type, read)
 
-    def _read_rows(self, tensor: Tensor, first: int, n_rows: int) -> Bytes:
+    def _read_rows(self, tensor: PlacedTensor, first: int, n_rows: int) -> Bytes:
         row = type_bytes(tensor.ggml_type, tensor.ne[0])
         return self._read(tensor.file, tensor.offset + first * row, n_rows * row)
 

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
 from moe_gguf.runtime.bench import process, rounds
 from moe_gguf.runtime.disk import Ceiling
@@ -56,7 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
             folder = tmp_path_factory.mktemp("bundle")
             source = open_source(path)
             try:
-                given = Options(layout=layout, **options)
+                given = ConvertOptions(layout=layout, **options)
                 convert.convert(source, folder, given, lambda *_: None, lambda _: None)
             finally:
                 source.close()

@@ -20,7 +20,7 @@ import pytest
 from conftest import TinyFile
 from gguf import GGMLQuantizationType as Quant
 
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import convert, open_source
 from moe_gguf.converters.imatrix import read_imatrix
 from moe_gguf.converters.mix import FILE_TYPES, FLOATS, NEEDS_IMATRIX, NUMBERS, fitting_type
@@ -47,7 +47,7 @@ def tensors(path: Path) -> Tensors:
 def ours(source: Path, folder: Path, quant: str, imatrix: Path | None = None) -> Tensors:
     """The bundle as stock has it: experts stacked again."""
     opened = open_source(source)
-    options = Options(quant=quant, imatrix=imatrix, layout="plain", threads=2)
+    options = ConvertOptions(quant=quant, imatrix=imatrix, layout="plain", threads=2)
     convert(opened, folder, options, lambda done, total: None, lambda text: None)
     out = tensors(folder / TRUNK)
     experts = tensors(folder / "experts-00001-of-00001.gguf")

@@ -58,7 +58,7 @@ def convert(
 
     An interrupted conversion goes on where it stopped when the same command is given again.
     """
-    from ...converters.choose import Options
+    from ...converters.choose import ConvertOptions
     from ...converters.convert import convert as run_convert
     from ...converters.convert import open_source
     from ..progress import bar
@@ -69,7 +69,7 @@ def convert(
 
     quieten()
     shard_bytes = None if shard_size is None else parse_size(shard_size)
-    options = Options(quant, low_quant, imatrix, layout, shard_bytes, threads)
+    options = ConvertOptions(quant, low_quant, imatrix, layout, shard_bytes, threads)
     try:
         with (
             contextlib.closing(open_source(checkpoint(source))) as opened,

@@ -35,7 +35,7 @@ _ALIGNMENT = "general.alignment"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class PlacedTensor:
     """One tensor of the model and where it lies on disk."""
 
     name: str
@@ -114,7 +114,7 @@ class ModelLayout:
     architecture: str
     n_experts: int
     layers: tuple[MoeLayer, ...]
-    tensors: tuple[Tensor, ...]  # all, in stream order
+    tensors: tuple[PlacedTensor, ...]  # all, in stream order
     header: bytes
     stream_bytes: int
     table: BundleTable | None = None  # of a bundle
@@ -186,7 +186,7 @@ class ModelLayout:
         return sum(t.n_bytes for t in self.tensors) - self.expert_bytes
 
     @property
-    def trunk(self) -> list[Tensor]:
+    def trunk(self) -> list[PlacedTensor]:
         experts = {t.name for layer in self.layers for t in layer.tensors}
         return [t for t in self.tensors if t.name not in experts]
 
@@ -285,11 +285,11 @@ def untied(layout: ModelLayout) -> ModelLayout:
     return replace(layout, tensors=both, header=header, stream_bytes=stream_bytes)
 
 
-def tensors_of(headers: Sequence[GgufHeader]) -> Iterator[Tensor]:
+def tensors_of(headers: Sequence[GgufHeader]) -> Iterator[PlacedTensor]:
     for file, header in enumerate(headers):
         for info in header.tensors:
             offset = header.data_start + info.offset
-            yield Tensor(info.name, info.ne, info.ggml_type, file, offset, info.n_bytes)
+            yield PlacedTensor(info.name, info.ne, info.ggml_type, file, offset, info.n_bytes)
 
 
 # --- slots --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .layout import (
     ModelLayout,
     MoeLayer,
     Piece,
-    Tensor,
+    PlacedTensor,
     architecture_of,
     check_types,
     expert_tensor,
@@ -73,7 +73,7 @@ def read_bundle(path: Path) -> ModelLayout:
             if [(t.name, t.ne) for t in tensors] != [(t.name, t.ne) for t in layer.tensors]:
                 raise _damaged(trunk, f"the copies of layer {layer.layer} differ in shape")
     header, stream_bytes = stream_header(trunk, [*trunk.tensors, *infos])
-    stacked = (Tensor(i.name, i.ne, i.ggml_type, NOWHERE, 0, i.n_bytes) for i in infos)
+    stacked = (PlacedTensor(i.name, i.ne, i.ggml_type, NOWHERE, 0, i.n_bytes) for i in infos)
     return ModelLayout(
         path=path,
         files=files,
