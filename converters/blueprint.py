@@ -20,6 +20,7 @@ from ..runtime.formats.bundle import (
     BLOB_ALIGNMENT,
     EXPERTS,
     LOW,
+    PLAIN,
     SHARD_KEY,
     VERSION,
     VERSION_KEY,
@@ -34,9 +35,8 @@ from ..runtime.formats.bundle import (
 from ..runtime.formats.ggml_types import pad_up
 from ..runtime.formats.gguf_header import DEFAULT_ALIGNMENT, TensorInfo, ValueType
 from ..runtime.formats.gguf_writer import encode_header, encode_info, encode_pair
-from .source import ExpertStack, Pair, Source, SourceTensor
-
-ARCHITECTURE = "general.architecture"
+from ..runtime.formats.interleaving import Interleaving
+from .source import ARCHITECTURE, ExpertStack, Pair, Source, SourceTensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,11 @@ class Matrix:
 
     stack: ExpertStack
     ggml_type: int
-    layout: str
+    rule: Interleaving | None  # of a kernel's layout; None: plain
+
+    @property
+    def layout(self) -> str:
+        return PLAIN if self.rule is None else self.rule.name
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 import xxhash
 
 from ..runtime.errors import UserError, reason
+from ..runtime.files import sync_folder
 from ..runtime.formats.bundle import BLOB_ALIGNMENT, TRUNK, BlobSet
 from ..runtime.formats.ggml_types import pad_up
 from ..runtime.formats.gguf_header import DEFAULT_ALIGNMENT
@@ -151,11 +152,11 @@ class BundleWriter:
                 os.fsync(fd)
             for name in self._fds:  # the trunk is the last
                 if name == TRUNK:
-                    _sync_folder(self._folder)
+                    sync_folder(self._folder)
                 _partial(self._folder, name).rename(self._folder / name)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
             (self._folder / JOURNAL).unlink()
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
 
     # --- going on ---
 
@@ -186,7 +187,7 @@ class BundleWriter:
             if header:
                 _write(fd, [header], 0)
                 os.fsync(fd)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         self._sums = sums or []
         if not sums:
             self._journal.start()
@@ -314,11 +315,3 @@ def _write(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
             n -= len(left.pop(0))
         if n:
             left[0] = left[0][n:]
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

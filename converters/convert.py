@@ -6,8 +6,6 @@ work on neighbouring matrices at once, with a window of bytes between them that 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,19 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..runtime import kernels
 from ..runtime.errors import UserError
+from ..runtime.files import sha256
 from ..runtime.formats import interleaving
-from ..runtime.formats.bundle import PLAIN, is_bundle
+from ..runtime.formats.bundle import is_bundle
 from ..runtime.formats.ggml_types import type_bytes
-from ..runtime.progress import Report as Progress
+from ..runtime.progress import Report
 from ..runtime.sizes import format_size
+from ..runtime.system import usable_cores
 from .blueprint import Blueprint, Matrix, make_blueprint, trunk_rows
 from .bundle_writer import BundleWriter
-from .choose import ConvertOptions, Note, choose, describe_layouts
+from .choose import ConvertOptions, Kernels, Note, choose, describe_layouts
 from .imatrix import Imatrix, Weights
 from .mix import type_name
-from .quantize import Job, Quantizer, Then
+from .quantize import Job, Quantizer
 from .source import FORGET_BYTES, Source, SourceTensor
 from .source_gguf import GgufSource
 
@@ -79,14 +78,19 @@ def open_source(path: Path) -> Source:
 
 
 def convert(
-    source: Source, folder: Path, options: ConvertOptions, progress: Progress, note: Note
+    source: Source,
+    folder: Path,
+    options: ConvertOptions,
+    kernels: Kernels,
+    progress: Report,
+    note: Note,
 ) -> Summary:
     """Write the bundle, or the rest of it.
 
     UserError for what cannot be converted, OSError for a disk that fails; either way, and after
     any kill, the folder is no bundle yet and the same call goes on where this one stopped.
     """
-    choices = choose(source, options, note)
+    choices = choose(source, options, kernels, note)
     blueprint = make_blueprint(
         source,
         choices.quant,
@@ -96,11 +100,11 @@ def convert(
         describe_layouts(choices.sets),
         options.shard_bytes,
     )
-    identity = blueprint.identity(_hash(options.imatrix) if options.imatrix else "")
+    identity = blueprint.identity(sha256(options.imatrix) if options.imatrix else "")
     with BundleWriter(folder, blueprint, identity, note) as writer:
-        threads = options.threads or len(os.sched_getaffinity(0))
+        threads = options.threads or usable_cores()
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
-            work = _work(blueprint, writer.done, quantizer, choices.imatrix)
+            work = _work(blueprint, writer.done, quantizer, kernels, choices.imatrix)
             passed = 0
             for piece, jobs in _ahead(readers, work):
                 for which, job in enumerate(jobs):
@@ -117,11 +121,6 @@ def convert(
     return _summary(blueprint)
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- the pipeline -------------------------------------------------------------------------------
 
 
@@ -135,7 +134,7 @@ class _Piece(NamedTuple):
 
 
 def _work(
-    blueprint: Blueprint, first: int, quantizer: Quantizer, imatrix: Imatrix
+    blueprint: Blueprint, first: int, quantizer: Quantizer, kernels: Kernels, imatrix: Imatrix
 ) -> Iterator[_Piece]:
     """Every piece from step `first` on, in the order of the blueprint."""
     for blob in range(first, blueprint.n_blobs):
@@ -151,7 +150,7 @@ def _work(
             for at, n in _slices(stack.ne[1], step):
                 yield _Piece(
                     n * row,
-                    partial(_start_matrix, quantizer, matrices, expert, at, n, weights),
+                    partial(_start_matrix, quantizer, kernels, matrices, expert, at, n, weights),
                     () if at else offsets,
                     role == len(roles) - 1 and at + n == stack.ne[1],
                 )
@@ -178,6 +177,7 @@ def _slices(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _start_matrix(
     quantizer: Quantizer,
+    kernels: Kernels,
     matrices: Sequence[Matrix],
     expert: int,
     first: int,
@@ -189,16 +189,13 @@ def _start_matrix(
     data = stack.read(expert, first, n)
     what = f"expert {expert} of {stack.name}"
     values = None if weights is None else weights.read(expert * row, row)
-    return [
-        quantizer.submit(what, data, stack.ggml_type, m.ggml_type, row, values, then=_packing(m))
-        for m in matrices
-    ]
-
-
-def _packing(matrix: Matrix) -> Then | None:
-    if matrix.layout == PLAIN:
-        return None
-    return partial(kernels.repack, matrix.ggml_type, matrix.stack.ne)
+    jobs = []
+    for m in matrices:
+        pack = None if m.rule is None else partial(kernels.repack, m.ggml_type, stack.ne)
+        jobs.append(
+            quantizer.submit(what, data, stack.ggml_type, m.ggml_type, row, values, then=pack)
+        )
+    return jobs
 
 
 def _start_rows(

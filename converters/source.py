@@ -15,6 +15,11 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
+from ..runtime.formats.gguf_header import Value
+from ..runtime.formats.keys import Keys
+
+ARCHITECTURE = "general.architecture"
+
 Bytes = NDArray[np.uint8]
 
 
@@ -89,3 +94,20 @@ class Source(Protocol):
         """What was read so far need not stay in the system's cache."""
 
     def close(self) -> None: ...
+
+
+def keys_of(source: Source) -> Keys:
+    """The metadata, typed; a key that starts with a dot is the architecture's own."""
+
+    def get(key: str) -> Value | None:
+        pair = source.metadata.get(key)
+        value = pair.value if pair else None
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return tuple(value) if isinstance(value, list) else value
+
+    mend = "download it again"
+    architecture = Keys(source.name, get, mend).text(ARCHITECTURE)
+    return Keys(source.name, get, mend, architecture)

@@ -89,11 +89,7 @@ def _hash(headers: Sequence[GgufHeader]) -> str:
     """Of everything before the data of each file."""
     digest = hashlib.sha256()
     for header in headers:
-        with header.path.open("rb") as file:
-            left = header.data_start
-            while left and (part := file.read(min(left, 1 << 20))):
-                digest.update(part)
-                left -= len(part)
+        digest.update(header.content)
     return digest.hexdigest()
 
 
@@ -109,11 +105,10 @@ def _pair(header: GgufHeader, pair: KeyValue) -> Pair:
     """Strings stay bytes: vocabularies hold some that are no UTF-8."""
     value: Any
     if pair.kind is ValueType.STRING:
-        value = header.raw(pair.key)[pair.payload - pair.start + 8 :]
+        value = bytes(header.payload(pair.key)[8:])  # behind its length
     elif pair.item is ValueType.STRING:
         value = header.strings(pair.key)
-    elif pair.item is not None:
-        value = header.array(pair.key)
     else:
-        value = pair.value
-    return Pair(value, GGUFValueType(pair.kind), pair.item and GGUFValueType(pair.item))
+        value = header.get(pair.key)
+    item = None if pair.item is None else GGUFValueType(pair.item)
+    return Pair(value, GGUFValueType(pair.kind), item)

@@ -21,8 +21,9 @@ from . import disk, history, logs, sizes, system
 from .binding import Binding
 from .budget import Budget, Needs
 from .errors import UserError, option
-from .formats.layout import ModelLayout, SlotLayout, slot_layout
+from .formats.layout import ModelLayout
 from .formats.open import read_layout
+from .formats.slots import SlotLayout, slot_layout
 from .history import Identity, Routing
 from .kernels import Kernels, kernels_of
 from .options import Options

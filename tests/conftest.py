@@ -18,6 +18,7 @@ import tiny
 from moe_gguf.converters import convert
 from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
+from moe_gguf.runtime import kernels
 from moe_gguf.runtime.bench import process, rounds
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin.library import probe_direct
@@ -57,7 +58,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
             source = open_source(path)
             try:
                 given = ConvertOptions(layout=layout, **options)
-                convert.convert(source, folder, given, lambda *_: None, lambda _: None)
+                convert.convert(source, folder, given, kernels, lambda *_: None, lambda _: None)
             finally:
                 source.close()
             made[key] = folder

@@ -59,7 +59,7 @@ def make(
     said: list[str] = []
     opened = open_source(source)
     try:
-        convert.convert(opened, folder, options, progress, said.append)
+        convert.convert(opened, folder, options, kernels, progress, said.append)
     finally:
         opened.close()
     return said
@@ -68,7 +68,7 @@ def make(
 def summary(source: Path, folder: Path, options: ConvertOptions) -> Summary:
     opened = open_source(source)
     try:
-        return convert.convert(opened, folder, options, lambda *_: None, lambda _: None)
+        return convert.convert(opened, folder, options, kernels, lambda *_: None, lambda _: None)
     finally:
         opened.close()
 
@@ -137,7 +137,9 @@ def test_experts_trunk_and_metadata_are_the_sources(
             at = blobs.blob_offset[blob] + tensor.offset
             found = files[blobs.blob_file[blob]][at : at + tensor.n_bytes]
             if tensor.layout != PLAIN:
-                assert tensor.layout == kernels.layout_name(tensor.ggml_type, tensor.ne)
+                wanted = kernels.interleaving(tensor.ggml_type, tensor.ne)
+                assert wanted is not None
+                assert tensor.layout == wanted.name
                 rule = interleaving.stored_interleaving(header, tensor.layout, tensor.ggml_type)
                 found = interleaving.unpack(rule, tensor.ne, found)
             assert np.array_equal(found, stack.read(expert, 0, stack.ne[1]))
@@ -282,6 +284,7 @@ KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from moe_gguf.converters import convert, journal, quantize
+from moe_gguf.runtime import kernels
 quantize.requires_imatrix(0)  # loads llama.cpp here and now, not in each child
 source, folder, seed, rounds = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 journal.CHECKPOINT_BYTES = 1  # every blob in the journal as soon as the disk has it
@@ -295,7 +298,7 @@ def run(seconds):
         opened = convert.open_source(source)
         options = convert.ConvertOptions(quant="q4_0", layout="plain", threads=2)
         note = lambda text: os.write(tell, text.encode())
-        convert.convert(opened, folder, options, lambda *_: None, note)
+        convert.convert(opened, folder, options, kernels, lambda *_: None, note)
         os._exit(0)
     os.close(tell)
     if seconds is not None:
@@ -540,7 +543,7 @@ def test_a_source_that_shrinks_while_it_is_read(tiny_file: TinyFile, tmp_path: P
     opened = open_source(path)
     os.truncate(path, 2_000_000)
     with pytest.raises(UserError, match="became shorter while it was read"):
-        convert.convert(opened, tmp_path / "b", PLAINLY, lambda *_: None, lambda _: None)
+        convert.convert(opened, tmp_path / "b", PLAINLY, kernels, lambda *_: None, lambda _: None)
     opened.close()
     assert not is_complete(tmp_path / "b")
 

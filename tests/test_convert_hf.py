@@ -11,6 +11,7 @@ import pytest
 from moe_gguf.converters import convert
 from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
+from moe_gguf.runtime import kernels
 from moe_gguf.runtime.formats.bundle import TRUNK, BlobSet, BundleTable
 from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
 from moe_gguf.runtime.formats.gguf_header import GgufHeader, read_header
@@ -21,7 +22,7 @@ from moe_gguf.runtime.llama import Llama
 def make(path: Path, folder: Path, options: ConvertOptions) -> tuple[GgufHeader, BundleTable]:
     source = open_source(path)
     try:
-        convert.convert(source, folder, options, lambda *_: None, lambda _: None)
+        convert.convert(source, folder, options, kernels, lambda *_: None, lambda _: None)
     finally:
         source.close()
     read_layout(folder)  # it can be run

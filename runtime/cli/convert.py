@@ -61,6 +61,7 @@ def convert(
     from ...converters.choose import ConvertOptions
     from ...converters.convert import convert as run_convert
     from ...converters.convert import open_source
+    from .. import kernels
     from ..progress import bar
     from ..sizes import parse_size
 
@@ -75,7 +76,7 @@ def convert(
             contextlib.closing(open_source(checkpoint(source))) as opened,
             bar(f"converting {opened.name}", in_bytes=True) as progress,
         ):
-            summary = run_convert(opened, folder, options, progress, say)
+            summary = run_convert(opened, folder, options, kernels, progress, say)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where this one stopped")
         sys.exit(130)
