@@ -32,7 +32,7 @@ Note = Callable[[str], None]
 LAYOUTS = ("auto", "plain", "repacked")
 
 
-class Kernels(Protocol):
+class KernelLayouts(Protocol):
     """What some machine's kernels want experts to look like; runtime/kernels.py is this one's."""
 
     def interleaving(self, ggml_type: int, ne: tuple[int, int], /) -> Interleaving | None:
@@ -67,7 +67,7 @@ class Choices(NamedTuple):
     imatrix: Imatrix
 
 
-def choose(source: Source, options: ConvertOptions, kernels: Kernels, note: Note) -> Choices:
+def choose(source: Source, options: ConvertOptions, kernels: KernelLayouts, note: Note) -> Choices:
     quant = (options.quant or _default_quant(source)).lower()
     if options.imatrix and quant == COPY and options.low_quant is None:
         raise UserError("--imatrix weighs a quantization: give --quant or --low-quant with it")
@@ -121,7 +121,7 @@ def _matrix(
     stack: ExpertStack,
     wanted: int | None,
     options: ConvertOptions,
-    kernels: Kernels,
+    kernels: KernelLayouts,
     fallbacks: Counter[tuple[int, int, int]],
 ) -> Matrix:
     ggml_type = stack.ggml_type

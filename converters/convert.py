@@ -23,7 +23,7 @@ from ..runtime.sizes import format_size
 from ..runtime.system import usable_cores
 from .blueprint import Blueprint, Matrix, make_blueprint, trunk_rows
 from .bundle_writer import BundleWriter
-from .choose import ConvertOptions, Kernels, Note, choose, describe_layouts
+from .choose import ConvertOptions, KernelLayouts, Note, choose, describe_layouts
 from .imatrix import Imatrix, Weights
 from .mix import type_name
 from .quantize import Job, Quantizer
@@ -81,7 +81,7 @@ def convert(
     source: Source,
     folder: Path,
     options: ConvertOptions,
-    kernels: Kernels,
+    kernels: KernelLayouts,
     progress: Report,
     note: Note,
 ) -> Summary:
@@ -134,7 +134,7 @@ class _Piece(NamedTuple):
 
 
 def _work(
-    blueprint: Blueprint, first: int, quantizer: Quantizer, kernels: Kernels, imatrix: Imatrix
+    blueprint: Blueprint, first: int, quantizer: Quantizer, kernels: KernelLayouts, imatrix: Imatrix
 ) -> Iterator[_Piece]:
     """Every piece from step `first` on, in the order of the blueprint."""
     for blob in range(first, blueprint.n_blobs):
@@ -177,7 +177,7 @@ def _slices(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _start_matrix(
     quantizer: Quantizer,
-    kernels: Kernels,
+    kernels: KernelLayouts,
     matrices: Sequence[Matrix],
     expert: int,
     first: int,

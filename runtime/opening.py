@@ -7,7 +7,6 @@ line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ from .formats.slots import SlotLayout, slot_layout
 from .history import Identity, Routing
 from .kernels import Kernels, kernels_of
 from .options import Options
-
-Progress = Callable[[float, float], None]  # (done, of all)
+from .progress import Report
 
 _MIB = 2**20
 # ggml-cpu's own work buffers of the trunk's matmuls and the tiled kernels' per-thread scratch.
@@ -182,7 +180,7 @@ def load(
     measured: Measured,
     binding: Binding,
     model_params: llama_cpp.llama_model_params,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Loaded:
     """Read the trunk through our stream; UserError with llama.cpp's reason, or that too little
     memory would be left for slots.

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,16 @@ from moe_gguf.converters import convert
 from moe_gguf.converters.bundle_writer import JOURNAL
 from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import Summary, open_source
+from moe_gguf.converters.source import Bytes
 from moe_gguf.converters.verify import verify
 from moe_gguf.runtime import kernels
 from moe_gguf.runtime import progress as runtime_progress
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.formats import interleaving
 from moe_gguf.runtime.formats.bundle import BLOB_ALIGNMENT, PLAIN, TRUNK, BundleTable
+from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
 from moe_gguf.runtime.formats.gguf_header import read_header
-
-Progress = Callable[[float, float], None]
+from moe_gguf.runtime.progress import Report
 
 PLAINLY = ConvertOptions(layout="plain")
 
@@ -53,7 +54,7 @@ def make(
     source: Path,
     folder: Path,
     options: ConvertOptions = PLAINLY,
-    progress: Progress = lambda done, total: None,
+    progress: Report = lambda done, total: None,
 ) -> list[str]:
     """Convert, and return what was said about it."""
     said: list[str] = []
@@ -158,6 +159,53 @@ def test_experts_trunk_and_metadata_are_the_sources(
     assert kept == [key for key in header.pairs if not key.startswith("moe_gguf.")]
     assert all(first.raw(key) == header.raw(key) for key in kept)
     opened.close()
+
+
+class Inverted:
+    """Kernels of no machine: they want every bit of a matrix flipped."""
+
+    def interleaving(self, ggml_type: int, ne: tuple[int, int]) -> interleaving.Interleaving:
+        size = GGML_TYPES[ggml_type].block_bytes
+        source = np.arange(8 * size, dtype=np.int32)
+        return interleaving.Interleaving(ggml_type, 1, source, np.full(size, 0xFF, np.uint8))
+
+    def repack(self, ggml_type: int, ne: tuple[int, int], plain: Bytes) -> Bytes:
+        return ~plain
+
+
+def test_a_bundle_for_kernels_of_another_machine(source: Path, tmp_path: Path) -> None:
+    opened = open_source(source)
+    options = ConvertOptions(layout="repacked")
+    convert.convert(opened, tmp_path, options, Inverted(), lambda *_: None, lambda _: None)
+    header, said = read_header(tmp_path / TRUNK), table(tmp_path)
+    blobs = said.experts
+    for i, (stack, tensor) in enumerate(zip(opened.experts, blobs.tensors, strict=True)):
+        blob = said.layers.index(stack.layer) * opened.n_experts
+        file = tmp_path / blobs.files[blobs.blob_file[blob]]
+        at = blobs.blob_offset[blob] + tensor.offset
+        found = np.fromfile(file, np.uint8, tensor.n_bytes, offset=at)
+        plain = stack.read(0, 0, stack.ne[1])
+        assert np.array_equal(found, ~plain), i
+        rule = interleaving.stored_interleaving(header, tensor.layout, tensor.ggml_type)
+        assert np.array_equal(interleaving.unpack(rule, tensor.ne, found), plain)
+    opened.close()
+
+
+def test_converting_needs_no_plugin_of_its_own(source: Path, tmp_path: Path) -> None:
+    """What a machine's kernels want is handed in: regrouping must not wait for llama.cpp."""
+    script = (
+        "import sys; from pathlib import Path;"
+        "from moe_gguf.converters import convert, choose, verify;"
+        "import moe_gguf.converters.hf.source;"
+        "source = convert.open_source(Path(sys.argv[1]));"
+        "options = choose.ConvertOptions(layout='plain');"
+        "convert.convert(source, Path(sys.argv[2]), options, None, print, print);"
+        "sys.exit(repr({'llama_cpp', 'moe_gguf.runtime.plugin'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", script, source, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
+    assert (tmp_path / TRUNK).exists()
 
 
 def test_split_and_single_sources_make_the_same_blobs(tiny_file: TinyFile, tmp_path: Path) -> None:
@@ -347,7 +395,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path: Path) -> Non
     assert sum("going on behind" in run["said"] for run in resumed) >= 5  # and had got somewhere
 
 
-def interrupt_after(share: float) -> Progress:
+def interrupt_after(share: float) -> Report:
     def progress(done: float, total: float) -> None:
         if done >= share * total:
             raise KeyboardInterrupt

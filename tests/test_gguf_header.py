@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -274,17 +273,6 @@ def test_header_outlives_its_file(tiny: Path) -> None:
     assert header.get("words") == ("a",) * 2000
 
 
-def test_header_that_was_let_go_knows_its_small_values_only(tiny: Path) -> None:
-    mutant = Mutant.read(tiny)
-    mutant.fields["words"] = Field(ValueType.STRING, ["a"] * 2000)
-    header = read_header(mutant.write(tiny)).let_go()
-    assert header.get("general.architecture") == "qwen3moe"
-    for read in (header.get, header.strings, header.raw, header.payload):
-        use: Callable[[str], object] = read
-        with pytest.raises(AssertionError, match="let go"):
-            use("words")
-
-
 def test_header_without_end_is_refused_before_it_fills_the_memory(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +308,7 @@ def test_header_is_opened_once_and_read_once(tiny: Path) -> None:
     words = [f"token {i:029}" for i in range(150_000)]
     mutant.fields["tokenizer.ggml.tokens"] = Field(ValueType.STRING, list(words))
     mutant.weights["token_embd.weight"].ne[1] = len(words)
+    mutant.weights["token_embd.weight"].ggml_type = 2  # Q4_0: no more than need be
     path = mutant.write(tiny)
     command = [sys.executable, "-c", COUNTED, path]
     done = subprocess.run(command, check=True, capture_output=True)

@@ -191,17 +191,6 @@ def test_what_a_model_says_of_itself(tmp_path: Path) -> None:
     assert layout.keys.text("tokenizer.ggml.model") == "gpt2"
 
 
-def test_a_layout_without_its_headers_bytes_still_knows_the_model(tmp_path: Path) -> None:
-    """What an open model keeps: everything but vocabularies and what only the stream needs."""
-    layout = read_layout(write_tiny("updown", tmp_path / "m.gguf", split=True))
-    lean = layout.let_go()
-    assert not any(header.content for header in lean.headers)
-    for name in ("name", "n_experts_used", "n_layers", "n_ctx_train", "n_vocab", "file_bytes"):
-        assert getattr(lean, name) == getattr(layout, name)
-    with pytest.raises(AssertionError, match="let go"):
-        stream_of(lean)
-
-
 # --- slots --------------------------------------------------------------------------------------
 
 

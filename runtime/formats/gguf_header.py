@@ -16,7 +16,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -120,7 +120,7 @@ class GgufHeader:
     alignment: int
     data_start: int
     file_bytes: int
-    content: bytes = field(repr=False)  # the file up to data_start; b"" once it was let go
+    content: bytes = field(repr=False)  # the file up to data_start
 
     def get(self, key: str) -> Value | None:
         """The value of a key, whatever its size; None if there is none."""
@@ -128,33 +128,24 @@ class GgufHeader:
         if pair is None or pair.value is not None:
             return None if pair is None else pair.value
         assert pair.item is not None
-        return _items(self._kept, pair.payload, pair.item, pair.count)
+        return _items(self.content, pair.payload, pair.item, pair.count)
 
     def strings(self, key: str) -> list[bytes]:
         """Every item of an array of strings, as bytes; [] if there is none."""
         pair = self.pairs.get(key)
         if pair is None or pair.item is not ValueType.STRING:
             return []
-        return _strings(self._kept, pair.payload, pair.count)
+        return _strings(self.content, pair.payload, pair.count)
 
     def payload(self, key: str) -> memoryview:
         """The bytes of one value, without a copy: of an array, its items."""
         pair = self.pairs[key]
-        return memoryview(self._kept)[pair.payload : pair.end]
+        return memoryview(self.content)[pair.payload : pair.end]
 
     def raw(self, key: str) -> bytes:
         """The bytes of one pair as they stand in the file, ready to be written to another."""
         pair = self.pairs[key]
-        return self._kept[pair.start : pair.end]
-
-    def let_go(self) -> GgufHeader:
-        """The same without the bytes; of its values only the small ones are still known."""
-        return replace(self, content=b"")
-
-    @property
-    def _kept(self) -> bytes:
-        assert self.content, "the header's bytes were let go"
-        return self.content
+        return self.content[pair.start : pair.end]
 
 
 def read_header(path: Path) -> GgufHeader:

@@ -118,10 +118,6 @@ class ModelLayout:
         """The metadata, typed; a key that starts with a dot is the architecture's own."""
         return Keys(self.path, self.metadata.get, MEND, self.architecture)
 
-    def let_go(self) -> ModelLayout:
-        """The same without the bytes of its headers, when stream and kernel layouts are made."""
-        return replace(self, headers=tuple(header.let_go() for header in self.headers))
-
     @property
     def name(self) -> str:
         return self.keys.text("general.name", "") or self.path.stem
