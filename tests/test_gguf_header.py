@@ -278,8 +278,9 @@ def test_header_without_end_is_refused_before_it_fills_the_memory(
 ) -> None:
     """A damaged count may make an array of the weights; they are no header to be kept."""
     monkeypatch.setattr(gguf_header, "MAX_HEADER_BYTES", 1 << 20)
+    monkeypatch.setattr(gguf_header, "_CHUNK_BYTES", 1 << 16)
     mutant = Mutant.read(tiny)
-    mutant.fields["numbers"] = Field(ValueType.UINT8, [0] * (5 << 20))
+    mutant.fields["numbers"] = Field(ValueType.FLOAT64, [0.0] * (1 << 18))
     assert "longer than 1 MiB" in refusal(mutant.write(tiny))
 
 

@@ -188,7 +188,7 @@ def _deepseek_v2(config: Config) -> Wants:
     # transformers calls the rotary part of a head head_dim; the keys below say it better.
     config.values.pop("head_dim", None)
     p.keys(ff="moe_intermediate_size")
-    w, heads, rank = p.writer, config.count("num_attention_heads"), config.count("kv_lora_rank")
+    w, rank = p.writer, config.count("kv_lora_rank")
     nope, rope = config.count("qk_nope_head_dim"), config.count("qk_rope_head_dim")
     value = config.count("v_head_dim")
     # Multi-head latent attention runs as one shared key head: the compressed row and its rope part.
@@ -218,33 +218,41 @@ def _deepseek_v2(config: Config) -> Wants:
     if "mscale_all_dim" in config.rope:  # llama.cpp divides by the same 0.1 for this architecture
         w.add_rope_scaling_yarn_log_mul(0.1 * rope_number(config, config.rope, "mscale_all_dim"))
     for layer, at in p.layers():
-        attn, q = f"{at}.self_attn", heads * (nope + rope)
-        if q_rank is None:
-            p.tensor(f"{attn}.q_proj.weight", q, p.hidden)
-        else:
-            p.tensor(f"{attn}.q_a_proj.weight", q_rank, p.hidden)
-            p.tensor(f"{attn}.q_a_layernorm.weight", q_rank)
-            p.tensor(f"{attn}.q_b_proj.weight", q, q_rank)
-        p.tensor(f"{attn}.kv_a_proj_with_mqa.weight", rank + rope, p.hidden)
-        p.tensor(f"{attn}.kv_a_layernorm.weight", rank)
-        both, stored = f"{attn}.kv_b_proj.weight", (heads * (nope + value), rank)
-        p.tensor(
-            f"{attn}.k_b_proj.weight",
-            *stored,
-            source=both,
-            ne=(nope, rank, heads),
-            groups=Groups(nope + value, rank, lambda head: head[:nope].T),
-        )
-        p.tensor(
-            f"{attn}.v_b_proj.weight",
-            *stored,
-            source=both,
-            ne=(rank, value, heads),
-            groups=Groups(nope + value, value, lambda head: head[nope:]),
-        )
-        p.tensor(f"{attn}.o_proj.weight", p.hidden, heads * value)
+        _latent_attention(p, f"{at}.self_attn", q_rank)
         _deepseek_moe(p, layer, dense)
     return p
+
+
+def _latent_attention(p: Wants, attn: str, q_rank: int | None) -> None:
+    """Queries and key-value rows through ranks; kv_b is two matrices of every head in one."""
+    count = p.config.count
+    heads, rank = count("num_attention_heads"), count("kv_lora_rank")
+    nope, rope, value = count("qk_nope_head_dim"), count("qk_rope_head_dim"), count("v_head_dim")
+    q = heads * (nope + rope)
+    if q_rank is None:
+        p.tensor(f"{attn}.q_proj.weight", q, p.hidden)
+    else:
+        p.tensor(f"{attn}.q_a_proj.weight", q_rank, p.hidden)
+        p.tensor(f"{attn}.q_a_layernorm.weight", q_rank)
+        p.tensor(f"{attn}.q_b_proj.weight", q, q_rank)
+    p.tensor(f"{attn}.kv_a_proj_with_mqa.weight", rank + rope, p.hidden)
+    p.tensor(f"{attn}.kv_a_layernorm.weight", rank)
+    both, stored = f"{attn}.kv_b_proj.weight", (heads * (nope + value), rank)
+    p.tensor(
+        f"{attn}.k_b_proj.weight",
+        *stored,
+        source=both,
+        ne=(nope, rank, heads),
+        groups=Groups(nope + value, rank, lambda head: head[:nope].T),
+    )
+    p.tensor(
+        f"{attn}.v_b_proj.weight",
+        *stored,
+        source=both,
+        ne=(rank, value, heads),
+        groups=Groups(nope + value, value, lambda head: head[nope:]),
+    )
+    p.tensor(f"{attn}.o_proj.weight", p.hidden, heads * value)
 
 
 FAMILIES: dict[str, Callable[[Config], Wants]] = {

@@ -177,8 +177,6 @@ def inspect(model: str, as_json: bool, verified: bool) -> None:
 
     Exits with 1 when --verify finds a difference.
     """
-    from .inspect import describe, describe_text
-
     path = resolve(model)
     document = describe(path)
     if verified:
