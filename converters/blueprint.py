@@ -1,8 +1,8 @@
 """Where every byte of a bundle will lie, worked out before the first one is written.
 
 Pure arithmetic over a source's shapes and the types chosen for them: sizes, headers and the table,
-its checksums still zero. The same source and choices give the same plan, whose hash is therefore
-what an interrupted conversion is recognised by.
+its checksums still zero. The same source and choices give the same blueprint, whose hash is
+therefore what an interrupted conversion is recognised by.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..runtime.formats.bundle import (
     BLOB_ALIGNMENT,
     EXPERTS,
     LOW,
+    PLAIN,
     SHARD_KEY,
     VERSION,
     VERSION_KEY,
@@ -34,9 +35,8 @@ from ..runtime.formats.bundle import (
 from ..runtime.formats.ggml_types import pad_up
 from ..runtime.formats.gguf_header import DEFAULT_ALIGNMENT, TensorInfo, ValueType
 from ..runtime.formats.gguf_writer import encode_header, encode_info, encode_pair
-from .source import ExpertStack, Pair, Source, TrunkTensor
-
-ARCHITECTURE = "general.architecture"
+from ..runtime.formats.interleaving import Interleaving
+from .source import ARCHITECTURE, ExpertStack, Pair, Source, SourceTensor
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,15 @@ class Matrix:
 
     stack: ExpertStack
     ggml_type: int
-    layout: str
+    rule: Interleaving | None  # of a kernel's layout; None: plain
+
+    @property
+    def layout(self) -> str:
+        return PLAIN if self.rule is None else self.rule.name
 
 
 @dataclass(frozen=True)
-class BlobPlan:
+class SetBlueprint:
     """One set of blobs and the headers of its files."""
 
     blobs: BlobSet
@@ -59,12 +63,12 @@ class BlobPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Blueprint:
     """A whole bundle."""
 
     table: BundleTable
-    sets: tuple[BlobPlan, ...]  # the experts, then perhaps the low copy
-    trunk: tuple[tuple[TrunkTensor, int], ...]  # with the type each is written in
+    sets: tuple[SetBlueprint, ...]  # the experts, then perhaps the low copy
+    trunk: tuple[tuple[SourceTensor, int], ...]  # with the type each is written in
     metadata: Mapping[str, Pair]
     layouts: Sequence[BundlePair]  # what describes those that are not plain
     n_experts: int
@@ -122,19 +126,19 @@ class Plan:
         return digest.hexdigest()
 
 
-def make_plan(
+def make_blueprint(
     source: Source,
     quant: str,
     sets: Sequence[Sequence[Matrix]],
-    trunk: Sequence[tuple[TrunkTensor, int]],
+    trunk: Sequence[tuple[SourceTensor, int]],
     metadata: Mapping[str, Pair],
     layouts: Sequence[BundlePair],
     shard_bytes: int | None,
-) -> Plan:
+) -> Blueprint:
     """``sets`` has every stack's matrices in source order, for the experts and the low copy."""
     architecture = _encode(ARCHITECTURE, metadata[ARCHITECTURE])
-    plans = tuple(
-        _plan_blobs(name, matrices, source.n_experts, architecture, shard_bytes)
+    laid_out = tuple(
+        _lay_out_set(name, matrices, source.n_experts, architecture, shard_bytes)
         for name, matrices in zip((EXPERTS, LOW), sets, strict=False)
     )
     table = BundleTable(
@@ -142,21 +146,21 @@ def make_plan(
         source_bytes=source.n_bytes,
         source_sha256=source.sha256,
         quant=quant,
-        layers=tuple(matrices[0].stack.layer for matrices in plans[0].layers),
-        experts=plans[0].blobs,
-        low=plans[1].blobs if len(plans) > 1 else None,
+        layers=tuple(matrices[0].stack.layer for matrices in laid_out[0].layers),
+        experts=laid_out[0].blobs,
+        low=laid_out[1].blobs if len(laid_out) > 1 else None,
         trunk_checksum=(0,) * len(trunk),
     )
-    return Plan(table, plans, tuple(trunk), metadata, layouts, source.n_experts)
+    return Blueprint(table, laid_out, tuple(trunk), metadata, layouts, source.n_experts)
 
 
-def _plan_blobs(
+def _lay_out_set(
     name: str,
     matrices: Sequence[Matrix],
     n_experts: int,
     architecture: bytes,
     shard_bytes: int | None,
-) -> BlobPlan:
+) -> SetBlueprint:
     by_layer: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         by_layer.setdefault(matrix.stack.layer, []).append(matrix)
@@ -207,7 +211,7 @@ def _plan_blobs(
         blob_checksum=(0,) * len(sizes),
     )
     layers = tuple(map(tuple, by_layer.values()))
-    return BlobPlan(blobs, headers, layers, tuple(map(_offsets, placed.values())))
+    return SetBlueprint(blobs, headers, layers, tuple(map(_offsets, placed.values())))
 
 
 class _Shard:
@@ -236,7 +240,7 @@ def _offsets(blob: Sequence[BundleTensor]) -> tuple[int, ...]:
     return tuple(tensor.offset for tensor in blob)
 
 
-def trunk_rows(tensor: TrunkTensor) -> int:
+def trunk_rows(tensor: SourceTensor) -> int:
     return math.prod(tensor.ne[1:])
 
 

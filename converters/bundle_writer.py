@@ -1,8 +1,9 @@
 """Writes a planned bundle so that nothing half-written is ever taken for one.
 
-Bytes come in the plan's order: blob by blob, then the trunk. Files carry temporary names until all
-of them are whole; `trunk.gguf` gets its own name last. A journal records the checksums of what is
-known to be on disk, so that an interrupted conversion goes on behind it. Knows nothing of sources.
+Bytes come in the blueprint's order: blob by blob, then the trunk. Files carry temporary names until
+all of them are whole; `trunk.gguf` gets its own name last. A journal records the checksums of what
+is known to be on disk, so that an interrupted conversion goes on behind it. Knows nothing of
+sources.
 
     convert.journal   what is being made, and a line per blob or trunk tensor: see journal.py
     *.partial         the files, each byte at its final offset from the start
@@ -20,11 +21,12 @@ from pathlib import Path
 import xxhash
 
 from ..runtime.errors import UserError, reason
+from ..runtime.files import sync_folder
 from ..runtime.formats.bundle import BLOB_ALIGNMENT, TRUNK, BlobSet
 from ..runtime.formats.ggml_types import pad_up
 from ..runtime.formats.gguf_header import DEFAULT_ALIGNMENT
 from ..runtime.sizes import format_size
-from .blueprint import Plan
+from .blueprint import Blueprint
 from .journal import Checkpoints, Journal
 from .source import Bytes
 from .verify import checksum
@@ -44,20 +46,22 @@ class _Extent:
 
 
 class BundleWriter:
-    """One conversion into one folder, from where an earlier run of the same plan left off.
+    """One conversion into one folder, from where an earlier run of the same blueprint left off.
 
     A step is one blob in every set, or one trunk tensor; ``done`` of ``n_steps`` are complete.
     """
 
-    def __init__(self, folder: Path, plan: Plan, identity: str, note: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, blueprint: Blueprint, identity: str, note: Callable[[str], None]
+    ):
         self._folder = folder
-        self._plan = plan
-        self._extents = list(_extents(plan))
+        self._blueprint = blueprint
+        self._extents = list(_extents(blueprint))
         self.total_bytes = sum(e.n_bytes for step in self._extents for e in step)
         self._sums: list[list[int]] = []
         self._fds: dict[str, int] = {}
         self._parts: list[_Part] = []
-        _check_folder(folder, plan)
+        _check_folder(folder, blueprint)
         with _explained(folder):
             self._journal = Journal(folder / JOURNAL, identity)
         try:
@@ -138,9 +142,9 @@ class BundleWriter:
     def finish(self) -> None:
         """Give the files their names; from the last rename on the folder is a bundle."""
         assert self.done == self.n_steps
-        plan, n_blobs = self._plan, self._plan.n_blobs
-        checksums = [[sums[i] for sums in self._sums[:n_blobs]] for i in range(len(plan.sets))]
-        header = plan.trunk_header(checksums, [sums[0] for sums in self._sums[n_blobs:]])
+        blueprint, n_blobs = self._blueprint, self._blueprint.n_blobs
+        checksums = [[sums[i] for sums in self._sums[:n_blobs]] for i in range(len(blueprint.sets))]
+        header = blueprint.trunk_header(checksums, [sums[0] for sums in self._sums[n_blobs:]])
         with _explained(self._folder):
             self._checkpoints.close()
             _write(self._fds[TRUNK], [header], 0)
@@ -148,17 +152,17 @@ class BundleWriter:
                 os.fsync(fd)
             for name in self._fds:  # the trunk is the last
                 if name == TRUNK:
-                    _sync_folder(self._folder)
+                    sync_folder(self._folder)
                 _partial(self._folder, name).rename(self._folder / name)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
             (self._folder / JOURNAL).unlink()
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
 
     # --- going on ---
 
     def _resume(self, note: Callable[[str], None]) -> None:
         """Find out what is complete, and open every file for the rest."""
-        files = dict(_files(self._plan))
+        files = dict(_files(self._blueprint))
         sums = self._journal.sums
         if sums is None and (self._folder / TRUNK).exists():
             raise _taken(self._folder)
@@ -183,7 +187,7 @@ class BundleWriter:
             if header:
                 _write(fd, [header], 0)
                 os.fsync(fd)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         self._sums = sums or []
         if not sums:
             self._journal.start()
@@ -191,7 +195,7 @@ class BundleWriter:
             note(f"going on behind {self.done} of {self.n_steps} parts written before")
 
     def _are_there(self, sums: list[list[int]]) -> bool:
-        """Whether the journal speaks of this plan's files; the last step is read again."""
+        """Whether the journal speaks of this blueprint's files; the last step is read again."""
         if len(sums) > self.n_steps:
             return False
         if any(len(s) != len(e) for s, e in zip(sums, self._extents, strict=False)):
@@ -241,18 +245,18 @@ def _partial(folder: Path, name: str) -> Path:
     return folder / (name + PARTIAL)
 
 
-def _files(plan: Plan) -> Iterator[tuple[str, bytes]]:
+def _files(blueprint: Blueprint) -> Iterator[tuple[str, bytes]]:
     """Every file of the bundle with its header, the trunk last and without: it has checksums."""
-    for s in plan.sets:
+    for s in blueprint.sets:
         yield from zip(s.blobs.files, s.headers, strict=True)
     yield TRUNK, b""
 
 
-def _extents(plan: Plan) -> Iterator[list[_Extent]]:
-    for blob in range(plan.n_blobs):
-        yield [_blob_extent(s.blobs, blob) for s in plan.sets]
-    start = len(plan.blank_header())
-    for info in plan.trunk_infos:
+def _extents(blueprint: Blueprint) -> Iterator[list[_Extent]]:
+    for blob in range(blueprint.n_blobs):
+        yield [_blob_extent(s.blobs, blob) for s in blueprint.sets]
+    start = len(blueprint.blank_header())
+    for info in blueprint.trunk_infos:
         yield [_Extent(TRUNK, start + info.offset, info.n_bytes, DEFAULT_ALIGNMENT)]
 
 
@@ -261,7 +265,7 @@ def _blob_extent(blobs: BlobSet, blob: int) -> _Extent:
     return _Extent(file, blobs.blob_offset[blob], blobs.blob_bytes[blob], BLOB_ALIGNMENT)
 
 
-def _check_folder(folder: Path, plan: Plan) -> None:
+def _check_folder(folder: Path, blueprint: Blueprint) -> None:
     """A folder of ours to write to, with room for the bundle."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -282,7 +286,7 @@ def _check_folder(folder: Path, plan: Plan) -> None:
             f"cannot write to {folder} ({reason(error)}); name another folder"
         ) from error
     free = disk.f_bavail * disk.f_frsize + there
-    need = sum(plan.expert_bytes) + plan.trunk_bytes
+    need = sum(blueprint.expert_bytes) + blueprint.trunk_bytes
     if need > free:
         raise UserError(
             f"{folder} needs {format_size(need)} but its disk has {format_size(free)} free;"
@@ -311,11 +315,3 @@ def _write(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
             n -= len(left.pop(0))
         if n:
             left[0] = left[0][n:]
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
-from ..runtime import kernels
 from ..runtime.errors import UserError
-from ..runtime.formats.bundle import COPY, PLAIN, BundlePair
+from ..runtime.formats.bundle import COPY, BundlePair
+from ..runtime.formats.interleaving import Bytes, Interleaving
 from .blueprint import Matrix
 from .imatrix import Imatrix, read_imatrix
 from .mix import (
@@ -24,7 +24,7 @@ from .mix import (
     type_name,
     type_number,
 )
-from .source import ExpertStack, Pair, Source, TrunkTensor
+from .source import ExpertStack, Pair, Source, SourceTensor
 from .source_gguf import GgufSource
 
 Note = Callable[[str], None]
@@ -32,8 +32,18 @@ Note = Callable[[str], None]
 LAYOUTS = ("auto", "plain", "repacked")
 
 
+class KernelLayouts(Protocol):
+    """What some machine's kernels want experts to look like; runtime/kernels.py is this one's."""
+
+    def interleaving(self, ggml_type: int, ne: tuple[int, int], /) -> Interleaving | None:
+        """The rule of their layout for such a matrix; None where they want it plain."""
+
+    def repack(self, ggml_type: int, ne: tuple[int, int], plain: Bytes, /) -> Bytes:
+        """Rows of a matrix in that layout, which must exist."""
+
+
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """What to make of a source; `quant` None keeps a GGUF's bytes and takes q4_k for the rest."""
 
     quant: str | None = None
@@ -48,14 +58,16 @@ class Options:
 
 
 class Choices(NamedTuple):
+    """What each part of the bundle becomes, in the source's order."""
+
     quant: str
     sets: list[list[Matrix]]
-    trunk: list[tuple[TrunkTensor, int]]
+    trunk: list[tuple[SourceTensor, int]]
     metadata: Mapping[str, Pair]
     imatrix: Imatrix
 
 
-def choose(source: Source, options: Options, note: Note) -> Choices:
+def choose(source: Source, options: ConvertOptions, kernels: KernelLayouts, note: Note) -> Choices:
     quant = (options.quant or _default_quant(source)).lower()
     if options.imatrix and quant == COPY and options.low_quant is None:
         raise UserError("--imatrix weighs a quantization: give --quant or --low-quant with it")
@@ -77,10 +89,12 @@ def choose(source: Source, options: Options, note: Note) -> Choices:
     for name in (quant, options.low_quant):
         if name is not None:
             number = None if name == COPY else type_number(name)
-            sets.append([_matrix(stack, number, options, fallbacks) for stack in source.experts])
+            sets.append(
+                [_matrix(stack, number, options, kernels, fallbacks) for stack in source.experts]
+            )
     for (kind, fitting, row), n in sorted(fallbacks.items()):
         note(f"rows of {row} do not fit {type_name(kind)}: {n} tensors become {type_name(fitting)}")
-    if options.layout == "repacked" and all(m.layout == PLAIN for s in sets for m in s):
+    if options.layout == "repacked" and all(m.rule is None for s in sets for m in s):
         kinds = ", ".join(sorted({type_name(m.ggml_type) for s in sets for m in s}))
         raise UserError(f"this CPU's kernels take {kinds} as it is; give --layout plain")
     choices = Choices(quant, sets, [(t, types[t.name]) for t in source.trunk], metadata, imatrix)
@@ -106,22 +120,23 @@ def _fit(wanted: int, row: int, fallbacks: Counter[tuple[int, int, int]]) -> int
 def _matrix(
     stack: ExpertStack,
     wanted: int | None,
-    options: Options,
+    options: ConvertOptions,
+    kernels: KernelLayouts,
     fallbacks: Counter[tuple[int, int, int]],
 ) -> Matrix:
     ggml_type = stack.ggml_type
     if wanted is not None and is_quantizable(stack.name, stack.ne):
         ggml_type = _fit(wanted, stack.ne[0], fallbacks)
-    layout = None
+    rule = None
     if options.layout != "plain" and stack.name.endswith(".weight"):
-        layout = kernels.layout_name(ggml_type, stack.ne)
-    return Matrix(stack, ggml_type, layout or PLAIN)
+        rule = kernels.interleaving(ggml_type, stack.ne)
+    return Matrix(stack, ggml_type, rule)
 
 
 def describe_layouts(sets: Sequence[Sequence[Matrix]]) -> list[BundlePair]:
     """Keys from which another CPU learns to undo the layouts used."""
-    names = {m.layout: None for s in sets for m in s if m.layout != PLAIN}
-    return [pair for name in names for pair in kernels.describe(name)]
+    rules = {m.rule.name: m.rule for s in sets for m in s if m.rule is not None}
+    return [pair for rule in rules.values() for pair in rule.pairs()]
 
 
 def _check_imatrix(source: Source, choices: Choices) -> None:

@@ -6,8 +6,6 @@ work on neighbouring matrices at once, with a window of bytes between them that 
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,20 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..runtime import kernels
 from ..runtime.errors import UserError
+from ..runtime.files import sha256
 from ..runtime.formats import interleaving
-from ..runtime.formats.bundle import PLAIN, is_bundle
+from ..runtime.formats.bundle import is_bundle
 from ..runtime.formats.ggml_types import type_bytes
-from ..runtime.progress import Report as Progress
+from ..runtime.progress import Report
 from ..runtime.sizes import format_size
-from .blueprint import Matrix, Plan, make_plan, trunk_rows
+from ..runtime.system import usable_cores
+from .blueprint import Blueprint, Matrix, make_blueprint, trunk_rows
 from .bundle_writer import BundleWriter
-from .choose import Note, Options, choose, describe_layouts
+from .choose import ConvertOptions, KernelLayouts, Note, choose, describe_layouts
 from .imatrix import Imatrix, Weights
 from .mix import type_name
-from .quantize import Job, Quantizer, Then
-from .source import FORGET_BYTES, Source, TrunkTensor
+from .quantize import Job, Quantizer
+from .source import FORGET_BYTES, Source, SourceTensor
 from .source_gguf import GgufSource
 
 # Bytes that are read, quantized or waiting to be written: a few pieces of any size, so that nobody
@@ -79,15 +78,20 @@ def open_source(path: Path) -> Source:
 
 
 def convert(
-    source: Source, folder: Path, options: Options, progress: Progress, note: Note
+    source: Source,
+    folder: Path,
+    options: ConvertOptions,
+    kernels: KernelLayouts,
+    progress: Report,
+    note: Note,
 ) -> Summary:
     """Write the bundle, or the rest of it.
 
     UserError for what cannot be converted, OSError for a disk that fails; either way, and after
     any kill, the folder is no bundle yet and the same call goes on where this one stopped.
     """
-    choices = choose(source, options, note)
-    plan = make_plan(
+    choices = choose(source, options, kernels, note)
+    blueprint = make_blueprint(
         source,
         choices.quant,
         choices.sets,
@@ -96,11 +100,11 @@ def convert(
         describe_layouts(choices.sets),
         options.shard_bytes,
     )
-    identity = plan.identity(_hash(options.imatrix) if options.imatrix else "")
-    with BundleWriter(folder, plan, identity, note) as writer:
-        threads = options.threads or len(os.sched_getaffinity(0))
+    identity = blueprint.identity(sha256(options.imatrix) if options.imatrix else "")
+    with BundleWriter(folder, blueprint, identity, note) as writer:
+        threads = options.threads or usable_cores()
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
-            work = _work(plan, writer.done, quantizer, choices.imatrix)
+            work = _work(blueprint, writer.done, quantizer, kernels, choices.imatrix)
             passed = 0
             for piece, jobs in _ahead(readers, work):
                 for which, job in enumerate(jobs):
@@ -114,12 +118,7 @@ def convert(
                     passed = 0
                 progress(writer.done_bytes, writer.total_bytes)
         writer.finish()
-    return _summary(plan)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _summary(blueprint)
 
 
 # --- the pipeline -------------------------------------------------------------------------------
@@ -134,26 +133,28 @@ class _Piece(NamedTuple):
     ends_step: bool
 
 
-def _work(plan: Plan, first: int, quantizer: Quantizer, imatrix: Imatrix) -> Iterator[_Piece]:
-    """Every piece from step `first` on, in the order of the plan."""
-    for blob in range(first, plan.n_blobs):
-        layer, expert = divmod(blob, plan.n_experts)
-        roles = list(zip(*(s.layers[layer] for s in plan.sets), strict=True))
+def _work(
+    blueprint: Blueprint, first: int, quantizer: Quantizer, kernels: KernelLayouts, imatrix: Imatrix
+) -> Iterator[_Piece]:
+    """Every piece from step `first` on, in the order of the blueprint."""
+    for blob in range(first, blueprint.n_blobs):
+        layer, expert = divmod(blob, blueprint.n_experts)
+        roles = list(zip(*(s.layers[layer] for s in blueprint.sets), strict=True))
         for role, matrices in enumerate(roles):
             stack = matrices[0].stack
             row = _row_bytes(stack.ne[0], stack.ggml_type, *(m.ggml_type for m in matrices))
             # A kernel's layout interleaves rows, and each piece is packed by itself.
             step = max(MATRIX_BYTES // row // interleaving.MOST_ROWS, 1) * interleaving.MOST_ROWS
-            offsets = tuple(s.offsets[layer][role] for s in plan.sets)
+            offsets = tuple(s.offsets[layer][role] for s in blueprint.sets)
             weights = imatrix.get(stack.name)
             for at, n in _slices(stack.ne[1], step):
                 yield _Piece(
                     n * row,
-                    partial(_start_matrix, quantizer, matrices, expert, at, n, weights),
+                    partial(_start_matrix, quantizer, kernels, matrices, expert, at, n, weights),
                     () if at else offsets,
                     role == len(roles) - 1 and at + n == stack.ne[1],
                 )
-    for tensor, ggml_type in plan.trunk[max(first - plan.n_blobs, 0) :]:
+    for tensor, ggml_type in blueprint.trunk[max(first - blueprint.n_blobs, 0) :]:
         row, rows = _row_bytes(tensor.ne[0], tensor.ggml_type, ggml_type), trunk_rows(tensor)
         weights = imatrix.get(tensor.name)
         for at, n in _slices(rows, max(SLICE_BYTES // row, 1)):
@@ -176,6 +177,7 @@ def _slices(n_rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _start_matrix(
     quantizer: Quantizer,
+    kernels: KernelLayouts,
     matrices: Sequence[Matrix],
     expert: int,
     first: int,
@@ -187,21 +189,18 @@ def _start_matrix(
     data = stack.read(expert, first, n)
     what = f"expert {expert} of {stack.name}"
     values = None if weights is None else weights.read(expert * row, row)
-    return [
-        quantizer.submit(what, data, stack.ggml_type, m.ggml_type, row, values, then=_packing(m))
-        for m in matrices
-    ]
-
-
-def _packing(matrix: Matrix) -> Then | None:
-    if matrix.layout == PLAIN:
-        return None
-    return partial(kernels.repack, matrix.ggml_type, matrix.stack.ne)
+    jobs = []
+    for m in matrices:
+        pack = None if m.rule is None else partial(kernels.repack, m.ggml_type, stack.ne)
+        jobs.append(
+            quantizer.submit(what, data, stack.ggml_type, m.ggml_type, row, values, then=pack)
+        )
+    return jobs
 
 
 def _start_rows(
     quantizer: Quantizer,
-    tensor: TrunkTensor,
+    tensor: SourceTensor,
     ggml_type: int,
     first: int,
     n: int,
@@ -242,19 +241,19 @@ def _ahead(
 # --- reporting ----------------------------------------------------------------------------------
 
 
-def _summary(plan: Plan) -> Summary:
-    expert_weights = plan.n_experts * sum(
-        m.stack.ne[0] * m.stack.ne[1] for layer in plan.sets[0].layers for m in layer
+def _summary(blueprint: Blueprint) -> Summary:
+    expert_weights = blueprint.n_experts * sum(
+        m.stack.ne[0] * m.stack.ne[1] for layer in blueprint.sets[0].layers for m in layer
     )
-    trunk = plan.trunk_infos
-    sizes = [*plan.expert_bytes, 0]
-    types = [_shares((t.ggml_type, t.n_bytes) for t in s.blobs.tensors) for s in plan.sets]
+    trunk = blueprint.trunk_infos
+    sizes = [*blueprint.expert_bytes, 0]
+    types = [_shares((t.ggml_type, t.n_bytes) for t in s.blobs.tensors) for s in blueprint.sets]
     return Summary(
         expert_weights + sum(info.n_items for info in trunk),
         expert_weights,
         sizes[0],
         sizes[1],
-        plan.trunk_bytes,
+        blueprint.trunk_bytes,
         types[0],
         types[1] if len(types) > 1 else (),
         _shares((info.ggml_type, info.n_bytes) for info in trunk),

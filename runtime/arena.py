@@ -21,11 +21,12 @@ from . import mode_line
 from .budget import Budget
 from .controller import Controller, Demands, Guessing, Recorder
 from .formats.layout import ModelLayout
-from .opening import Found, Loaded, Progress
+from .opening import Found, Loaded
 from .plugin.abi import CHUNK_BYTES, MAX_GUESSES
 from .plugin.callbacks import Callbacks
 from .plugin.gates import NativeGates, PluginGates, Router
 from .plugin.model import PluginModel
+from .progress import Report
 from .routers import read_routers
 
 RouterReader = Callable[[ModelLayout, PluginModel], Mapping[int, Router]]
@@ -82,7 +83,7 @@ class Arena:
 
     # -- filling
 
-    def fill(self, keys: Iterable[int], progress: Progress | None = None) -> int:
+    def fill(self, keys: Iterable[int], progress: Report | None = None) -> int:
         """Read experts into free slots, in the order of the file; how many. Only between steps."""
         residency, slot_bytes = self.residency, self.found.slots.slot_bytes
         placed = sorted(residency.fill(keys))
@@ -148,7 +149,7 @@ def start(
     budget: Budget | None = None,
     routers: RouterReader = read_routers,
     recorder: Recorder | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Arena:
     """Allocate the slots, bind the controller and start warm.
 

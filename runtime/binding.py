@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import disk
-from .formats.layout import ModelLayout, MoeLayer, SlotLayout
+from .formats.layout import ModelLayout, MoeLayer
+from .formats.slots import SlotLayout
+from .formats.stream import stream_of
 from .kernels import Kernels, Transforms
 from .plugin.abi import ABI, COPIES, PART, Config, Tensor, Transform, TrunkTensor
 from .plugin.model import PluginModel
@@ -117,6 +119,7 @@ def config_of(
         )
         for rule in transforms.rules.values()
     ]
+    stream = stream_of(layout)
     config = Config(
         abi=ABI,
         n_experts=layout.n_experts,
@@ -130,8 +133,8 @@ def config_of(
         offset_align=mode.offset_align,
         memory_align=mode.memory_align,
         slot_bytes=slots.slot_bytes,
-        header_bytes=len(layout.header),
-        stream_bytes=layout.stream_bytes,
+        header_bytes=len(stream.header),
+        stream_bytes=stream.n_bytes,
         paths=(ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files)),
         trunk_tensors=(TrunkTensor * len(trunk))(
             *(
@@ -142,7 +145,7 @@ def config_of(
         tensors=(Tensor * len(tensors))(*tensors),
         parts=parts.ctypes.data,
         transforms=(Transform * len(rules))(*rules),
-        header=layout.header,
+        header=stream.header,
     )
     config.keep = parts  # the struct holds its address only
     return config

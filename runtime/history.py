@@ -7,7 +7,6 @@ nothing: policies get what it tells per token.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,15 @@ from numpy.typing import NDArray
 
 from ..policies.trace import Trace, TraceEvent
 from .errors import UserError
+from .files import replacing
 from .formats.bundle import PREFIX, ROUTING, is_bundle
-from .formats.gguf_header import DEFAULT_ALIGNMENT, GgufHeader, ValueType, read_header
+from .formats.gguf_header import DEFAULT_ALIGNMENT, ValueType, read_header
 from .formats.gguf_writer import encode_header, encode_pair
+from .formats.keys import Keys
 
 VERSION = 1
 AT = PREFIX + "routing."
+MEND = "delete it and record routing statistics again with moe-gguf trace --save-routing"
 # Transitions that would take more than this are not kept: they would cost slots.
 MAX_TRANSITIONS_BYTES = 64 << 20
 
@@ -107,15 +109,8 @@ class Routing:
 
     def save(self, path: Path) -> None:
         """Write the file; ``path`` appears complete or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(encode_header(list(self._pairs()), (), DEFAULT_ALIGNMENT))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(encode_header(list(self._pairs()), (), DEFAULT_ALIGNMENT))
 
     def _pairs(self) -> Iterable[bytes]:
         identity = self.identity
@@ -177,36 +172,44 @@ def load(path: Path, identity: Identity) -> Routing | None:
         header = read_header(path)
     except UserError as error:
         raise UserError(f"{error}, or delete {path}: it only holds routing statistics") from None
-    if header.get(AT + "version") != VERSION:
-        found = header.get(AT + "version")
+    keys = Keys(path, header.get, MEND)
+    if (found := keys.value(AT + "version")) != VERSION:
         raise UserError(
-            f"{path} holds no routing statistics of version {VERSION} (it says {found}): delete "
-            "it and record them again with moe-gguf trace --save-routing"
+            f"{path} holds no routing statistics of version {VERSION} (it says {found!r:.60}): "
+            "delete it and record them again with moe-gguf trace --save-routing"
         )
     found_identity = Identity(
-        str(header.get(AT + "architecture")),
-        tuple(_array(header, "layers", U32).tolist()),
-        _number(header, "n_experts"),
-        _number(header, "n_used"),
+        keys.text(AT + "architecture"),
+        keys.integers(AT + "layers"),
+        keys.integer(AT + "n_experts"),
+        keys.integer(AT + "n_used"),
     )
     if found_identity != identity:
         raise UserError(
-            f"{path} holds the routing statistics of another model ({_said(found_identity)}; this "
-            f"one is {_said(identity)}): delete it, or leave out --warm and --save-routing"
+            f"{path} holds the routing statistics of another model ({_outline(found_identity)}; "
+            f"this one is {_outline(identity)}): delete it, or leave out --warm and --save-routing"
         )
-    tokens = _number(header, "tokens")
+    tokens = keys.integer(AT + "tokens")
     n_layers, n_experts = len(identity.layers), identity.n_experts
-    popularity = _array(header, "popularity", U64, (n_layers, n_experts))
-    recall = _array(header, "recall", F32, (n_layers,))
+
+    def array(name: str, item: ValueType, *shape: int) -> NDArray[Any]:
+        pair = header.pairs.get(AT + name)
+        if pair is None or pair.item is not item or pair.count != math.prod(shape):
+            wanted = f"{math.prod(shape)} numbers of its type"
+            raise keys.damaged(f"{AT}{name} is not a list of {wanted}")
+        return np.frombuffer(header.payload(AT + name), _DTYPES[item]).reshape(shape)
+
+    popularity = array("popularity", U64, n_layers, n_experts)
+    recall = array("recall", F32, n_layers)
     transitions = None
     if AT + "transitions" in header.pairs:
-        transitions = _array(header, "transitions", U32, (n_layers - 1, n_experts, n_experts))
+        transitions = array("transitions", U32, n_layers - 1, n_experts, n_experts)
     # A token uses an expert once in a layer, and another after it once.
     for name, counts in (("popularity", popularity), ("transitions", transitions)):
         if counts is not None and counts.size and int(counts.max()) > tokens:
-            raise _damaged(header, name, f"counts more than the {tokens} tokens")
+            raise keys.damaged(f"{AT}{name} counts more than the {tokens} tokens")
     if not ((recall == -1) | ((recall >= 0) & (recall <= 1))).all():
-        raise _damaged(header, "recall", "is no share")
+        raise keys.damaged(f"{AT}recall is no share")
     return Routing(identity, tokens, popularity, transitions, recall)
 
 
@@ -221,35 +224,6 @@ def _sum(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     return total
 
 
-def _said(identity: Identity) -> str:
+def _outline(identity: Identity) -> str:
     architecture, layers, n_experts, n_used = identity
     return f"{architecture}, {len(layers)} layers x {n_experts} experts, top-{n_used}"
-
-
-def _damaged(header: GgufHeader, name: str, what: str) -> UserError:
-    return UserError(
-        f"{header.path} is damaged ({AT}{name} {what}): delete it and record routing statistics "
-        "again with moe-gguf trace --save-routing"
-    )
-
-
-def _number(header: GgufHeader, name: str) -> int:
-    value = header.get(AT + name)
-    if type(value) is not int or value < 0:
-        raise _damaged(header, name, "is no number")
-    return value
-
-
-def _array(
-    header: GgufHeader, name: str, item: ValueType, shape: tuple[int, ...] | None = None
-) -> NDArray[Any]:
-    pair = header.pairs.get(AT + name)
-    if pair is None or pair.item is not item:
-        raise _damaged(header, name, "is no list of numbers of its type")
-    data = header.raw(AT + name)
-    values: NDArray[Any] = np.frombuffer(data, _DTYPES[item], pair.count, pair.payload - pair.start)
-    if shape is None:
-        return values
-    if values.size != math.prod(shape):
-        raise _damaged(header, name, f"holds {values.size} numbers")
-    return values.reshape(shape)

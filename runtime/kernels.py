@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .formats.bundle import PLAIN, BundlePair
+from .formats.bundle import PLAIN
 from .formats.ggml_types import GGML_TYPES, type_bytes
 from .formats.gguf_header import GgufHeader
 from .formats.interleaving import MOST_ROWS, Bytes, Interleaving, stored_interleaving, unpack
@@ -23,14 +23,8 @@ from .formats.layout import OUTPUT, ModelLayout, untied
 from .plugin.library import load
 
 
-def layout_name(ggml_type: int, ne: tuple[int, int]) -> str | None:
-    """The layout this machine's kernels want such a matrix in; None where they want it plain."""
-    rule = interleaving(ggml_type, ne)
-    return None if rule is None else rule.name
-
-
 def interleaving(ggml_type: int, ne: tuple[int, int]) -> Interleaving | None:
-    """The rule behind ``layout_name``."""
+    """The layout this machine's kernels want such a matrix in; None where they want it plain."""
     if not load().moe_repack_supported(ggml_type, ne[0], ne[1]):
         return None
     return _learn(ggml_type, math.gcd(ne[1], MOST_ROWS))
@@ -53,10 +47,8 @@ def repack(ggml_type: int, ne: tuple[int, int], plain: Bytes) -> Bytes:
 def _learn(ggml_type: int, divisor: int) -> Interleaving | None:
     """What ggml does to matrices whose number of rows has this divisor; None: no such rule."""
     kind = GGML_TYPES[ggml_type]
-    n_blocks, n_rows = (
-        3,
-        3 * divisor,
-    )  # three groups either way, and divisible by no more than asked
+    # Three groups either way, and divisible by no more than asked.
+    n_blocks, n_rows = 3, 3 * divisor
     ne = (n_blocks * kind.block, n_rows)
     random = np.random.default_rng(0)
     plain = random.integers(0, 256, (n_rows, n_blocks, kind.block_bytes), np.uint8)
@@ -82,7 +74,6 @@ def _learn(ggml_type: int, divisor: int) -> Interleaving | None:
             flip = np.packbits(flipped[source], bitorder="little")
             rule = Interleaving(ggml_type, rows, source, flip)
             if np.array_equal(unpack(rule, ne, packed), plain.reshape(-1)):
-                _known[rule.name] = rule
                 return rule
         rows *= 2
     return None
@@ -99,7 +90,8 @@ class Transforms:
         """(moe_layout, index of the transform) of a matrix stored in this layout."""
         if layout == PLAIN:
             return LAYOUT_PLAIN, 0
-        if layout == layout_name(ggml_type, ne):
+        own = interleaving(ggml_type, ne)
+        if own is not None and layout == own.name:
             return LAYOUT_REPACKED, 0
         if layout not in self.rules:
             self.rules[layout] = stored_interleaving(self._header, layout, ggml_type)
@@ -108,13 +100,6 @@ class Transforms:
 
 LAYOUT_PLAIN, LAYOUT_REPACKED, LAYOUT_FOREIGN = 0, 1, 2  # enum moe_layout
 
-
-def describe(name: str) -> list[BundlePair]:
-    """The keys that let another machine undo a layout that ``layout_name`` has named here."""
-    return _known[name].pairs()
-
-
-_known: dict[str, Interleaving] = {}
 
 # Matrices that llama.cpp multiplies with and, where it may, keeps repacked. Of a name that is
 # not here the plain kernel runs: as exact, slower.
@@ -169,5 +154,5 @@ def repacked_trunk(layout: ModelLayout) -> list[str]:
         for t in layout.trunk
         if len(t.ne) == 2
         and _REPACKABLE.fullmatch(t.name)
-        and layout_name(t.ggml_type, (t.ne[0], t.ne[1]))
+        and interleaving(t.ggml_type, (t.ne[0], t.ne[1]))
     ]

@@ -30,9 +30,10 @@ from . import logs, opening
 from .arena import Arena, RouterReader
 from .controller import Recorder
 from .errors import UserError
-from .opening import Loaded, Progress
+from .opening import Loaded
 from .options import Options
 from .params import n_ctx_of
+from .progress import Report
 from .routers import read_routers
 from .stats import Meter, Step
 from .system import physical_cores
@@ -74,7 +75,7 @@ class Llama(llama_cpp.Llama):
         make_policy: PolicyMaker | None = None,
         routers: RouterReader = read_routers,
         recorder: Recorder | None = None,
-        progress: Progress | None = None,
+        progress: Report | None = None,
         n_ctx: int | None = 512,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
@@ -127,7 +128,7 @@ class Llama(llama_cpp.Llama):
             print(self.mode_line, file=sys.stderr)
 
     @contextlib.contextmanager
-    def _loader(self, progress: Progress | None) -> Iterator[_Opening]:
+    def _loader(self, progress: Report | None) -> Iterator[_Opening]:
         """While this is open, the base class's constructor opens the model our way."""
         original = bindings.llama_model_load_from_file
         opened = _Opening()

@@ -7,7 +7,6 @@ line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from . import disk, history, logs, sizes, system
 from .binding import Binding
 from .budget import Budget, Needs
 from .errors import UserError, option
-from .formats.layout import ModelLayout, SlotLayout, slot_layout
+from .formats.layout import ModelLayout
 from .formats.open import read_layout
+from .formats.slots import SlotLayout, slot_layout
 from .history import Identity, Routing
 from .kernels import Kernels, kernels_of
 from .options import Options
-
-Progress = Callable[[float, float], None]  # (done, of all)
+from .progress import Report
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +174,7 @@ def load(
     measured: Measured,
     binding: Binding,
     model_params: llama_cpp.llama_model_params,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Loaded:
     """Read the trunk through our stream; UserError with llama.cpp's reason, or that too little
     memory would be left for slots.

@@ -7,19 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
-Report = Callable[[float, float], None]
+Report = Callable[[float, float], None]  # (done, of all)
 _LINE_SECONDS = 5.0
 
 
@@ -47,6 +35,19 @@ def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
 
         yield line
         return
+    # Here, because who only reports progress need not wait for rich to be imported.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     console = Console(stderr=True)
     columns: list[ProgressColumn] = [TextColumn(what), BarColumn(), TaskProgressColumn()]
     if in_bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from .formats.layout import ModelLayout, Tensor
+from .formats.layout import ModelLayout, PlacedTensor
 from .plugin.gates import Floats, Gating, Router, RoutingRule
 from .plugin.model import PluginModel
 
@@ -49,7 +49,7 @@ def read_routers(layout: ModelLayout, plugin: PluginModel) -> dict[int, Router]:
     return routers
 
 
-def _values(tensor: Tensor, plugin: PluginModel) -> Floats | None:
+def _values(tensor: PlacedTensor, plugin: PluginModel) -> Floats | None:
     """A trunk tensor in float32, rows last; None where the loaded model keeps it otherwise."""
     address = plugin.trunk_data(tensor.name)
     if address is None:

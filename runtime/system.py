@@ -91,8 +91,13 @@ def rss_peak() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def usable_cores() -> int:
+    """Hardware threads this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def physical_cores() -> int:
     """Cores this process may use, one thread each: ggml's barriers spin, so more is slower."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    return max(1, min(cores, usable or cores))
+    return max(1, min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores()))

@@ -16,8 +16,9 @@ import pytest
 import tiny
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
+from moe_gguf.runtime import kernels
 from moe_gguf.runtime.bench import process, rounds
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin.library import probe_direct
@@ -56,8 +57,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
             folder = tmp_path_factory.mktemp("bundle")
             source = open_source(path)
             try:
-                given = Options(layout=layout, **options)
-                convert.convert(source, folder, given, lambda *_: None, lambda _: None)
+                given = ConvertOptions(layout=layout, **options)
+                convert.convert(source, folder, given, kernels, lambda *_: None, lambda _: None)
             finally:
                 source.close()
             made[key] = folder

@@ -88,13 +88,11 @@ class Mutant:
         header = read_header(path)
         fields: dict[str, Field] = {}
         for key, pair in header.pairs.items():
-            if pair.item is not None:
-                fields[key] = Field(pair.item, list(header.array(key)))
-            else:
-                value = header.get(key)
-                assert value is not None
-                assert not isinstance(value, tuple)
-                fields[key] = Field(pair.kind, value)
+            value = header.get(key)
+            assert value is not None
+            if isinstance(value, tuple):
+                value = list(value)
+            fields[key] = Field(pair.kind if pair.item is None else pair.item, value)
         raw = path.read_bytes()[header.data_start :]
         weights = {
             t.name: Weight(list(t.ne), t.ggml_type, raw[t.offset : t.offset + t.n_bytes])

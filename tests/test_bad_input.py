@@ -199,7 +199,7 @@ def test_missing_tensors(name: str, originals: dict[str, Mutant], tmp_path: Path
         ("qwen3moe", put(".block_count", 2), "tensors of layer 2 but claims 2"),
         ("qwen3moe", put(".block_count", "three", ValueType.STRING), "block_count is 'three'"),
         ("qwen3moe", put(".embedding_length", 128), "token_embd.weight has shape"),
-        ("qwen3moe", put(".attention.head_count", [4, 4]), "has 2 items for 3 layers"),
+        ("qwen3moe", put(".attention.head_count", [4, 4]), "has 2 items instead of 3"),
         ("qwen3moe", put(".attention.head_count_kv", 3), "do not share 3 key-value heads"),
         ("qwen3moe", put(".context_length", 0), "context_length is 0"),
         ("mixtral", put(".rope.freq_base", float("nan"), ValueType.FLOAT32), "not a number"),

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,41 +34,42 @@ from gguf import GGMLQuantizationType as Quant
 
 from moe_gguf.converters import convert
 from moe_gguf.converters.bundle_writer import JOURNAL
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import Summary, open_source
+from moe_gguf.converters.source import Bytes
 from moe_gguf.converters.verify import verify
 from moe_gguf.runtime import kernels
 from moe_gguf.runtime import progress as runtime_progress
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.formats import interleaving
 from moe_gguf.runtime.formats.bundle import BLOB_ALIGNMENT, PLAIN, TRUNK, BundleTable
+from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
 from moe_gguf.runtime.formats.gguf_header import read_header
+from moe_gguf.runtime.progress import Report
 
-Progress = Callable[[float, float], None]
-
-PLAINLY = Options(layout="plain")
+PLAINLY = ConvertOptions(layout="plain")
 
 
 def make(
     source: Path,
     folder: Path,
-    options: Options = PLAINLY,
-    progress: Progress = lambda done, total: None,
+    options: ConvertOptions = PLAINLY,
+    progress: Report = lambda done, total: None,
 ) -> list[str]:
     """Convert, and return what was said about it."""
     said: list[str] = []
     opened = open_source(source)
     try:
-        convert.convert(opened, folder, options, progress, said.append)
+        convert.convert(opened, folder, options, kernels, progress, said.append)
     finally:
         opened.close()
     return said
 
 
-def summary(source: Path, folder: Path, options: Options) -> Summary:
+def summary(source: Path, folder: Path, options: ConvertOptions) -> Summary:
     opened = open_source(source)
     try:
-        return convert.convert(opened, folder, options, lambda *_: None, lambda _: None)
+        return convert.convert(opened, folder, options, kernels, lambda *_: None, lambda _: None)
     finally:
         opened.close()
 
@@ -119,7 +120,7 @@ def test_experts_trunk_and_metadata_are_the_sources(
 ) -> None:
     path = tiny_file(name, **flags)
     folder = tmp_path / "bundle"
-    make(path, folder, Options(layout=layout))
+    make(path, folder, ConvertOptions(layout=layout))
     assert verify(folder, lambda *_: None) == []
 
     opened = open_source(path)
@@ -137,7 +138,9 @@ def test_experts_trunk_and_metadata_are_the_sources(
             at = blobs.blob_offset[blob] + tensor.offset
             found = files[blobs.blob_file[blob]][at : at + tensor.n_bytes]
             if tensor.layout != PLAIN:
-                assert tensor.layout == kernels.layout_name(tensor.ggml_type, tensor.ne)
+                wanted = kernels.interleaving(tensor.ggml_type, tensor.ne)
+                assert wanted is not None
+                assert tensor.layout == wanted.name
                 rule = interleaving.stored_interleaving(header, tensor.layout, tensor.ggml_type)
                 found = interleaving.unpack(rule, tensor.ne, found)
             assert np.array_equal(found, stack.read(expert, 0, stack.ne[1]))
@@ -158,6 +161,53 @@ def test_experts_trunk_and_metadata_are_the_sources(
     opened.close()
 
 
+class Inverted:
+    """Kernels of no machine: they want every bit of a matrix flipped."""
+
+    def interleaving(self, ggml_type: int, ne: tuple[int, int]) -> interleaving.Interleaving:
+        size = GGML_TYPES[ggml_type].block_bytes
+        source = np.arange(8 * size, dtype=np.int32)
+        return interleaving.Interleaving(ggml_type, 1, source, np.full(size, 0xFF, np.uint8))
+
+    def repack(self, ggml_type: int, ne: tuple[int, int], plain: Bytes) -> Bytes:
+        return ~plain
+
+
+def test_a_bundle_for_kernels_of_another_machine(source: Path, tmp_path: Path) -> None:
+    opened = open_source(source)
+    options = ConvertOptions(layout="repacked")
+    convert.convert(opened, tmp_path, options, Inverted(), lambda *_: None, lambda _: None)
+    header, said = read_header(tmp_path / TRUNK), table(tmp_path)
+    blobs = said.experts
+    for i, (stack, tensor) in enumerate(zip(opened.experts, blobs.tensors, strict=True)):
+        blob = said.layers.index(stack.layer) * opened.n_experts
+        file = tmp_path / blobs.files[blobs.blob_file[blob]]
+        at = blobs.blob_offset[blob] + tensor.offset
+        found = np.fromfile(file, np.uint8, tensor.n_bytes, offset=at)
+        plain = stack.read(0, 0, stack.ne[1])
+        assert np.array_equal(found, ~plain), i
+        rule = interleaving.stored_interleaving(header, tensor.layout, tensor.ggml_type)
+        assert np.array_equal(interleaving.unpack(rule, tensor.ne, found), plain)
+    opened.close()
+
+
+def test_converting_needs_no_plugin_of_its_own(source: Path, tmp_path: Path) -> None:
+    """What a machine's kernels want is handed in: regrouping must not wait for llama.cpp."""
+    script = (
+        "import sys; from pathlib import Path;"
+        "from moe_gguf.converters import convert, choose, verify;"
+        "import moe_gguf.converters.hf.source;"
+        "source = convert.open_source(Path(sys.argv[1]));"
+        "options = choose.ConvertOptions(layout='plain');"
+        "convert.convert(source, Path(sys.argv[2]), options, None, print, print);"
+        "sys.exit(repr({'llama_cpp', 'moe_gguf.runtime.plugin'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", script, source, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
+    assert (tmp_path / TRUNK).exists()
+
+
 def test_split_and_single_sources_make_the_same_blobs(tiny_file: TinyFile, tmp_path: Path) -> None:
     make(tiny_file("mixtral"), tmp_path / "single")
     make(tiny_file("mixtral", split=True), tmp_path / "split")
@@ -167,7 +217,11 @@ def test_split_and_single_sources_make_the_same_blobs(tiny_file: TinyFile, tmp_p
 
 
 def test_any_reader_of_gguf_finds_every_expert(source: Path, tmp_path: Path) -> None:
-    make(source, tmp_path / "b", Options(quant="q8_0", low_quant="q4_0", shard_bytes=2_000_000))
+    make(
+        source,
+        tmp_path / "b",
+        ConvertOptions(quant="q8_0", low_quant="q4_0", shard_bytes=2_000_000),
+    )
     names = {path.name for path in (tmp_path / "b").iterdir()}
     assert {"experts-00001-of-00003.gguf", "experts-low-00001-of-00002.gguf"} <= names
     found = []
@@ -203,14 +257,14 @@ def test_one_read_brings_one_expert(source: Path, tmp_path: Path) -> None:
 
 
 def test_quantizing_relabels_the_file(source: Path, tmp_path: Path) -> None:
-    make(source, tmp_path / "b", Options(quant="q5_k"))
+    make(source, tmp_path / "b", ConvertOptions(quant="q5_k"))
     header = read_header(tmp_path / "b" / TRUNK)
     assert header.get("general.file_type") == 17
     assert header.get("moe_gguf.quant") == "q5_k"
 
 
 def test_summary_counts_bits_and_names_types(source: Path, tmp_path: Path) -> None:
-    numbers = summary(source, tmp_path / "b", Options(quant="q8_0", low_quant="q4_0"))
+    numbers = summary(source, tmp_path / "b", ConvertOptions(quant="q8_0", low_quant="q4_0"))
     sizes = {name: (tmp_path / "b" / name).stat().st_size for name in os.listdir(tmp_path / "b")}
     assert numbers.expert_bytes + numbers.low_bytes + numbers.trunk_bytes == sum(sizes.values())
     assert numbers.n_expert_weights == 3 * 16 * 3 * 256 * 96
@@ -237,19 +291,23 @@ def test_golden_bytes(tmp_path: Path) -> None:
 
 
 def test_same_source_and_options_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    options = Options(quant="q4_k", low_quant="q2_k", threads=3)
+    options = ConvertOptions(quant="q4_k", low_quant="q2_k", threads=3)
     make(source, tmp_path / "one", options)
-    make(source, tmp_path / "two", Options(quant="Q4_K", low_quant="q2_k", threads=1))
+    make(source, tmp_path / "two", ConvertOptions(quant="Q4_K", low_quant="q2_k", threads=1))
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
     "options",
-    [PLAINLY, Options(layout="auto"), Options(quant="q4_0", low_quant="q2_k", shard_bytes=10**6)],
+    [
+        PLAINLY,
+        ConvertOptions(layout="auto"),
+        ConvertOptions(quant="q4_0", low_quant="q2_k", shard_bytes=10**6),
+    ],
     ids=str,
 )
 def test_large_matrices_are_converted_a_few_rows_at_a_time(
-    options: Options, tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: ConvertOptions, tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_file("qwen3moe", mixed=True)
     make(path, tmp_path / "whole", options)
@@ -274,6 +332,7 @@ KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from moe_gguf.converters import convert, journal, quantize
+from moe_gguf.runtime import kernels
 quantize.requires_imatrix(0)  # loads llama.cpp here and now, not in each child
 source, folder, seed, rounds = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
 journal.CHECKPOINT_BYTES = 1  # every blob in the journal as soon as the disk has it
@@ -285,9 +344,9 @@ def run(seconds):
     child = os.fork()
     if child == 0:
         opened = convert.open_source(source)
-        options = convert.Options(quant="q4_0", layout="plain", threads=2)
+        options = convert.ConvertOptions(quant="q4_0", layout="plain", threads=2)
         note = lambda text: os.write(tell, text.encode())
-        convert.convert(opened, folder, options, lambda *_: None, note)
+        convert.convert(opened, folder, options, kernels, lambda *_: None, note)
         os._exit(0)
     os.close(tell)
     if seconds is not None:
@@ -326,7 +385,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path: Path) -> Non
     assert child.returncode == 0, child.stderr
     results = json.loads(child.stdout)
     assert len(results) == 20
-    make(path, tmp_path / "undisturbed", Options(quant="q4_0", layout="plain", threads=1))
+    make(path, tmp_path / "undisturbed", ConvertOptions(quant="q4_0", layout="plain", threads=1))
     assert hashes(folder) == hashes(tmp_path / "undisturbed")
     killed = [run for result in results for run in result["killed"] if run["status"] == 9]
     assert len(killed) >= 12  # it was hit while it worked,
@@ -336,7 +395,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path: Path) -> Non
     assert sum("going on behind" in run["said"] for run in resumed) >= 5  # and had got somewhere
 
 
-def interrupt_after(share: float) -> Progress:
+def interrupt_after(share: float) -> Report:
     def progress(done: float, total: float) -> None:
         if done >= share * total:
             raise KeyboardInterrupt
@@ -344,7 +403,9 @@ def interrupt_after(share: float) -> Progress:
     return progress
 
 
-def half_way(source: Path, folder: Path, options: Options = PLAINLY, share: float = 0.5) -> None:
+def half_way(
+    source: Path, folder: Path, options: ConvertOptions = PLAINLY, share: float = 0.5
+) -> None:
     """Leave behind what an interrupt there leaves."""
     with pytest.raises(KeyboardInterrupt):
         make(source, folder, options, interrupt_after(share))
@@ -365,7 +426,7 @@ def test_interrupted_it_goes_on(
 def test_killed_among_the_last_renames_it_goes_on(
     nth: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options(quant="q8_0", low_quant="q4_0", layout="plain")
+    options = ConvertOptions(quant="q8_0", low_quant="q4_0", layout="plain")
     make(source, tmp_path / "expected", options)
     rename, count = Path.rename, iter(range(100))
 
@@ -395,13 +456,15 @@ def test_killed_before_the_journal_is_gone_it_finishes(
             make(source, tmp_path / "b")
     assert is_complete(tmp_path / "b")  # and it is one
     with pytest.raises(UserError, match="holds a bundle already"):
-        make(source, tmp_path / "b", Options(quant="q8_0"))
+        make(source, tmp_path / "b", ConvertOptions(quant="q8_0"))
     make(source, tmp_path / "b")
     assert hashes(tmp_path / "b") == expected
 
 
 def test_other_options_start_again(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
-    half_way(source, tmp_path / "b", Options(quant="q8_0", low_quant="q4_0", shard_bytes=10**6))
+    half_way(
+        source, tmp_path / "b", ConvertOptions(quant="q8_0", low_quant="q4_0", shard_bytes=10**6)
+    )
     (said,) = make(source, tmp_path / "b")
     assert "with other options is discarded" in said
     assert hashes(tmp_path / "b") == expected
@@ -421,8 +484,8 @@ def test_another_imatrix_starts_again(source: Path, tmp_path: Path) -> None:
         data = np.full(256, value, np.float32).tobytes()
         entry = b"\x01\0\0\0" + b"\x01\0\0\0x" + b"\x01\0\0\0" + b"\0\x01\0\0" + data
         (tmp_path / name).write_bytes(entry)
-    half_way(source, tmp_path / "c", Options(quant="q8_0", imatrix=tmp_path / "a"))
-    (said,) = make(source, tmp_path / "c", Options(quant="q8_0", imatrix=tmp_path / "b"))
+    half_way(source, tmp_path / "c", ConvertOptions(quant="q8_0", imatrix=tmp_path / "a"))
+    (said,) = make(source, tmp_path / "c", ConvertOptions(quant="q8_0", imatrix=tmp_path / "b"))
     assert "discarded" in said
 
 
@@ -528,7 +591,7 @@ def test_a_source_that_shrinks_while_it_is_read(tiny_file: TinyFile, tmp_path: P
     opened = open_source(path)
     os.truncate(path, 2_000_000)
     with pytest.raises(UserError, match="became shorter while it was read"):
-        convert.convert(opened, tmp_path / "b", PLAINLY, lambda *_: None, lambda _: None)
+        convert.convert(opened, tmp_path / "b", PLAINLY, kernels, lambda *_: None, lambda _: None)
     opened.close()
     assert not is_complete(tmp_path / "b")
 
@@ -550,7 +613,7 @@ def test_nan_in_a_source(tiny_file: TinyFile, tmp_path: Path) -> None:
         file.seek(header.data_start + info.offset + 5 * 256 * 96 * 2)
         file.write(np.float16(np.nan).tobytes())
     with pytest.raises(UserError, match=r"expert 5 of blk\.1\.ffn_up_exps\.weight holds NaN"):
-        make(path, tmp_path / "b", Options(quant="q4_0"))
+        make(path, tmp_path / "b", ConvertOptions(quant="q4_0"))
     assert not is_complete(tmp_path / "b")
     make(path, tmp_path / "copy")  # what is not computed with is not judged
     assert is_complete(tmp_path / "copy")
@@ -630,7 +693,7 @@ def test_a_bundle_is_never_written_over(source: Path, tmp_path: Path) -> None:
     make(source, tmp_path / "b")
     before = hashes(tmp_path / "b")
     with pytest.raises(UserError, match="holds a bundle already; remove it or name another"):
-        make(source, tmp_path / "b", Options(quant="q8_0"))
+        make(source, tmp_path / "b", ConvertOptions(quant="q8_0"))
     assert hashes(tmp_path / "b") == before
     with pytest.raises(UserError, match="is a bundle already"):
         open_source(tmp_path / "b")
@@ -647,17 +710,25 @@ def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (Options(quant="q4"), "'q4' is no type to quantize to: choose one of f32, "),
-        (Options(quant="q8_k"), "'q8_k' is no type"),
-        (Options(low_quant="int2"), "'int2' is no type"),
-        (Options(layout="tiled"), "'tiled' is no layout: choose one of auto, plain, repacked"),
-        (Options(imatrix=Path("x")), "--imatrix weighs a quantization: give --quant"),
-        (Options(quant="q4_0", imatrix=Path("/no/x")), "cannot read the importance matrix /no/x"),
-        (Options(quant="f32", layout="repacked"), "take f32 as it is; give --layout plain"),
+        (ConvertOptions(quant="q4"), "'q4' is no type to quantize to: choose one of f32, "),
+        (ConvertOptions(quant="q8_k"), "'q8_k' is no type"),
+        (ConvertOptions(low_quant="int2"), "'int2' is no type"),
+        (
+            ConvertOptions(layout="tiled"),
+            "'tiled' is no layout: choose one of auto, plain, repacked",
+        ),
+        (ConvertOptions(imatrix=Path("x")), "--imatrix weighs a quantization: give --quant"),
+        (
+            ConvertOptions(quant="q4_0", imatrix=Path("/no/x")),
+            "cannot read the importance matrix /no/x",
+        ),
+        (ConvertOptions(quant="f32", layout="repacked"), "take f32 as it is; give --layout plain"),
     ],
     ids=str,
 )
-def test_wrong_options(options: Options, sentence: str, source: Path, tmp_path: Path) -> None:
+def test_wrong_options(
+    options: ConvertOptions, sentence: str, source: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as error:
         make(source, tmp_path / "b", options)
     assert sentence in str(error.value)

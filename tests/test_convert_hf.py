@@ -9,8 +9,9 @@ import hf_gguf
 import pytest
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
+from moe_gguf.runtime import kernels
 from moe_gguf.runtime.formats.bundle import TRUNK, BlobSet, BundleTable
 from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
 from moe_gguf.runtime.formats.gguf_header import GgufHeader, read_header
@@ -18,10 +19,10 @@ from moe_gguf.runtime.formats.open import read_layout
 from moe_gguf.runtime.llama import Llama
 
 
-def make(path: Path, folder: Path, options: Options) -> tuple[GgufHeader, BundleTable]:
+def make(path: Path, folder: Path, options: ConvertOptions) -> tuple[GgufHeader, BundleTable]:
     source = open_source(path)
     try:
-        convert.convert(source, folder, options, lambda *_: None, lambda _: None)
+        convert.convert(source, folder, options, kernels, lambda *_: None, lambda _: None)
     finally:
         source.close()
     read_layout(folder)  # it can be run
@@ -36,7 +37,7 @@ def types(blobs: BlobSet) -> set[str]:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
 def test_the_bundle_is_that_of_the_gguf(family: str, hf_root: Path, tmp_path: Path) -> None:
     checkpoint = hf_root / family
-    options = Options(quant="f16", layout="plain")
+    options = ConvertOptions(quant="f16", layout="plain")
     header, direct = make(checkpoint, tmp_path / "direct", options)
     gguf = hf_gguf.write_gguf(open_source(checkpoint), tmp_path / "model.gguf")
     _, through = make(gguf, tmp_path / "through", dataclasses.replace(options, quant=None))
@@ -46,7 +47,7 @@ def test_the_bundle_is_that_of_the_gguf(family: str, hf_root: Path, tmp_path: Pa
 
 
 def test_floats_become_q4_k_by_default(hf_root: Path, tmp_path: Path) -> None:
-    header, table = make(hf_root / "olmoe", tmp_path / "b", Options(low_quant="q4_0"))
+    header, table = make(hf_root / "olmoe", tmp_path / "b", ConvertOptions(low_quant="q4_0"))
     assert table.quant == "q4_k"
     assert header.get("general.file_type") == 15  # mostly Q4_K, medium
     assert types(table.experts) <= {"Q4_K", "Q5_0"}  # rows of 64 are no whole blocks
@@ -55,7 +56,7 @@ def test_floats_become_q4_k_by_default(hf_root: Path, tmp_path: Path) -> None:
 
 
 def test_mxfp4_stays_as_it_is_and_text_comes_out(hf_root: Path, tmp_path: Path) -> None:
-    header, table = make(hf_root / "gpt_oss-mxfp4", tmp_path / "b", Options())
+    header, table = make(hf_root / "gpt_oss-mxfp4", tmp_path / "b", ConvertOptions())
     assert table.quant == "mxfp4"
     assert types(table.experts) == {"MXFP4"}
     trunk = {GGML_TYPES[info.ggml_type].name for info in header.tensors if len(info.ne) > 1}

@@ -148,8 +148,8 @@ def test_interrupted_carving_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_part_of_a_killed_process_is_removed_later(tmp_path: Path) -> None:
-    killed, running = tmp_path / "smollm2-moe-a.part", tmp_path / "smollm2-moe-b.part"
+def test_part_of_a_killed_process_is_removed_later(model: Path, tmp_path: Path) -> None:
+    killed, running = (tmp_path / f"{model.name}.{i}.partial" for i in "ab")
     killed.touch()
     running.touch()
     os.utime(killed, (0, 0))

@@ -12,8 +12,10 @@ from tiny import LAYOUTS, write_tiny
 
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.formats.gguf_header import ValueType, read_header
-from moe_gguf.runtime.formats.layout import MAP_ALIGNMENT, PAGE, ROLES, ModelLayout, slot_layout
+from moe_gguf.runtime.formats.layout import ROLES, ModelLayout
 from moe_gguf.runtime.formats.open import read_layout
+from moe_gguf.runtime.formats.slots import PAGE, slot_layout
+from moe_gguf.runtime.formats.stream import MAP_ALIGNMENT, stream_of
 
 EXPERTS = {layout: 8 if layout == "mixtral" else 16 for layout in LAYOUTS}
 USED = {"mixtral": 2, "llama4": 1}
@@ -24,12 +26,13 @@ def joined(layout: ModelLayout) -> bytes:
     """The GGUF that the stream's header describes, filled from the model's files."""
     files = [path.read_bytes() for path in layout.files]
     align = max(layout.metadata.alignment, MAP_ALIGNMENT)
-    out = bytearray(layout.header)
+    stream = stream_of(layout)
+    out = bytearray(stream.header)
     for tensor in layout.tensors:
         out += bytes(-len(out) % align)
         out += files[tensor.file][tensor.offset : tensor.offset + tensor.n_bytes]
     out += bytes(-len(out) % align)
-    assert len(out) == layout.stream_bytes
+    assert len(out) == stream.n_bytes
     return bytes(out)
 
 
@@ -178,17 +181,14 @@ def test_name_like_a_split_file_but_whole(tmp_path: Path) -> None:
 # --- metadata -----------------------------------------------------------------------------------
 
 
-def test_getters(tmp_path: Path) -> None:
+def test_what_a_model_says_of_itself(tmp_path: Path) -> None:
     layout = read_layout(write_tiny("updown", tmp_path / "m.gguf"))
     assert layout.architecture == "nemotron_h_moe"
     assert layout.name == "tiny nemotron_h_moe"
-    assert layout.get_int("nemotron_h_moe.context_length") == 512
-    assert layout.get_int(".attention.head_count_kv") == 2  # the greatest of a list
-    assert layout.get_int("none", 7) == 7
-    assert layout.get_float(".attention.layer_norm_epsilon") == pytest.approx(1e-6)
-    assert layout.get_float("general.name", 2.0) == 2.0
-    assert layout.get_str("tokenizer.ggml.model") == "gpt2"
-    assert layout.get_str(".context_length", "none") == "none"
+    assert layout.keys.integer("nemotron_h_moe.context_length") == layout.n_ctx_train == 512
+    assert layout.keys.integer(".context_length") == 512  # the architecture's own
+    assert layout.n_experts_used == 4  # the greatest, of a list with zeros
+    assert layout.keys.text("tokenizer.ggml.model") == "gpt2"
 
 
 # --- slots --------------------------------------------------------------------------------------

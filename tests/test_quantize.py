@@ -20,11 +20,12 @@ import pytest
 from conftest import TinyFile
 from gguf import GGMLQuantizationType as Quant
 
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import convert, open_source
 from moe_gguf.converters.imatrix import read_imatrix
 from moe_gguf.converters.mix import FILE_TYPES, FLOATS, NEEDS_IMATRIX, NUMBERS, fitting_type
 from moe_gguf.converters.quantize import Quantizer, requires_imatrix
+from moe_gguf.runtime import kernels
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.formats.bundle import TRUNK
 from moe_gguf.runtime.formats.ggml_types import GGML_TYPES
@@ -47,8 +48,8 @@ def tensors(path: Path) -> Tensors:
 def ours(source: Path, folder: Path, quant: str, imatrix: Path | None = None) -> Tensors:
     """The bundle as stock has it: experts stacked again."""
     opened = open_source(source)
-    options = Options(quant=quant, imatrix=imatrix, layout="plain", threads=2)
-    convert(opened, folder, options, lambda done, total: None, lambda text: None)
+    options = ConvertOptions(quant=quant, imatrix=imatrix, layout="plain", threads=2)
+    convert(opened, folder, options, kernels, lambda done, total: None, lambda text: None)
     out = tensors(folder / TRUNK)
     experts = tensors(folder / "experts-00001-of-00001.gguf")
     for stack in opened.experts:

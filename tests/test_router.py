@@ -11,9 +11,11 @@ import gguf
 import numpy as np
 import pytest
 from harness import ours, random_tokens, rows
+from mutant import Field, Mutant
 from reference_gates import Ids, confidence, gate, scores, select, top
 
 from moe_gguf.policies.base import Guess, RouteEvent
+from moe_gguf.runtime.formats.gguf_header import ValueType, read_header
 from moe_gguf.runtime.plugin.abi import Call
 from moe_gguf.runtime.plugin.gates import Floats, RoutingRule
 from moe_gguf.runtime.routers import routing_rule
@@ -121,6 +123,16 @@ def test_glm_lite_is_told_from_deepseek_by_its_vocabulary() -> None:
     keys = {"deepseek2.block_count": 47, "tokenizer.ggml.tokens": range(154880)}
     assert rule_of("deepseek2", keys).gating == "sigmoid"
     assert rule_of("deepseek2", keys | {"deepseek2.vocab_size": 102400}).gating == "softmax"
+
+
+def test_glm_lite_is_told_by_a_vocabulary_that_is_too_big_to_decode_at_once(tmp_path: Path) -> None:
+    """A header keeps long lists undecoded, and once called them absent."""
+    fields = {
+        "deepseek2.block_count": Field(ValueType.UINT32, 47),
+        "tokenizer.ggml.tokens": Field(ValueType.STRING, ["x"] * 154880),
+    }
+    header = read_header(Mutant(fields, {}).write(tmp_path / "m.gguf"))
+    assert routing_rule("deepseek2", header.get).gating == "sigmoid"
 
 
 def test_groups_come_from_the_file() -> None:

@@ -13,15 +13,15 @@ from gguf import MODEL_ARCH, RopeScalingType
 from numpy.typing import NDArray
 
 from ...runtime.errors import UserError
-from .wants import OTHER_WAY, Config, Groups, Plan, WantExperts, rope_number
+from .wants import OTHER_WAY, Config, Groups, WantExperts, Wants, rope_number
 
 Array = NDArray[Any]
 
 SUPPORTED = "Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-MoE, DeepSeek-V2, OLMoE and gpt-oss"
 
 
-def _mixtral(config: Config) -> Plan:
-    p = Plan(config, MODEL_ARCH.LLAMA)
+def _mixtral(config: Config) -> Wants:
+    p = Wants(config, MODEL_ARCH.LLAMA)
     p.only(hidden_act="silu", attention_bias=False)
     p.keys(ff="intermediate_size", eps=1e-5)
     p.writer.add_vocab_size(config.count("vocab_size"))
@@ -37,8 +37,8 @@ def _mixtral(config: Config) -> Plan:
     return p
 
 
-def _qwen2_moe(config: Config) -> Plan:
-    p = Plan(config, MODEL_ARCH.QWEN2MOE)
+def _qwen2_moe(config: Config) -> Wants:
+    p = Wants(config, MODEL_ARCH.QWEN2MOE)
     p.only(
         hidden_act="silu",
         norm_topk_prob=False,
@@ -58,8 +58,8 @@ def _qwen2_moe(config: Config) -> Plan:
     return p
 
 
-def _qwen3_moe(config: Config) -> Plan:
-    p = Plan(config, MODEL_ARCH.QWEN3MOE)
+def _qwen3_moe(config: Config) -> Wants:
+    p = Wants(config, MODEL_ARCH.QWEN3MOE)
     p.only(
         hidden_act="silu",
         norm_topk_prob=True,
@@ -78,8 +78,8 @@ def _qwen3_moe(config: Config) -> Plan:
     return p
 
 
-def _olmoe(config: Config) -> Plan:
-    p = Plan(config, MODEL_ARCH.OLMOE)
+def _olmoe(config: Config) -> Wants:
+    p = Wants(config, MODEL_ARCH.OLMOE)
     p.only(hidden_act="silu", norm_topk_prob=False, attention_bias=False, clip_qkv=None)
     p.keys(ff="intermediate_size", eps=1e-5)
     p.only(num_key_value_heads=config.count("num_attention_heads"))
@@ -92,8 +92,8 @@ def _olmoe(config: Config) -> Plan:
     return p
 
 
-def _gpt_oss(config: Config) -> Plan:
-    p = Plan(config, MODEL_ARCH.GPT_OSS, alternating=True)
+def _gpt_oss(config: Config) -> Wants:
+    p = Wants(config, MODEL_ARCH.GPT_OSS, alternating=True)
     p.only(attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
     p.keys(ff="intermediate_size", eps=1e-5)
     turns = ["sliding_attention", "full_attention"]
@@ -127,7 +127,7 @@ def _every_other(first: int) -> Callable[[Array], Array]:
     return lambda rows: rows[:, first::2]
 
 
-def _deepseek_moe(p: Plan, layer: int, dense: int) -> None:
+def _deepseek_moe(p: Wants, layer: int, dense: int) -> None:
     """A layer's feed-forward part: dense in the first layers, then routed and shared experts."""
     at = f"model.layers.{layer}.mlp"
     if layer < dense:
@@ -137,7 +137,7 @@ def _deepseek_moe(p: Plan, layer: int, dense: int) -> None:
         p.swiglu(f"{at}.shared_experts", p.ff * p.config.count("n_shared_experts"))
 
 
-def _deepseek_keys(p: Plan) -> int:
+def _deepseek_keys(p: Wants) -> int:
     """Keys of both generations; the number of leading dense layers."""
     dense = p.config.get("first_k_dense_replace", 0)
     if type(dense) is not int or not 0 <= dense < p.n_layers:
@@ -152,8 +152,8 @@ def _deepseek_keys(p: Plan) -> int:
     return dense
 
 
-def _deepseek(config: Config) -> Plan:
-    p = Plan(config, MODEL_ARCH.DEEPSEEK)
+def _deepseek(config: Config) -> Wants:
+    p = Wants(config, MODEL_ARCH.DEEPSEEK)
     p.only(
         hidden_act="silu",
         norm_topk_prob=False,
@@ -176,8 +176,8 @@ def _deepseek(config: Config) -> Plan:
 _LITE_LAYERS = (26, 27)  # how llama.cpp tells DeepSeek-V2-Lite from V2
 
 
-def _deepseek_v2(config: Config) -> Plan:
-    p = Plan(config, MODEL_ARCH.DEEPSEEK2)
+def _deepseek_v2(config: Config) -> Wants:
+    p = Wants(config, MODEL_ARCH.DEEPSEEK2)
     p.only(
         hidden_act="silu",
         scoring_func="softmax",
@@ -188,7 +188,7 @@ def _deepseek_v2(config: Config) -> Plan:
     # transformers calls the rotary part of a head head_dim; the keys below say it better.
     config.values.pop("head_dim", None)
     p.keys(ff="moe_intermediate_size")
-    w, heads, rank = p.writer, config.count("num_attention_heads"), config.count("kv_lora_rank")
+    w, rank = p.writer, config.count("kv_lora_rank")
     nope, rope = config.count("qk_nope_head_dim"), config.count("qk_rope_head_dim")
     value = config.count("v_head_dim")
     # Multi-head latent attention runs as one shared key head: the compressed row and its rope part.
@@ -218,36 +218,44 @@ def _deepseek_v2(config: Config) -> Plan:
     if "mscale_all_dim" in config.rope:  # llama.cpp divides by the same 0.1 for this architecture
         w.add_rope_scaling_yarn_log_mul(0.1 * rope_number(config, config.rope, "mscale_all_dim"))
     for layer, at in p.layers():
-        attn, q = f"{at}.self_attn", heads * (nope + rope)
-        if q_rank is None:
-            p.tensor(f"{attn}.q_proj.weight", q, p.hidden)
-        else:
-            p.tensor(f"{attn}.q_a_proj.weight", q_rank, p.hidden)
-            p.tensor(f"{attn}.q_a_layernorm.weight", q_rank)
-            p.tensor(f"{attn}.q_b_proj.weight", q, q_rank)
-        p.tensor(f"{attn}.kv_a_proj_with_mqa.weight", rank + rope, p.hidden)
-        p.tensor(f"{attn}.kv_a_layernorm.weight", rank)
-        both, stored = f"{attn}.kv_b_proj.weight", (heads * (nope + value), rank)
-        p.tensor(
-            f"{attn}.k_b_proj.weight",
-            *stored,
-            source=both,
-            ne=(nope, rank, heads),
-            groups=Groups(nope + value, rank, lambda head: head[:nope].T),
-        )
-        p.tensor(
-            f"{attn}.v_b_proj.weight",
-            *stored,
-            source=both,
-            ne=(rank, value, heads),
-            groups=Groups(nope + value, value, lambda head: head[nope:]),
-        )
-        p.tensor(f"{attn}.o_proj.weight", p.hidden, heads * value)
+        _latent_attention(p, f"{at}.self_attn", q_rank)
         _deepseek_moe(p, layer, dense)
     return p
 
 
-FAMILIES: dict[str, Callable[[Config], Plan]] = {
+def _latent_attention(p: Wants, attn: str, q_rank: int | None) -> None:
+    """Queries and key-value rows through ranks; kv_b is two matrices of every head in one."""
+    count = p.config.count
+    heads, rank = count("num_attention_heads"), count("kv_lora_rank")
+    nope, rope, value = count("qk_nope_head_dim"), count("qk_rope_head_dim"), count("v_head_dim")
+    q = heads * (nope + rope)
+    if q_rank is None:
+        p.tensor(f"{attn}.q_proj.weight", q, p.hidden)
+    else:
+        p.tensor(f"{attn}.q_a_proj.weight", q_rank, p.hidden)
+        p.tensor(f"{attn}.q_a_layernorm.weight", q_rank)
+        p.tensor(f"{attn}.q_b_proj.weight", q, q_rank)
+    p.tensor(f"{attn}.kv_a_proj_with_mqa.weight", rank + rope, p.hidden)
+    p.tensor(f"{attn}.kv_a_layernorm.weight", rank)
+    both, stored = f"{attn}.kv_b_proj.weight", (heads * (nope + value), rank)
+    p.tensor(
+        f"{attn}.k_b_proj.weight",
+        *stored,
+        source=both,
+        ne=(nope, rank, heads),
+        groups=Groups(nope + value, rank, lambda head: head[:nope].T),
+    )
+    p.tensor(
+        f"{attn}.v_b_proj.weight",
+        *stored,
+        source=both,
+        ne=(rank, value, heads),
+        groups=Groups(nope + value, value, lambda head: head[nope:]),
+    )
+    p.tensor(f"{attn}.o_proj.weight", p.hidden, heads * value)
+
+
+FAMILIES: dict[str, Callable[[Config], Wants]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
@@ -258,7 +266,7 @@ FAMILIES: dict[str, Callable[[Config], Plan]] = {
 }
 
 
-def plan(config: Config) -> Plan:
+def wants_of(config: Config) -> Wants:
     """What a checkpoint with this configuration must hold."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:

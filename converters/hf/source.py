@@ -1,6 +1,6 @@
 """A Hugging Face folder as a `Source`: configuration, tokenizer and safetensors, as GGUF has them.
 
-Binds what a family's plan wants to what the checkpoint holds, refuses what does not fit at
+Binds what a family wants to what the checkpoint holds, refuses what does not fit at
 opening, and reads slices on demand. The trunk and the experts keep the checkpoint's own type;
 vectors, norms and routers become F32, as in every GGUF, and gpt-oss experts stay MXFP4.
 """
@@ -25,10 +25,10 @@ from gguf import (
 )
 
 from ...runtime.errors import UserError
-from ..source import Bytes, ExpertStack, Pair, TrunkTensor, forget
+from ..source import Bytes, ExpertStack, Pair, SourceTensor, forget
 from . import families, tokenizer
 from .checkpoint import INDEX, Array, Checkpoint, Stored, floats
-from .wants import OTHER_WAY, Config, Plan, Want, WantExperts
+from .wants import OTHER_WAY, Config, Want, WantExperts, Wants
 
 # Part of some checkpoints and of no computation; prediction layers follow the last real one.
 _UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
@@ -60,24 +60,24 @@ class HfSource:
     sha256: str
     n_experts: int
     metadata: Mapping[str, Pair]
-    trunk: Sequence[TrunkTensor]
+    trunk: Sequence[SourceTensor]
     experts: Sequence[ExpertStack]
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder; give the folder of a Hugging Face model")
         config = Config(path)
-        plan = families.plan(config)
+        wants = families.wants_of(config)
         self.name = _model_name(path)
-        self.n_experts = plan.n_experts
+        self.n_experts = wants.n_experts
         self._checkpoint = Checkpoint(path)
         try:
-            binder = _Binder(plan, self._checkpoint)
-            self.trunk = [binder.trunk(want) for want in plan.trunk]
-            self.experts = [stack for want in plan.experts for stack in binder.stacks(want)]
+            binder = _Binder(wants, self._checkpoint)
+            self.trunk = [binder.trunk(want) for want in wants.trunk]
+            self.experts = [stack for want in wants.experts for stack in binder.stacks(want)]
             binder.check_leftovers()
-            tokenizer.add_tokenizer(path, config, plan.writer)
-            self.metadata = _metadata(self.name, path, plan.writer, self.trunk, self.experts)
+            tokenizer.add_tokenizer(path, config, wants.writer)
+            self.metadata = _metadata(self.name, path, wants.writer, self.trunk, self.experts)
         except BaseException:
             self.close()
             raise
@@ -106,10 +106,10 @@ def _model_name(path: Path) -> str:
 
 
 class _Binder:
-    """Finds what a plan wants in a checkpoint, and remembers what was found."""
+    """Finds in a checkpoint what is wanted of it, and remembers what was found."""
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint) -> None:
-        self.plan = plan
+    def __init__(self, wants: Wants, checkpoint: Checkpoint) -> None:
+        self.wants = wants
         self.checkpoint = checkpoint
         self.used: set[str] = set()
 
@@ -117,7 +117,7 @@ class _Binder:
         """The first of these tensors that is there, held to its shape."""
         names = tuple(names)
         name = next((name for name in names if name in self.checkpoint), None)
-        config = self.plan.config
+        config = self.wants.config
         if name is None:
             raise UserError(
                 f"{config.path.parent} lacks the tensor {names[0]}; download its shards again"
@@ -140,11 +140,11 @@ class _Binder:
             )
         return stored
 
-    def trunk(self, want: Want) -> TrunkTensor:
+    def trunk(self, want: Want) -> SourceTensor:
         stored = self.floating(want.names, *want.shape)
         ggml_type = GGMLQuantizationType.F32 if want.as_f32 else stored.kind.ggml
         assert ggml_type is not None
-        return TrunkTensor(want.target, want.ne, int(ggml_type), partial(_rows, want, stored))
+        return SourceTensor(want.target, want.ne, int(ggml_type), partial(_rows, want, stored))
 
     def stacks(self, want: WantExperts) -> list[ExpertStack]:
         """Gate, up and down of one layer, however the checkpoint keeps them."""
@@ -155,7 +155,7 @@ class _Binder:
             reads = self._fused(fused)
         else:
             reads = [self._apart(want, part) for part in range(3)]
-        n_embd, ff = self.plan.hidden, self.plan.ff
+        n_embd, ff = self.wants.hidden, self.wants.ff
         return [
             ExpertStack(
                 f"blk.{want.layer}.ffn_{role}_exps.weight",
@@ -175,10 +175,12 @@ class _Binder:
 
     def _apart(self, want: WantExperts, part: int) -> _Read:
         """A tensor per matrix."""
-        shape = (self.plan.hidden, self.plan.ff) if part == 2 else (self.plan.ff, self.plan.hidden)
+        shape = (
+            (self.wants.hidden, self.wants.ff) if part == 2 else (self.wants.ff, self.wants.hidden)
+        )
         stored = [
             self.floating([f"{want.prefix}.{expert}.{want.parts[part]}.weight"], *shape)
-            for expert in range(self.plan.n_experts)
+            for expert in range(self.wants.n_experts)
         ]
         if len({one.dtype for one in stored}) > 1:
             raise UserError(
@@ -193,9 +195,9 @@ class _Binder:
         gpt-oss multiplies from the other side and alternates gate and up; the others keep gate's
         rows before up's.
         """
-        n, ff, n_embd = self.plan.n_experts, self.plan.ff, self.plan.hidden
+        n, ff, n_embd = self.wants.n_experts, self.wants.ff, self.wants.hidden
         names = [f"{prefix}.gate_up_proj"], [f"{prefix}.down_proj"]
-        if self.plan.alternating:
+        if self.wants.alternating:
             both = self.floating(names[0], n, n_embd, 2 * ff)
             down = self.floating(names[1], n, ff, n_embd)
             return [
@@ -213,10 +215,10 @@ class _Binder:
 
     def _mxfp4(self, prefix: str) -> list[_Read]:
         """gpt-oss's own format: blocks of 32 weights in 16 bytes, and a scale byte each."""
-        n, ff, n_embd = self.plan.n_experts, self.plan.ff, self.plan.hidden
+        n, ff, n_embd = self.wants.n_experts, self.wants.ff, self.wants.hidden
         if n_embd % 32 or ff % 32:
             raise UserError(
-                f"{self.plan.config.path}: MXFP4 needs sizes that are multiples of "
+                f"{self.wants.config.path}: MXFP4 needs sizes that are multiples of "
                 f"32, not {n_embd} and {ff}; download it again"
             )
         found = {}
@@ -241,14 +243,14 @@ class _Binder:
 
     def check_leftovers(self) -> None:
         """A weight nobody asked for means that the model is not what its configuration says."""
-        tied = {"lm_head.weight"} if self.plan.config.get("tie_word_embeddings") else set()
+        tied = {"lm_head.weight"} if self.wants.config.get("tie_word_embeddings") else set()
         for name in self.checkpoint.tensors.keys() - self.used - tied:
             layer = _LAYER.match(name)
-            if _UNUSED.search(name) or (layer and int(layer[1]) >= self.plan.n_layers):
+            if _UNUSED.search(name) or (layer and int(layer[1]) >= self.wants.n_layers):
                 continue
             raise UserError(
                 f"{self.checkpoint[name].path}: {name} has no place in llama.cpp's "
-                f"{self.plan.writer.arch} models; {OTHER_WAY}"
+                f"{self.wants.writer.arch} models; {OTHER_WAY}"
             )
 
 
@@ -325,7 +327,7 @@ def _metadata(
     name: str,
     path: Path,
     writer: GGUFWriter,
-    trunk: Sequence[TrunkTensor],
+    trunk: Sequence[SourceTensor],
     experts: Sequence[ExpertStack],
 ) -> dict[str, Pair]:
     """General keys, then what `writer` collected: the architecture's and the tokenizer's."""

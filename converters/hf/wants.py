@@ -128,7 +128,7 @@ class WantExperts:
 
 
 @dataclass
-class Plan:
+class Wants:
     """What one checkpoint must hold and what becomes of it; filled by its family's function."""
 
     config: Config

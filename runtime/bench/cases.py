@@ -9,7 +9,8 @@ from typing import NamedTuple
 from ...policies.presets import POLICIES
 from ..budget import MARGIN_BYTES
 from ..errors import UserError
-from ..formats.layout import PAGE, ModelLayout, slot_layout
+from ..formats.layout import ModelLayout
+from ..formats.slots import PAGE, slot_layout
 from ..sizes import parse_size
 
 # Of a process beside its weights; only decides whether an uncapped row may be tried at all.

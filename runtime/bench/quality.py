@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from ...policies.base import Phase
 from ..errors import UserError
+from ..progress import Report
 from ..sizes import format_size
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ LOSSLESS: Mapping[str, Any] = {"experts_used": None, "low_share": 0.0, "low_on_m
 
 Floats = npt.NDArray[np.float32]
 Open = Callable[..., "Llama"]  # a model path and the shared options
-Progress = Callable[[float, float], None]
 
 
 class Position(NamedTuple):
@@ -172,7 +172,7 @@ def _check_room(llama: Llama, chunks: Sequence[Sequence[int]], folder: Path) -> 
 def _pass(
     llama: Llama,
     chunks: Sequence[Sequence[int]],
-    report: Progress,
+    report: Report,
     *,
     keep: IO[bytes] | None = None,
     reference: IO[bytes] | None = None,
@@ -201,9 +201,7 @@ def _pass(
     )
 
 
-def _positions(
-    llama: Llama, chunks: Sequence[Sequence[int]], report: Progress
-) -> Iterator[Position]:
+def _positions(llama: Llama, chunks: Sequence[Sequence[int]], report: Report) -> Iterator[Position]:
     # One token at a time is asked for to measure what generation does.
     phase = Phase.DECODE if llama.n_batch == 1 else Phase.PREFILL
     for done, chunk in enumerate(chunks):

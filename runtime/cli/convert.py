@@ -58,9 +58,10 @@ def convert(
 
     An interrupted conversion goes on where it stopped when the same command is given again.
     """
-    from ...converters.choose import Options
+    from ...converters.choose import ConvertOptions
     from ...converters.convert import convert as run_convert
     from ...converters.convert import open_source
+    from .. import kernels
     from ..progress import bar
     from ..sizes import parse_size
 
@@ -69,13 +70,13 @@ def convert(
 
     quieten()
     shard_bytes = None if shard_size is None else parse_size(shard_size)
-    options = Options(quant, low_quant, imatrix, layout, shard_bytes, threads)
+    options = ConvertOptions(quant, low_quant, imatrix, layout, shard_bytes, threads)
     try:
         with (
             contextlib.closing(open_source(checkpoint(source))) as opened,
             bar(f"converting {opened.name}", in_bytes=True) as progress,
         ):
-            summary = run_convert(opened, folder, options, progress, say)
+            summary = run_convert(opened, folder, options, kernels, progress, say)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where this one stopped")
         sys.exit(130)

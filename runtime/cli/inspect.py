@@ -47,8 +47,8 @@ def describe(path: Path) -> dict[str, Any]:
         "moe_layers": [layer.layer for layer in layout.layers],
         "n_experts": layout.n_experts,
         "n_experts_used": layout.n_experts_used,
-        "n_experts_shared": layout.get_int(".expert_shared_count"),
-        "chat_template": bool(layout.get_str("tokenizer.chat_template")),
+        "n_experts_shared": max(layout.keys.integers(".expert_shared_count", default=(0,))),
+        "chat_template": bool(layout.keys.text("tokenizer.chat_template", "")),
         "expert_tensors": _groups(layout),
         "blob_bytes": blobs,
         "expert_bytes": layout.expert_bytes,
@@ -89,19 +89,16 @@ def _groups(layout: ModelLayout) -> list[dict[str, Any]]:
 
 def _kv_bytes(layout: ModelLayout) -> int | None:
     """Bytes of a token in an F16 KV cache; None where the architecture's is of its own kind."""
-    if any(layout.value(key) for key in _UNUSUAL_KV):
+    keys = layout.keys
+    if any(keys.value(key) for key in _UNUSUAL_KV):
         return None
-    n_head, n_embd = layout.get_int(".attention.head_count"), layout.get_int(".embedding_length")
-    if not n_head:
-        return None
-    key = layout.get_int(".attention.key_length", n_embd // n_head)
-    value = layout.get_int(".attention.value_length", n_embd // n_head)
-    per_layer = layout.value(".attention.head_count_kv")
-    if isinstance(per_layer, tuple):
-        heads = sum(n for n in per_layer if isinstance(n, int))
-    else:
-        heads = layout.n_layers * layout.get_int(".attention.head_count_kv", n_head)
-    return heads * (key + value) * 2
+    n_head = max(keys.integers(".attention.head_count"))
+    n_embd = keys.integer(".embedding_length")
+    key = keys.integer(".attention.key_length", default=n_embd // n_head)
+    value = keys.integer(".attention.value_length", default=n_embd // n_head)
+    alike = (n_head,) * layout.n_layers
+    heads = keys.integers(".attention.head_count_kv", count=layout.n_layers, default=alike)
+    return sum(heads) * (key + value) * 2
 
 
 def describe_text(document: dict[str, Any]) -> str:
@@ -180,8 +177,6 @@ def inspect(model: str, as_json: bool, verified: bool) -> None:
 
     Exits with 1 when --verify finds a difference.
     """
-    from .inspect import describe, describe_text
-
     path = resolve(model)
     document = describe(path)
     if verified:

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import UserError
 from .ggml_types import pad_up, type_bytes
 from .gguf_header import GgufHeader, Scalar, TensorInfo, ValueType
+from .keys import Keys
 
 VERSION = 1
 BLOB_ALIGNMENT = 4096
@@ -27,6 +28,7 @@ VERSION_KEY = PREFIX + "version"
 SHARD_KEY = PREFIX + "shard"  # in an expert file: its index in the table's files
 EXPERTS, LOW = "experts", "low"  # the two sets of blobs; the second is optional
 PLAIN = "plain"  # the layout of matrices as any GGUF has them
+MEND = "convert the model again"
 COPY = "copy"  # the quant of a bundle that was regrouped only
 
 U32, U64, STRING = ValueType.UINT32, ValueType.UINT64, ValueType.STRING
@@ -90,24 +92,25 @@ class BlobSet:
     @classmethod
     def parse(cls, header: GgufHeader, blobs: str) -> BlobSet:
         at = f"{PREFIX}{blobs}."
-        names = _strings(header, at + "tensors")
-        types = _numbers(header, at + "tensors.type", len(names))
-        ne = _numbers(header, at + "tensors.ne", 2 * len(names))
-        layouts = _strings(header, at + "tensors.layout", len(names))
-        offsets = _numbers(header, at + "tensors.offset", len(names))
-        files = _strings(header, at + "files")
-        blob_bytes = _numbers(header, at + "blobs.bytes")
+        keys = Keys(header.path, header.get, MEND)
+        names = keys.texts(at + "tensors")
+        types = keys.integers(at + "tensors.type", count=len(names))
+        ne = keys.integers(at + "tensors.ne", count=2 * len(names))
+        layouts = keys.texts(at + "tensors.layout", count=len(names))
+        offsets = keys.integers(at + "tensors.offset", count=len(names))
+        files = keys.texts(at + "files")
+        blob_bytes = keys.integers(at + "blobs.bytes")
         return cls(
             files=files,
-            file_bytes=_numbers(header, at + "files.bytes", len(files)),
+            file_bytes=keys.integers(at + "files.bytes", count=len(files)),
             tensors=tuple(
                 BundleTensor(names[i], types[i], (ne[2 * i], ne[2 * i + 1]), layouts[i], offsets[i])
                 for i in range(len(names))
             ),
-            blob_file=_numbers(header, at + "blobs.file", len(blob_bytes)),
-            blob_offset=_numbers(header, at + "blobs.offset", len(blob_bytes)),
+            blob_file=keys.integers(at + "blobs.file", 0, len(files) - 1, len(blob_bytes)),
+            blob_offset=keys.integers(at + "blobs.offset", count=len(blob_bytes)),
             blob_bytes=blob_bytes,
-            blob_checksum=_numbers(header, at + "blobs.checksum", len(blob_bytes)),
+            blob_checksum=keys.integers(at + "blobs.checksum", count=len(blob_bytes)),
         )
 
 
@@ -146,15 +149,16 @@ class BundleTable:
                 f"{header.path} is no bundle of version {VERSION} ({VERSION_KEY} is {version});"
                 " convert the model again"
             )
+        keys = Keys(header.path, header.get, MEND)
         return cls(
-            source_name=_string(header, PREFIX + "source.name"),
-            source_bytes=_number(header, PREFIX + "source.bytes"),
-            source_sha256=_string(header, PREFIX + "source.sha256"),
-            quant=_string(header, PREFIX + "quant"),
-            layers=_numbers(header, PREFIX + "layers"),
+            source_name=keys.text(PREFIX + "source.name"),
+            source_bytes=keys.integer(PREFIX + "source.bytes"),
+            source_sha256=keys.text(PREFIX + "source.sha256"),
+            quant=keys.text(PREFIX + "quant"),
+            layers=keys.integers(PREFIX + "layers"),
             experts=BlobSet.parse(header, EXPERTS),
             low=BlobSet.parse(header, LOW) if f"{PREFIX}{LOW}.files" in header.pairs else None,
-            trunk_checksum=_numbers(header, PREFIX + "trunk.checksum", len(header.tensors)),
+            trunk_checksum=keys.integers(PREFIX + "trunk.checksum", count=len(header.tensors)),
         )
 
 
@@ -178,42 +182,3 @@ def matrix_infos(
         TensorInfo(matrix_name(layer, expert, role), t.ne, t.ggml_type, data_offset + t.offset)
         for role, t in zip(roles, blob, strict=True)
     ]
-
-
-# --- reading keys -------------------------------------------------------------------------------
-
-
-def _bad(header: GgufHeader, key: str, what: str) -> UserError:
-    return UserError(f"{header.path} is damaged ({key} {what}); convert the model again")
-
-
-def _string(header: GgufHeader, key: str) -> str:
-    value = header.get(key)
-    if not isinstance(value, str):
-        raise _bad(header, key, "is no text")
-    return value
-
-
-def _number(header: GgufHeader, key: str) -> int:
-    value = header.get(key)
-    if type(value) is not int:
-        raise _bad(header, key, "is no number")
-    return value
-
-
-def _strings(header: GgufHeader, key: str, count: int | None = None) -> tuple[str, ...]:
-    items = header.array(key)
-    out = tuple(item for item in items if isinstance(item, str))
-    if len(out) != len(items) or count not in (None, len(out)) or not out:
-        raise _bad(header, key, f"holds {len(out)} texts")
-    return out
-
-
-def _numbers(header: GgufHeader, key: str, count: int | None = None) -> tuple[int, ...]:
-    pair = header.pairs.get(key)
-    if pair is None or pair.item not in (U32, U64):
-        raise _bad(header, key, "is no list of numbers")
-    items = header.array(key)
-    if count not in (None, len(items)):
-        raise _bad(header, key, f"holds {len(items)} numbers, not {count}")
-    return tuple(int(item) for item in items)

@@ -1,8 +1,14 @@
 """One GGUF file's header: metadata, tensor infos, and where the data begins.
 
-Owns the byte format of GGUF 2 and 3, and refuses whatever llama.cpp refuses, so that a file read
-here can be handed on. Knows no architecture, no split sets and no experts, and never reads tensor
-data. Big arrays (vocabularies) are stepped over and decoded only when asked for.
+This file owns the byte format of GGUF 2 and 3. It refuses whatever llama.cpp refuses, so that a
+file read here can be handed on. It knows no architecture, no split sets and no experts, and it
+uses no tensor data.
+
+A header is read once and its bytes are kept: a pair to be copied or a vocabulary to be decoded is
+a slice of them. Big arrays are stepped over, and decoded only when asked for.
+
+It is read by hand because the gguf package's reader makes numpy arrays of every field: a header
+with a vocabulary of 152,000 tokens took it 15.4 s and 493 MB, and takes 70 ms and 6 MB here.
 """
 
 from __future__ import annotations
@@ -10,10 +16,10 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from ..errors import UserError, reason
 from .ggml_types import GGML_TYPES, pad_up, type_bytes
@@ -27,7 +33,9 @@ MAX_DIMS = 4
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its terminator
 MAX_STRING_BYTES = 1 << 30  # llama.cpp's own limit, also for the items of an array
 SMALL_ARRAY = 1024  # arrays up to this many items are decoded at once
-_WINDOW_BYTES = 4 << 20
+MAX_HEADER_BYTES = 1 << 28  # several times the longest known; what a damaged length may cost
+_CHUNK_BYTES = 4 << 20
+_LENGTH = struct.Struct("<Q")
 
 
 class ValueType(IntEnum):
@@ -67,7 +75,7 @@ VALUE_CODES: dict[ValueType, str] = {
 class KeyValue:
     """One metadata pair; [start, end) is its raw span in the file, key and type included.
 
-    value is None for an array of more than SMALL_ARRAY items: GgufHeader.array decodes it.
+    value is None for an array of more than SMALL_ARRAY items: GgufHeader.get decodes it.
     """
 
     key: str
@@ -112,47 +120,42 @@ class GgufHeader:
     alignment: int
     data_start: int
     file_bytes: int
+    content: bytes = field(repr=False)  # the file up to data_start
 
     def get(self, key: str) -> Value | None:
-        """The value of a key; None if there is none, or if it is a big array."""
+        """The value of a key, whatever its size; None if there is none."""
         pair = self.pairs.get(key)
-        return None if pair is None else pair.value
-
-    def array(self, key: str) -> tuple[Scalar, ...]:
-        """Every item of an array of any size, read from the file again; () if there is none."""
-        pair = self.pairs.get(key)
-        if pair is None or pair.item is None:
-            return ()
-        if isinstance(pair.value, tuple):
-            return pair.value
-        with _open(self.path) as file:
-            reader = _Reader(self.path, file, self.file_bytes)
-            reader.at = pair.payload
-            return reader.items(pair.item, pair.count)
+        if pair is None or pair.value is not None:
+            return None if pair is None else pair.value
+        assert pair.item is not None
+        return _items(self.content, pair.payload, pair.item, pair.count)
 
     def strings(self, key: str) -> list[bytes]:
         """Every item of an array of strings, as bytes; [] if there is none."""
         pair = self.pairs.get(key)
         if pair is None or pair.item is not ValueType.STRING:
             return []
-        with _open(self.path) as file:
-            reader = _Reader(self.path, file, self.file_bytes)
-            reader.at = pair.payload
-            return reader.strings(pair.count)
+        return _strings(self.content, pair.payload, pair.count)
+
+    def payload(self, key: str) -> memoryview:
+        """The bytes of one value, without a copy: of an array, its items."""
+        pair = self.pairs[key]
+        return memoryview(self.content)[pair.payload : pair.end]
 
     def raw(self, key: str) -> bytes:
         """The bytes of one pair as they stand in the file, ready to be written to another."""
         pair = self.pairs[key]
-        with _open(self.path) as file:
-            reader = _Reader(self.path, file, self.file_bytes)
-            reader.at = pair.start
-            return reader.take(pair.end - pair.start)
+        return self.content[pair.start : pair.end]
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check the header of one file; a UserError names what is wrong with it."""
+    """Read and check the header of one file; a UserError names what is wrong with it.
+
+    The file is opened once, and no byte of it is read twice.
+    """
     with _open(path) as file:
         file_bytes = file.seek(0, 2)
+        file.seek(0)
         return _Reader(path, file, file_bytes).header()
 
 
@@ -169,16 +172,35 @@ def _open(path: Path) -> BinaryIO:
     raise UserError(f"{path} is {kind}; name a GGUF file")
 
 
+# --- values, once their bytes are known to be there ---------------------------------------------
+
+Content = TypeVar("Content", bytes, bytearray)
+
+
+def _strings(content: Content, at: int, count: int) -> list[Content]:
+    unpack, out = _LENGTH.unpack_from, []
+    for _ in range(count):
+        start = at + 8
+        at = start + unpack(content, at)[0]
+        out.append(content[start:at])
+    return out
+
+
+def _items(content: Content, at: int, item: ValueType, count: int) -> tuple[Scalar, ...]:
+    if item is ValueType.STRING:
+        return tuple(raw.decode("utf-8", "replace") for raw in _strings(content, at, count))
+    return struct.unpack_from(f"<{count}{VALUE_CODES[item]}", content, at)
+
+
 class _Reader:
-    """A cursor over the file behind a window of a few MiB, so that a header costs few reads."""
+    """A cursor over a header that is read, a few MiB at a time, as far as the cursor gets."""
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self.path = path
         self.file = file
         self.file_bytes = file_bytes
         self.at = 0
-        self.window = b""
-        self.window_at = 0
+        self.content = bytearray()
 
     # --- bytes ---
 
@@ -188,31 +210,33 @@ class _Reader:
     def truncated(self) -> UserError:
         return self.damaged(f"it ends inside its header, after {self.file_bytes} bytes")
 
-    def load(self, n_bytes: int) -> int:
-        """Have at least this many bytes of the cursor in the window; the cursor's place in it."""
-        place = self.at - self.window_at
-        if place >= 0 and place + n_bytes <= len(self.window):
-            return place
-        if self.at + n_bytes > self.file_bytes:
+    def load(self, end: int) -> None:
+        """Have the file up to here."""
+        if end <= len(self.content):
+            return
+        if end > self.file_bytes:
             raise self.truncated()
-        want = min(max(n_bytes, _WINDOW_BYTES), self.file_bytes - self.at)
-        parts: list[bytes] = []
+        if end > MAX_HEADER_BYTES:
+            raise self.damaged(f"its header is longer than {MAX_HEADER_BYTES >> 20} MiB")
+        want = min(pad_up(end, _CHUNK_BYTES), self.file_bytes) - len(self.content)
         try:
-            self.file.seek(self.at)
-            while want and (part := self.file.read(want)):
-                parts.append(part)
+            while want > 0 and (part := self.file.read(want)):
+                self.content += part
                 want -= len(part)
         except OSError as error:
             raise UserError(f"cannot read {self.path} ({reason(error)}); check the disk") from error
-        self.window, self.window_at = b"".join(parts), self.at
-        if len(self.window) < n_bytes:  # it shrank since it was opened
+        if len(self.content) < end:  # it shrank since it was opened
             raise self.truncated()
-        return 0
 
-    def take(self, n_bytes: int) -> bytes:
-        place = self.load(n_bytes)
-        self.at += n_bytes
-        return self.window[place : place + n_bytes]
+    def skip(self, n_bytes: int) -> int:
+        """Step over bytes, which must be there; where they start."""
+        start, self.at = self.at, self.at + n_bytes
+        self.load(self.at)
+        return start
+
+    def take(self, n_bytes: int) -> bytearray:
+        start = self.skip(n_bytes)
+        return self.content[start : self.at]
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
@@ -220,17 +244,13 @@ class _Reader:
     def u64(self) -> int:
         return int.from_bytes(self.take(8), "little")
 
-    def string(self, what: str, limit: int) -> bytes:
+    def name(self, what: str, limit: int) -> str:
+        """A key or tensor name: what C and Python must read alike."""
         n_bytes = self.u64()
         if n_bytes > limit:
             raise self.damaged(f"{what} is {n_bytes} bytes long")
-        return self.take(n_bytes)
-
-    def name(self, what: str, limit: int) -> str:
-        """A key or tensor name: what C and Python must read alike."""
-        raw = self.string(what, limit)
         try:
-            name = raw.decode("utf-8")
+            name = self.take(n_bytes).decode("utf-8")
         except UnicodeDecodeError:
             raise self.damaged(f"{what} is not text") from None
         if not name or "\0" in name:
@@ -239,37 +259,19 @@ class _Reader:
 
     # --- values ---
 
-    def strings(self, count: int, keep: bool = True) -> list[bytes]:
-        """Read or step over strings: the one loop that runs per token and merge of a vocabulary."""
-        unpack = struct.Struct("<Q").unpack_from
-        out: list[bytes] = []
-        while count:
-            place = self.load(8)
-            window, last = self.window, len(self.window) - 8
-            while count and place <= last:
-                (n_bytes,) = unpack(window, place)
-                if n_bytes > MAX_STRING_BYTES:
-                    raise self.damaged(f"a string of {n_bytes} bytes in an array")
-                start, place = place + 8, place + 8 + n_bytes
-                count -= 1
-                if not keep:
-                    continue
-                if place > len(window):  # it runs out of the window
-                    self.at = self.window_at + start
-                    out.append(self.take(n_bytes))
-                    break
-                out.append(window[start:place])
-            else:
-                self.at = self.window_at + place
-        if self.at > self.file_bytes:
-            raise self.truncated()
-        return out
-
-    def items(self, item: ValueType, count: int) -> tuple[Scalar, ...]:
-        if item is ValueType.STRING:
-            return tuple(raw.decode("utf-8", "replace") for raw in self.strings(count))
-        code = f"<{count}{VALUE_CODES[item]}"
-        return struct.unpack(code, self.take(struct.calcsize(code)))
+    def skip_strings(self, key: str, count: int) -> None:
+        """The one loop that runs per token and merge of a vocabulary."""
+        unpack, content, at = _LENGTH.unpack_from, self.content, self.at
+        last = len(content) - 8
+        for _ in range(count):
+            if at > last:
+                self.load(at + 8)
+                last = len(content) - 8
+            n_bytes = unpack(content, at)[0]
+            if n_bytes > MAX_STRING_BYTES:
+                raise self.damaged(f"key {key} holds a string of {n_bytes} bytes")
+            at += 8 + n_bytes
+        self.skip(at - self.at)
 
     def value_type(self, key: str) -> ValueType:
         number = self.u32()
@@ -283,29 +285,24 @@ class _Reader:
         key = self.name("a key", 1 << 16)
         kind = self.value_type(key)
         item, count = None, 1
-        value: Value | None = None
         if kind is ValueType.ARRAY:
             item, count = self.value_type(key), self.u64()
             if item is ValueType.ARRAY:
                 raise self.damaged(f"key {key} is an array of arrays")
-            each = 8 if item is ValueType.STRING else struct.calcsize("<" + VALUE_CODES[item])
-            if count * each > self.file_bytes - self.at:
-                raise self.damaged(f"key {key} claims {count} items, more than the file can hold")
-            payload = self.at
-            if count <= SMALL_ARRAY:
-                value = self.items(item, count)
-            elif item is ValueType.STRING:
-                self.strings(count, keep=False)
-            else:
-                self.at += count * each
+        of = kind if item is None else item
+        each = 8 if of is ValueType.STRING else struct.calcsize("<" + VALUE_CODES[of])
+        if item is not None and count * each > self.file_bytes - self.at:
+            raise self.damaged(f"key {key} claims {count} items, more than the file can hold")
+        payload = self.at
+        if of is ValueType.STRING:
+            self.skip_strings(key, count)
         else:
-            payload = self.at
-            if kind is ValueType.STRING:
-                value = self.string(f"the value of {key}", MAX_STRING_BYTES).decode(
-                    "utf-8", "replace"
-                )
-            else:
-                (value,) = self.items(kind, 1)
+            self.skip(count * each)
+        value: Value | None = None
+        if item is None:
+            (value,) = _items(self.content, payload, kind, 1)
+        elif count <= SMALL_ARRAY:
+            value = _items(self.content, payload, item, count)
         return KeyValue(key, kind, item, count, start, payload, self.at, value)
 
     def tensor(self) -> TensorInfo:
@@ -339,7 +336,8 @@ class _Reader:
             raise UserError(f"{self.path} is empty; download or convert it again")
         if (magic := self.take(min(4, self.file_bytes))) != MAGIC:
             raise UserError(
-                f"{self.path} is not a GGUF file (it starts with {magic!r}); give a .gguf file"
+                f"{self.path} is not a GGUF file (it starts with {bytes(magic)!r}); give a .gguf"
+                " file"
             )
         version = self.u32()
         if version & 0xFFFF == 0:
@@ -373,6 +371,8 @@ class _Reader:
             tensors[info.name] = info
         data_start = pad_up(self.at, alignment)
         self.check_data(tuple(tensors.values()), alignment, data_start)
+        end = min(data_start, self.file_bytes)  # without tensors the padding may be missing
+        self.load(end)
         return GgufHeader(
             self.path,
             version,
@@ -381,6 +381,7 @@ class _Reader:
             alignment,
             data_start,
             self.file_bytes,
+            bytes(memoryview(self.content)[:end]),
         )
 
     def alignment(self, pair: KeyValue | None) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError
-from .bundle import PREFIX, U32, BundlePair
+from .bundle import MEND, PREFIX, U32, BundlePair
 from .ggml_types import GGML_TYPES
 from .gguf_header import GgufHeader, ValueType
+from .keys import Keys
 
 Bytes = NDArray[np.uint8]
 
@@ -28,8 +29,9 @@ class Interleaving:
     source: NDArray[np.int32]  # [8 * rows * block_bytes]: plain bit i is packed bit source[i] ...
     flip: Bytes  # [rows * block_bytes] ... flipped where these plain bits are set
 
-    @property
+    @cached_property
     def name(self) -> str:
+        """It tells rules apart, and means the same on every machine."""
         rule = zlib.crc32(self.source.tobytes() + self.flip.tobytes())
         return f"{GGML_TYPES[self.ggml_type].name.lower()}-{self.rows}-{rule:08x}"
 
@@ -55,18 +57,11 @@ def unpack(rule: Interleaving, ne: tuple[int, int], packed: Bytes) -> Bytes:
 
 def stored_interleaving(header: GgufHeader, name: str, ggml_type: int) -> Interleaving:
     """The rule of a layout as a bundle's trunk.gguf tells it; UserError if it does not."""
-    rows = header.get(f"{_KEY}{name}.rows")
-    source = np.array(header.array(f"{_KEY}{name}.source"), np.int64)
-    flip = np.array(header.array(f"{_KEY}{name}.flip"), np.int64)
-    size = rows * GGML_TYPES[ggml_type].block_bytes if type(rows) is int else -1
-    sound = (
-        len(flip) == size
-        and len(source) == 8 * size
-        and np.array_equal(np.sort(source), np.arange(8 * size))
-        and ((flip >= 0) & (flip < 256)).all()
-    )
-    if not sound or type(rows) is not int:
-        raise UserError(
-            f"{header.path} does not describe its kernel layout {name}; convert the model again"
-        )
+    keys = Keys(header.path, header.get, MEND)
+    rows = keys.integer(f"{_KEY}{name}.rows", 1, MOST_ROWS)
+    size = rows * GGML_TYPES[ggml_type].block_bytes
+    source = np.array(keys.integers(f"{_KEY}{name}.source", 0, 8 * size - 1, 8 * size), np.int64)
+    flip = np.array(keys.integers(f"{_KEY}{name}.flip", 0, 255, size), np.int64)
+    if not np.array_equal(np.sort(source), np.arange(8 * size)):
+        raise keys.damaged(f"its kernel layout {name} is no permutation")
     return Interleaving(ggml_type, rows, source.astype(np.int32), flip.astype(np.uint8))

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 from ..errors import UserError
 from .ggml_types import GGML_TYPES
 from .gguf_header import ValueType
-from .layout import ModelLayout
+from .keys import Keys
+from .layout import NOWHERE, ModelLayout
 
 
 def _names(text: str) -> frozenset[str]:
@@ -67,6 +69,11 @@ _ELEMENTWISE = re.compile(
     r"|shortconv\.conv|ffn\.act|_res_score|ssm_dt)(\.weight|\.bias)?"
 )
 
+# Types no llama.cpp kernel takes as a weight: it aborts or calls a null pointer. Token tables
+# (hash routing in deepseek4, draft vocabularies) are looked up, not multiplied, and are fine.
+_NO_WEIGHT = frozenset(("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
+_LOOKUPS = re.compile(r"blk\.\d+\.ffn_gate_tid2eid\.weight|d2t|t2d")
+
 # Numbers whole architectures assert or divide by, and the range in which they survive.
 _BOUNDS: dict[str, tuple[tuple[str, int, int], ...]] = {
     "deepseek4": ((".hyper_connection.count", 4, 4), (".attention.output_group_count", 1, 1 << 16)),
@@ -80,227 +87,206 @@ _BOUNDS: dict[str, tuple[tuple[str, int, int], ...]] = {
 
 def validate(layout: ModelLayout) -> None:
     """Raise a UserError if llama.cpp would not survive this model."""
-    _layers(layout)
-    _experts(layout)
-    _embedding(layout)
-    _attention(layout)
-    _recurrence(layout)
-    _numbers(layout)
-    _vocabulary(layout)
-    _weights(layout)
-
-
-def _bad(layout: ModelLayout, what: str) -> UserError:
-    return UserError(f"{layout.path}: {what}; download or convert the model again")
-
-
-def _int(layout: ModelLayout, key: str, low: int, high: int, default: int | None = None) -> int:
-    """A whole number that must be in [low, high]; without a default it must be there."""
-    value = layout.value(key)
-    if value is None and default is not None and not _exists(layout, key):
-        return default
-    if type(value) is not int or not low <= value <= high:
-        said = "missing" if value is None else repr(value)
-        name = layout.architecture + key
-        raise _bad(layout, f"{name} is {said} instead of a number from {low} to {high}")
-    return value
-
-
-def _exists(layout: ModelLayout, key: str) -> bool:
-    return layout.architecture + key in layout.metadata.pairs
-
-
-def _per_layer(layout: ModelLayout, key: str, low: int, high: int) -> tuple[int, ...]:
-    """A number for each layer, given as one or as a list; () if there is none."""
-    value = layout.value(key)
-    if value is None and not _exists(layout, key):
-        return ()
-    numbers = value if isinstance(value, tuple) else (value,) * layout.n_layers
-    if len(numbers) != layout.n_layers:
-        name = layout.architecture + key
-        raise _bad(layout, f"{name} has {len(numbers)} items for {layout.n_layers} layers")
-    whole = tuple(n for n in numbers if type(n) is int and low <= n <= high)
-    if len(whole) != len(numbers):
-        name = layout.architecture + key
-        raise _bad(layout, f"{name} is {value!r:.60} instead of numbers from {low} to {high}")
-    return whole
+    for rule in (
+        _types,
+        _layers,
+        _experts,
+        _embedding,
+        _attention,
+        _recurrence,
+        _numbers,
+        _vocabulary,
+        _weights,
+    ):
+        rule(layout, layout.keys)
 
 
 # --- the rules ----------------------------------------------------------------------------------
 
 
-def _layers(layout: ModelLayout) -> None:
-    n_layers = _int(layout, ".block_count", 1, MAX_LAYERS)
-    n_drafts = _int(layout, ".nextn_predict_layers", 0, n_layers - 1, 0)
+def _types(layout: ModelLayout, keys: Keys) -> None:
+    for tensor in layout.tensors:
+        kind = GGML_TYPES[tensor.ggml_type].name
+        if kind in _NO_WEIGHT and not (kind in ("I32", "I64") and _LOOKUPS.fullmatch(tensor.name)):
+            path = layout.path if tensor.file == NOWHERE else layout.files[tensor.file]
+            raise UserError(
+                f"{path}: tensor {tensor.name} is {kind}, which llama.cpp cannot compute"
+                " with; convert the model to F32, F16, BF16 or a quantised type"
+            )
+
+
+def _layers(layout: ModelLayout, keys: Keys) -> None:
+    n_layers = keys.integer(".block_count", 1, MAX_LAYERS)
+    n_drafts = keys.integer(".nextn_predict_layers", 0, n_layers - 1, 0)
     matches = (re.match(r"blk\.(\d+)\.", t.name) for t in layout.tensors)
     present = {int(m[1]) for m in matches if m}
     if missing := sorted(set(range(n_layers - n_drafts)) - present):  # drafts may be left out
-        raise _bad(layout, f"layer {missing[0]} of {n_layers} has no tensors")
+        raise keys.damaged(f"layer {missing[0]} of {n_layers} has no tensors")
     if max(present) >= n_layers:
-        raise _bad(layout, f"it has tensors of layer {max(present)} but claims {n_layers} layers")
+        raise keys.damaged(f"it has tensors of layer {max(present)} but claims {n_layers} layers")
 
 
-def _experts(layout: ModelLayout) -> None:
-    n_experts = _int(layout, ".expert_count", 1, MAX_EXPERTS)
-    used = _per_layer(layout, ".expert_used_count", 0, n_experts)
+def _experts(layout: ModelLayout, keys: Keys) -> None:
+    n_experts = keys.integer(".expert_count", 1, MAX_EXPERTS)
+    used = keys.integers(".expert_used_count", 0, n_experts, layout.n_layers, ())
     for layer in layout.layers:
         if not used or used[layer.layer] < 1:
-            raise _bad(layout, f"{layout.architecture}.expert_used_count is not given or zero")
-    if 0 in used and not _exists(layout, ".expert_feed_forward_length"):
-        raise _bad(layout, "a layer uses no experts, and their width is not given")
-    groups = _int(layout, ".expert_group_count", 0, max(0, n_experts - 1), 0)
+            raise keys.damaged(f"{layout.architecture}.expert_used_count is not given or zero")
+    if 0 in used and not keys.has(".expert_feed_forward_length"):
+        raise keys.damaged("a layer uses no experts, and their width is not given")
+    groups = keys.integer(".expert_group_count", 0, max(0, n_experts - 1), 0)
     if groups > 1:
         if n_experts % groups:
-            raise _bad(layout, f"{n_experts} experts do not divide into {groups} groups")
-        _int(layout, ".expert_group_used_count", 1, groups - 1)
+            raise keys.damaged(f"{n_experts} experts do not divide into {groups} groups")
+        keys.integer(".expert_group_used_count", 1, groups - 1)
 
 
-def _embedding(layout: ModelLayout) -> None:
-    n_embd = _int(layout, ".embedding_length", 1, 1 << 24)
+def _embedding(layout: ModelLayout, keys: Keys) -> None:
+    n_embd = keys.integer(".embedding_length", 1, 1 << 24)
     table = next((t for t in layout.tensors if t.name == "token_embd.weight"), None)
     if table is None:
-        raise _bad(layout, "tensor token_embd.weight is missing")
+        raise keys.damaged("tensor token_embd.weight is missing")
     if table.ne != (n_embd, layout.n_vocab):
-        raise _bad(
-            layout,
+        raise keys.damaged(
             f"token_embd.weight has shape {list(table.ne)}, but the embedding has {n_embd} items"
             f" and the vocabulary {layout.n_vocab} tokens",
         )
 
 
-def _attention(layout: ModelLayout) -> None:
-    heads = _per_layer(layout, ".attention.head_count", 0, 1 << 16) or (0,) * layout.n_layers
-    kv_heads = _per_layer(layout, ".attention.head_count_kv", 0, 1 << 16) or heads
+def _attention(layout: ModelLayout, keys: Keys) -> None:
+    n_layers = layout.n_layers
+    heads = keys.integers(".attention.head_count", 0, 1 << 16, n_layers, (0,) * n_layers)
+    kv_heads = keys.integers(".attention.head_count_kv", 0, 1 << 16, n_layers, heads)
     for n, n_kv in zip(heads, kv_heads, strict=True):
         if n_kv and n % n_kv:
-            raise _bad(layout, f"{n} attention heads do not share {n_kv} key-value heads evenly")
+            raise keys.damaged(f"{n} attention heads do not share {n_kv} key-value heads evenly")
     if heads[0] == 0:  # llama.cpp divides by it, or takes every size for zero
-        raise _bad(layout, f"{layout.architecture}.attention.head_count is not given or zero")
+        raise keys.damaged(f"{layout.architecture}.attention.head_count is not given or zero")
     arch, most = layout.architecture, 1 << 20
-    even = layout.get_int(".embedding_length") // heads[0]
-    key = _int(layout, ".attention.key_length", 1, most, even)
-    value = _int(layout, ".attention.value_length", 1, most, even)
-    rotated = _int(layout, ".rope.dimension_count", 0, most, key)
-    key_swa = _int(layout, ".attention.key_length_swa", 1, most, key)
-    value_swa = _int(layout, ".attention.value_length_swa", 1, most, value)
-    rotated_swa = _int(layout, ".rope.dimension_count_swa", 0, most, rotated)
+    even = keys.integer(".embedding_length") // heads[0]
+    key = keys.integer(".attention.key_length", 1, most, even)
+    value = keys.integer(".attention.value_length", 1, most, even)
+    rotated = keys.integer(".rope.dimension_count", 0, most, key)
+    key_swa = keys.integer(".attention.key_length_swa", 1, most, key)
+    value_swa = keys.integer(".attention.value_length_swa", 1, most, value)
+    rotated_swa = keys.integer(".rope.dimension_count_swa", 0, most, rotated)
     if arch in _EQUAL_KEY_VALUE and (key, key_swa) != (value, value_swa):
-        raise _bad(layout, f"keys have {key} items but values {value}, which {arch} does not allow")
+        raise keys.damaged(f"keys have {key} items but values {value}, which {arch} does not allow")
     if arch in _WHOLE_HEAD_ROTATED and (rotated, rotated_swa) != (key, key_swa):
-        raise _bad(layout, f"{rotated} of {key} items of a head are rotated, but {arch} needs all")
+        raise keys.damaged(f"{rotated} of {key} items of a head are rotated, but {arch} needs all")
     if arch in _NO_ROPE:
         return
     head = key
-    if arch in _LATENT and _exists(layout, ".attention.key_length_mla"):
-        head = _latent_head(layout, key, value, rotated)
+    if arch in _LATENT and keys.has(".attention.key_length_mla"):
+        head = _latent_head(keys, key, value, rotated)
     for n, size in ((rotated, head), (rotated_swa, min(head, key_swa))):
         if n % 2 or not 0 < n <= size:
-            raise _bad(layout, f"{n} of {size} items of a head are rotated: not an even part")
+            raise keys.damaged(f"{n} of {size} items of a head are rotated: not an even part")
 
 
-def _latent_head(layout: ModelLayout, key: int, value: int, rotated: int) -> int:
+def _latent_head(keys: Keys, key: int, value: int, rotated: int) -> int:
     """The size of a head before compression; checks that the cached row is what is computed."""
-    rank = _int(layout, ".attention.kv_lora_rank", 1, 1 << 20)
-    head = _int(layout, ".attention.key_length_mla", rotated + 1, 1 << 20)
-    _int(layout, ".attention.value_length_mla", 1, 1 << 20)
-    if set(_per_layer(layout, ".attention.head_count_kv", 0, 1 << 16)) != {1}:
-        raise _bad(layout, f"{layout.architecture}.attention.head_count_kv is not 1")
+    rank = keys.integer(".attention.kv_lora_rank", 1, 1 << 20)
+    head = keys.integer(".attention.key_length_mla", rotated + 1, 1 << 20)
+    keys.integer(".attention.value_length_mla", 1, 1 << 20)
+    if set(keys.integers(".attention.head_count_kv", 0, 1 << 16, default=())) != {1}:
+        raise keys.damaged(f"{keys.name('.attention.head_count_kv')} is not 1")
     if (key, value) != (rank + rotated, rank):
-        raise _bad(
-            layout,
+        raise keys.damaged(
             f"a cached row of {key} and {value} items does not hold {rank} and {rotated} rotated",
         )
     return head
 
 
-def _recurrence(layout: ModelLayout) -> None:
+def _recurrence(layout: ModelLayout, keys: Keys) -> None:
     """State-space and linear-attention layers: heads and groups must come out even."""
-    if not _exists(layout, ".ssm.inner_size"):
+    if not keys.has(".ssm.inner_size"):
         return
-    inner = _int(layout, ".ssm.inner_size", 1, 1 << 24)
-    doubled = inner == 2 * layout.get_int(".embedding_length")
+    inner = keys.integer(".ssm.inner_size", 1, 1 << 24)
+    doubled = inner == 2 * keys.integer(".embedding_length")
     if layout.architecture in ("jamba", "granitehybrid") and not doubled:
-        raise _bad(layout, f"{layout.architecture}.ssm.inner_size is not twice the embedding")
+        raise keys.damaged(f"{layout.architecture}.ssm.inner_size is not twice the embedding")
     if layout.architecture == "jamba":  # there the rank is no number of heads
         return
-    heads = _int(layout, ".ssm.time_step_rank", 1, 1 << 16)
-    groups = _int(layout, ".ssm.group_count", 1, 1 << 16)
+    heads = keys.integer(".ssm.time_step_rank", 1, 1 << 16)
+    groups = keys.integer(".ssm.group_count", 1, 1 << 16)
     if inner % heads or inner % groups or heads % groups:
-        raise _bad(layout, f"{inner} state items, {heads} heads and {groups} groups do not divide")
+        raise keys.damaged(f"{inner} state items, {heads} heads and {groups} groups do not divide")
 
 
-def _window(layout: ModelLayout) -> None:
+def _window(layout: ModelLayout, keys: Keys) -> None:
     """An architecture with sliding windows must have one in some layer."""
     arch = layout.architecture
     default = 1 if arch == "llama4" else 0
-    window = layout.get_int(".attention.sliding_window", default)
+    window = keys.integer(".attention.sliding_window", default=default)
     if arch not in _WINDOWED and not (arch in _WINDOWED_IF_SAID and window):
         return
-    pattern = layout.value(".attention.sliding_window_pattern")
+    pattern = keys.value(".attention.sliding_window_pattern")
     flags = pattern[: layout.n_layers] if isinstance(pattern, tuple) else (pattern != 1,)
     if not any(flags):
-        raise _bad(layout, f"no layer has a sliding window, which {arch} needs")
+        raise keys.damaged(f"no layer has a sliding window, which {arch} needs")
 
 
-def _numbers(layout: ModelLayout) -> None:
+def _numbers(layout: ModelLayout, keys: Keys) -> None:
     for key, low, high in _BOUNDS.get(layout.architecture, ()):
-        _int(layout, key, low, high)
-    _int(layout, ".context_length", 1, MAX_CONTEXT)
+        keys.integer(key, low, high)
+    keys.integer(".context_length", 1, MAX_CONTEXT)
     if layout.architecture in _GATED:
-        _int(layout, ".expert_gating_func", 1, _MAX_GATING_FUNC)
-    _int(layout, ".expert_gating_func", 0, _MAX_GATING_FUNC, 0)
-    _int(layout, ".attention.sliding_window", 0, _MAX_WINDOW, 0)
+        keys.integer(".expert_gating_func", 1, _MAX_GATING_FUNC)
+    keys.integer(".expert_gating_func", 0, _MAX_GATING_FUNC, 0)
+    keys.integer(".attention.sliding_window", 0, _MAX_WINDOW, 0)
     if layout.architecture == "gemma4":
-        _int(layout, ".attention.shared_kv_layers", 0, layout.n_layers - 2, 0)
-    _window(layout)
-    scaling = layout.value(".rope.scaling.type")
+        keys.integer(".attention.shared_kv_layers", 0, layout.n_layers - 2, 0)
+    _window(layout, keys)
+    scaling = keys.value(".rope.scaling.type")
     if scaling is not None and scaling not in _ROPE_SCALING:
-        raise _bad(layout, f"{layout.architecture}.rope.scaling.type is {scaling!r:.60}")
+        raise keys.damaged(f"{layout.architecture}.rope.scaling.type is {scaling!r:.60}")
     for key, pair in layout.metadata.pairs.items():
         if not key.startswith(layout.architecture + "."):
             continue
         values = pair.value if isinstance(pair.value, tuple) else (pair.value,)
         floats = [v for v in values if isinstance(v, float)]
         if any(math.isnan(v) for v in floats):
-            raise _bad(layout, f"{key} is not a number")
+            raise keys.damaged(f"{key} is not a number")
         if key.endswith("epsilon") and not all(0 <= v < 1 for v in floats):
-            raise _bad(layout, f"{key} is {floats[0]}")
+            raise keys.damaged(f"{key} is {floats[0]}")
 
 
-def _vocabulary(layout: ModelLayout) -> None:
+def _vocabulary(layout: ModelLayout, keys: Keys) -> None:
     """llama.cpp asserts that tokens, as C sees them, are all different."""
     pair = layout.metadata.pairs.get("tokenizer.ggml.tokens")
     if pair is None or pair.item is not ValueType.STRING:
         return
-    if layout.get_str("tokenizer.ggml.model") == "llama":
-        _byte_tokens(layout)
-    tokens = {word.split(b"\0", 1)[0] for word in layout.metadata.strings(pair.key)}
+    words = layout.metadata.strings(pair.key)
+    if keys.text("tokenizer.ggml.model", "") == "llama":
+        _byte_tokens(words, keys)
+    tokens = {word.split(b"\0", 1)[0] for word in words}
     n_empty = 0
     if b"" in tokens:
-        n_empty = sum(not w or w[0] == 0 for w in layout.metadata.strings(pair.key)) - 1
+        n_empty = sum(not w or w[0] == 0 for w in words) - 1
     if len(tokens) + n_empty != pair.count:
-        raise _bad(layout, "its vocabulary holds a token twice")
+        raise keys.damaged("its vocabulary holds a token twice")
 
 
-def _byte_tokens(layout: ModelLayout) -> None:
+def _byte_tokens(words: Collection[bytes], keys: Keys) -> None:
     """A sentencepiece vocabulary without a token per byte ends the process on unknown text."""
-    tokens = set(layout.metadata.strings("tokenizer.ggml.tokens"))
+    tokens = set(words)
     for byte in range(256):
         if b"<0x%02X>" % byte not in tokens and bytes((byte,)) not in tokens:
-            raise _bad(layout, f"its vocabulary has no token for byte {byte}")
+            raise keys.damaged(f"its vocabulary has no token for byte {byte}")
 
 
-def _weights(layout: ModelLayout) -> None:
+def _weights(layout: ModelLayout, keys: Keys) -> None:
     experts = {t.name for layer in layout.layers for t in layer.tensors}
     names = {t.name for t in layout.tensors}
     for first, second in _TOGETHER.get(layout.architecture, ()):
         for name in names:
             other = name.replace(first, second)
             if other not in names:
-                raise _bad(layout, f"tensor {other} is missing")
+                raise keys.damaged(f"tensor {other} is missing")
     for tensor in layout.tensors:
         if tensor.name in experts or tensor.ggml_type == 0:
             continue
         if len(tensor.ne) == 1 or _ELEMENTWISE.fullmatch(tensor.name):
             kind = GGML_TYPES[tensor.ggml_type].name
-            raise _bad(layout, f"tensor {tensor.name} is {kind}, but must be F32")
+            raise keys.damaged(f"tensor {tensor.name} is {kind}, but must be F32")
