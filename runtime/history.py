@@ -1,4 +1,4 @@
-"""Routing statistics beside a model: what earlier runs asked for, for `--warm` to begin with.
+"""Routing statistics beside a model: what earlier runs asked for, for a warm start.
 
 Owns the file, a GGUF of keys only, and how the counts of recorded runs add up in it. Decides
 nothing: policies get what it tells per token.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..policies.trace import Trace, TraceEvent
-from .errors import UserError
+from .errors import UserError, option
 from .formats.bundle import PREFIX, ROUTING, is_bundle
 from .formats.gguf_header import DEFAULT_ALIGNMENT, GgufHeader, ValueType, read_header
 from .formats.gguf_writer import encode_header, encode_pair
@@ -192,7 +192,8 @@ def load(path: Path, identity: Identity) -> Routing | None:
     if found_identity != identity:
         raise UserError(
             f"{path} holds the routing statistics of another model ({_said(found_identity)}; this "
-            f"one is {_said(identity)}): delete it, or leave out --warm and --save-routing"
+            f"one is {_said(identity)}): delete it, or leave out {option('warm')} and "
+            f"{option('save_routing')}"
         )
     tokens = _number(header, "tokens")
     n_layers, n_experts = len(identity.layers), identity.n_experts

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from .errors import UserError
+
 # `auto` leaves this share of the memory it finds to others.
 AUTO_HEADROOM = 0.10
 
@@ -96,3 +98,14 @@ def physical_cores() -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     return max(1, min(cores, usable or cores))
+
+
+def check_writable(path: Path) -> None:
+    """Raise now, as a UserError, what writing ``path`` would raise after the work."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: its folder does not exist")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder may not be written to")

@@ -30,7 +30,7 @@ from moe_gguf.policies.presets import POLICIES
 from moe_gguf.runtime import budget as budgets
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import Budget, Needs
-from moe_gguf.runtime.cli import main, options, run
+from moe_gguf.runtime.cli import main, run
 from moe_gguf.runtime.cli.inspect import describe
 from moe_gguf.runtime.cli.plan import plan_document
 from moe_gguf.runtime.cli.replay import replay_document
@@ -250,7 +250,7 @@ def test_llama_cpp_s_remarks_stay_off_the_terminal(
         (["-p", "x", "--policy", "fifo"], "choose one of load-on-demand, lru, lfu"),
         (["-p", "x", "--reads", "mmap"], "use auto, direct, buffered"),
         (["-p", "x", "--lanes", "0"], "give 1 to 64, or auto"),
-        (["-p", "x", "--lanes", "few"], "give 1 to 64, or auto"),
+        (["-p", "x", "--lanes", "few"], "'few' is neither a number nor auto"),
         (["-p", "x", "--device", "cuda0"], "use --device cpu"),
         (["-p", "x", "--experts-used", "17"], "this model has 16 experts"),
         (["-p", "x", "--experts-used", "0"], "this model has 16 experts"),
@@ -306,7 +306,7 @@ def test_an_expert_that_cannot_be_read(
     moe_gguf: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of llama.cpp's own remarks on the failed step, and the sentence on its own line."""
-    open_llama = options.open_llama
+    open_llama = run.open_llama
 
     def on_a_bad_disk(*args: Any, **options: Any) -> Llama:
         llama = open_llama(*args, **options)

@@ -12,16 +12,10 @@ import click
 
 from ..errors import ExpertReadError, UserError
 from ..stats import stats_line
-from .options import (
-    Number,
-    check_writable,
-    model_options,
-    note,
-    open_llama,
-    prompt_options,
-    prompt_text,
-    warm_option,
-)
+from ..system import check_writable
+from .model import open_llama
+from .options import Number, model_options, prompt_options
+from .terminal import note, prompt_text, report_error
 
 if TYPE_CHECKING:
     from ..generate import Sampling
@@ -30,7 +24,6 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_options
-@warm_option
 @prompt_options
 @click.option(
     "-n",
@@ -161,18 +154,19 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
             break
         if not text.strip():
             continue
-        said: list[str] = []
+        answer: list[str] = []
         try:
             for piece in generate(llama, chat.ask(text), n_predict, sampling):
-                said.append(piece.text)
+                answer.append(piece.text)
                 click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
             note(" [stopped]")
         except ExpertReadError as error:  # the model stays usable
-            note(f"\nmoe-gguf: error: {error}")
+            note("")
+            report_error(error)
         except UserError as error:  # the conversation outgrew the context
-            note(f"moe-gguf: error: {error}")
+            report_error(error)
             break
         click.echo()
-        chat.answer("".join(said))
+        chat.answer("".join(answer))
     note(stats_line(llama.stats()))
