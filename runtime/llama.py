@@ -39,6 +39,7 @@ from .system import physical_cores
 # ours is constructed. Other threads' stock models go on through the original.
 _LOADER_LOCK = threading.Lock()
 
+
 class Llama(llama_cpp.Llama):
     """A Mixture-of-Experts GGUF inside a memory budget, with llama.cpp's own tokens.
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tiny import write_tiny
 
-from moe_gguf.runtime.bench import cgroup, process, report, results
+from moe_gguf.runtime.bench import cgroup, plot, process, report, results
 from moe_gguf.runtime.bench import rounds as benches
 from moe_gguf.runtime.bench.cgroup import Limits
 from moe_gguf.runtime.bench.process import Run, run_process
@@ -198,6 +198,26 @@ def test_plot_without_matplotlib(model: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'moe-gguf\[plot\]'"):
         bench(replace(REQUEST, model=model, plot_file="plot.png"), note=pytest.fail)
+
+
+def test_a_refusal_of_the_engine_keeps_its_options_unspelled(model: Path) -> None:
+    """It comes from a process of its own; the reader of this one's sentences spells them."""
+    with pytest.raises(UserError) as caught:
+        bench(replace(REQUEST, model=model, caps="30MB"), note=pytest.fail)
+    assert str(caught.value).endswith("a smaller n_ctx also helps")
+    assert caught.value.spelled(lambda name, value: f"<{name}>").endswith(
+        "a smaller <n_ctx> also helps"
+    )
+
+
+@pytest.mark.parametrize("name", ["2026-11-25-main", "2026-11-25-sweep"])
+def test_old_results_are_still_shown_and_drawn(tmp_path: Path, name: str) -> None:
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
+    document = json.loads(file.read_text())
+    assert document["schema"] == benches.SCHEMA
+    assert document["model"]["name"] in table(document)
+    plot.speed(document, tmp_path / "speed.png")
+    plot.layers(document, tmp_path / "layers.png")
 
 
 # --- runs that end badly ------------------------------------------------------------------------
