@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ..errors import Spelling
+from ..errors import Spelling, as_argument
 from ..options import Entry, Options
 
 Command = Callable[..., Any]
@@ -124,5 +124,6 @@ def spelling_of(command: click.Command) -> Spelling:
 
 
 def as_flag(name: str, value: str | None) -> str:
-    """How the command that runs now spells an option."""
-    return spelling_of(click.get_current_context().command)(name, value)
+    """How the command that runs now spells an option; without one, how Python does."""
+    context = click.get_current_context(silent=True)
+    return (as_argument if context is None else spelling_of(context.command))(name, value)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ExpertReadError, UserError
-from ..stats import stats_line
 from ..system import check_writable
 from .model import open_llama
 from .options import Number, model_options, prompt_options
@@ -107,6 +106,7 @@ def _complete(
 ) -> None:
     from ..generate import generate
     from ..prompts import Chat, encode
+    from ..stats import stats_line
 
     tokens = Chat(llama, system).ask(text) if chat else encode(llama, text)
     pieces, interrupted = [], False
@@ -141,6 +141,7 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
     """A conversation on the terminal; Ctrl-C stops an answer, Ctrl-D ends it."""
     from ..generate import generate
     from ..prompts import Chat
+    from ..stats import stats_line
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and history

@@ -12,7 +12,6 @@ import click
 from ...policies.trace import Trace, TraceRecorder
 from .. import history
 from ..history import Identity
-from ..stats import stats_line
 from ..system import check_writable
 from .model import open_llama
 from .options import model_options, prompt_options
@@ -48,6 +47,7 @@ def trace(
     """Record which experts MODEL routes to while it generates (greedily)."""
     from ..generate import Sampling, generate
     from ..prompts import Chat, encode
+    from ..stats import stats_line
 
     text = prompt_text(prompt, prompt_file, wants_terminal=False)
     assert text is not None
