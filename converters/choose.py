@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from ..runtime import kernels
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, option
 from ..runtime.formats.bundle import COPY, PLAIN, BundlePair
 from .blueprint import Matrix
 from .imatrix import Imatrix, read_imatrix
@@ -58,7 +58,10 @@ class Choices(NamedTuple):
 def choose(source: Source, options: Options, note: Note) -> Choices:
     quant = (options.quant or _default_quant(source)).lower()
     if options.imatrix and quant == COPY and options.low_quant is None:
-        raise UserError("--imatrix weighs a quantization: give --quant or --low-quant with it")
+        raise UserError(
+            f"{option('imatrix')} weighs a quantization: give {option('quant')} or "
+            f"{option('low_quant')} with it"
+        )
     if options.layout not in LAYOUTS:
         raise UserError(f"{options.layout!r} is no layout: choose one of {', '.join(LAYOUTS)}")
     imatrix = read_imatrix(options.imatrix) if options.imatrix else {}
@@ -82,7 +85,9 @@ def choose(source: Source, options: Options, note: Note) -> Choices:
         note(f"rows of {row} do not fit {type_name(kind)}: {n} tensors become {type_name(fitting)}")
     if options.layout == "repacked" and all(m.layout == PLAIN for s in sets for m in s):
         kinds = ", ".join(sorted({type_name(m.ggml_type) for s in sets for m in s}))
-        raise UserError(f"this CPU's kernels take {kinds} as it is; give --layout plain")
+        raise UserError(
+            f"this CPU's kernels take {kinds} as it is; give {option('layout', 'plain')}"
+        )
     choices = Choices(quant, sets, [(t, types[t.name]) for t in source.trunk], metadata, imatrix)
     _check_imatrix(source, choices)
     return choices
@@ -146,7 +151,9 @@ def _check_imatrix(source: Source, choices: Choices) -> None:
                 f" has {size}; make one from this model"
             )
         if weights is None and (needy := sorted(changed & NEEDS_IMATRIX)):
-            where = "this one lacks" if choices.imatrix else "give one with --imatrix for"
+            where = (
+                "this one lacks" if choices.imatrix else f"give one with {option('imatrix')} for"
+            )
             raise UserError(
                 f"{needy[0]} is useless without an importance matrix: {where} {name}"
                 + ("; choose a type of more bits" if choices.imatrix else "")

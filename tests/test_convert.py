@@ -651,9 +651,9 @@ def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
         (Options(quant="q8_k"), "'q8_k' is no type"),
         (Options(low_quant="int2"), "'int2' is no type"),
         (Options(layout="tiled"), "'tiled' is no layout: choose one of auto, plain, repacked"),
-        (Options(imatrix=Path("x")), "--imatrix weighs a quantization: give --quant"),
+        (Options(imatrix=Path("x")), "imatrix weighs a quantization: give quant or low_quant"),
         (Options(quant="q4_0", imatrix=Path("/no/x")), "cannot read the importance matrix /no/x"),
-        (Options(quant="f32", layout="repacked"), "take f32 as it is; give --layout plain"),
+        (Options(quant="f32", layout="repacked"), "take f32 as it is; give layout=plain"),
     ],
     ids=str,
 )

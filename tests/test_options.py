@@ -13,6 +13,7 @@ import click
 import pytest
 
 import moe_gguf.runtime.errors as errors_module
+from moe_gguf import converters
 from moe_gguf.runtime.bench.row import Spec
 from moe_gguf.runtime.cli.options import option_flags, spelling_of
 from moe_gguf.runtime.errors import UserError, option, spell
@@ -121,7 +122,8 @@ def sentences(path: Path) -> Iterator[str]:
 def test_below_the_command_line_sentences_name_options_not_flags() -> None:
     """Someone who writes Python or HTTP has no flags; a whole command to type may have them."""
     typed = re.compile(r"(trace|convert) --[a-z-]+")
-    files = [path for path in RUNTIME.rglob("*.py") if path.parent.name != "cli"]
+    rooms = (RUNTIME, Path(converters.__file__).parent)
+    files = [path for room in rooms for path in room.rglob("*.py") if path.parent.name != "cli"]
     assert len(files) > 30
     found = [
         f"{path.name}: {text}"
