@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Container
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 import click
@@ -56,17 +56,16 @@ def option_flags(
         types = typing.get_type_hints(options)
         for field in reversed(fields(options)):
             if field.name not in without:
-                command = _flag(field.name, types[field.name], field.default, field.metadata)(
-                    command
-                )
+                command = _flag(field, types[field.name])(command)
         return command
 
     return decorate
 
 
-def _flag(name: str, hint: Any, default: Any, metadata: Any) -> Callable[[Command], Command]:
-    entry: Entry = metadata["entry"]
-    flag = f"--{name.replace('_', '-')}"
+def _flag(field: Field[Any], hint: Any) -> Callable[[Command], Command]:
+    entry: Entry = field.metadata["entry"]
+    default = field.default
+    flag = f"--{field.name.replace('_', '-')}"
     if hint is bool:
         return click.option(flag, is_flag=True, help=entry.help)
     # Of ``str | int`` and ``int | None`` the command line gives the first.
