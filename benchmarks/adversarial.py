@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from moe_gguf.runtime import routers
 from moe_gguf.runtime.bench import process, results
 from moe_gguf.runtime.bench import row as bench_row
 from moe_gguf.runtime.bench.row import Spec
+from moe_gguf.runtime.columns import columns
 from moe_gguf.runtime.errors import UserError
+from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.plugin.gates import Router
 from moe_gguf.runtime.sizes import parse_size
 
@@ -73,20 +75,20 @@ def lying(lie: Callable[[Router], Router]) -> Callable[..., dict[int, Router]]:
     return lambda *model: {n: lie(router) for n, router in routers.read_routers(*model).items()}
 
 
-def run_here(spec: Spec) -> dict[str, Any]:
+def run_here(row: str, spec: Spec) -> dict[str, Any]:
     """One run in this process, in which the model's routers may lie."""
-    if spec.policy not in LIES:
+    if row not in LIES:
         return bench_row.measure(spec)
-    routers = lying(LIES[spec.policy])
-    return bench_row.measure(replace(spec, policy="lru"), make_policy=wrong, routers=routers)
+    return bench_row.measure(spec, make_policy=wrong, routers=lying(LIES[row]))
 
 
-def run_apart(spec: Spec) -> dict[str, Any]:
+def run_in_child(row: str, spec: Spec) -> dict[str, Any]:
     """One run in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--spec", json.dumps(asdict(spec))]
+    script = str(Path(__file__).resolve())
+    command = [sys.executable, script, "--rows", row, "--spec", spec.to_json()]
     run = process.run_process(command, None)
     if run.failure is not None:
-        raise UserError(f"{spec.policy}: {run.failure}")
+        raise UserError(f"{row}: {run.failure}")
     return run.result
 
 
@@ -117,7 +119,7 @@ def measure(specs: Mapping[str, Spec], n_rounds: int) -> dict[str, list[dict[str
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}
     for _ in range(n_rounds):
         for name, spec in specs.items():
-            runs[name].append(run_apart(spec))
+            runs[name].append(run_in_child(name, spec))
             print(f"{name}: {runs[name][-1]['decode_tps']:.2f} tok/s", file=sys.stderr)
     return runs
 
@@ -134,17 +136,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--spec", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.spec is not None:
-        print(json.dumps(run_here(Spec(**json.loads(args.spec)))), flush=True)
+        print(json.dumps(run_here(args.rows, Spec.from_json(args.spec))), flush=True)
         return 0
     names = list(dict.fromkeys(["lru", *args.rows.split(",")]))
     if args.model is None or not set(names) <= set(ROWS):
         parser.error(f"give a model, and rows among {', '.join(ROWS)}")
     specs = {
         name: Spec(
-            model=str(args.model.resolve()), policy=name, mmap=False, repack=False,
-            memory=parse_size(args.memory), n_predict=args.n_predict,
+            model=str(args.model.resolve()), n_predict=args.n_predict,
             prompt_tokens=args.prompt_tokens, n_ctx=args.prompt_tokens + args.n_predict,
-            threads=None, reads=args.reads, lanes=None, fill=False,
+            n_threads=None,
+            options=Options(
+                memory=parse_size(args.memory), policy="lru" if name in LIES else name,
+                reads=args.reads,
+            ),
         )
         for name in names
     }  # fmt: skip
@@ -153,10 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"adversarial: {error}", file=sys.stderr)
         return 2
-    print(" ".join(f"{title:>10}" for title in ("", *COLUMNS)))
-    table = {name: cells(runs[name], runs["lru"]) for name in names}
-    for name, row in table.items():
-        print(f"{name:<14}" + " ".join(f"{cell:>10}" for cell in row))
+    table = [["", *COLUMNS], *([name, *cells(runs[name], runs["lru"])] for name in names)]
+    print("\n".join(columns(table, "<>")))
     first = runs["lru"][0]["tokens"]
     differ = [
         n for n in names if any(not results.same_start(run["tokens"], first) for run in runs[n])

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, option
 from ..runtime.formats.bundle import COPY, BundlePair
 from ..runtime.formats.interleaving import Bytes, Interleaving
 from .blueprint import Matrix
@@ -70,7 +70,10 @@ class Choices(NamedTuple):
 def choose(source: Source, options: ConvertOptions, kernels: KernelLayouts, note: Note) -> Choices:
     quant = (options.quant or _default_quant(source)).lower()
     if options.imatrix and quant == COPY and options.low_quant is None:
-        raise UserError("--imatrix weighs a quantization: give --quant or --low-quant with it")
+        raise UserError(
+            f"{option('imatrix')} weighs a quantization: give {option('quant')} or "
+            f"{option('low_quant')} with it"
+        )
     if options.layout not in LAYOUTS:
         raise UserError(f"{options.layout!r} is no layout: choose one of {', '.join(LAYOUTS)}")
     imatrix = read_imatrix(options.imatrix) if options.imatrix else {}
@@ -96,7 +99,9 @@ def choose(source: Source, options: ConvertOptions, kernels: KernelLayouts, note
         note(f"rows of {row} do not fit {type_name(kind)}: {n} tensors become {type_name(fitting)}")
     if options.layout == "repacked" and all(m.rule is None for s in sets for m in s):
         kinds = ", ".join(sorted({type_name(m.ggml_type) for s in sets for m in s}))
-        raise UserError(f"this CPU's kernels take {kinds} as it is; give --layout plain")
+        raise UserError(
+            f"this CPU's kernels take {kinds} as it is; give {option('layout', 'plain')}"
+        )
     choices = Choices(quant, sets, [(t, types[t.name]) for t in source.trunk], metadata, imatrix)
     _check_imatrix(source, choices)
     return choices
@@ -161,7 +166,9 @@ def _check_imatrix(source: Source, choices: Choices) -> None:
                 f" has {size}; make one from this model"
             )
         if weights is None and (needy := sorted(changed & NEEDS_IMATRIX)):
-            where = "this one lacks" if choices.imatrix else "give one with --imatrix for"
+            where = (
+                "this one lacks" if choices.imatrix else f"give one with {option('imatrix')} for"
+            )
             raise UserError(
                 f"{needy[0]} is useless without an importance matrix: {where} {name}"
                 + ("; choose a type of more bits" if choices.imatrix else "")

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, option
 from ..runtime.formats.ggml_types import GGML_TYPES, type_bytes
 from .mix import NUMBERS
 from .source import Bytes
@@ -203,7 +203,9 @@ class _Part:
         assert n_bytes == len(self.out)
         if not ggml.ggml_validate_row_data(self.target_type, self.out.ctypes.data, n_bytes):
             name = GGML_TYPES[self.target_type].name
-            raise UserError(f"{self.what} has values too large for {name}; choose another --quant")
+            raise UserError(
+                f"{self.what} has values too large for {name}; choose another {option('quant')}"
+            )
 
     def _values(self) -> Floats:
         if self.source_type == _F32:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
+
+# Python started in a checkout finds this folder first, and the rest of an installed moe-gguf (its
+# built plugin too) only where it was installed.
+if not Path(__file__).with_name("runtime").is_dir():
+    __path__ = extend_path(__path__, __name__)
 
 from .runtime.errors import ExpertReadError, UserError
 

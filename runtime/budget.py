@@ -1,14 +1,15 @@
 """The memory budget: what the whole process may use, and how many slots that leaves for experts.
 
-Pure arithmetic over numbers others measured, plus the few system files that say how much memory
-there is. ``--memory`` covers everything: trunk, KV cache, compute buffers, Python, slots.
+Pure arithmetic over numbers that others measured. The budget covers everything: trunk, KV cache,
+compute buffers, Python, slots.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from .errors import UserError
+from .columns import columns
+from .errors import UserError, option
 from .sizes import MB, format_size
 
 # Enough to overlap a few reads with the expert being computed; below it every layer is served
@@ -69,19 +70,17 @@ class Budget(NamedTuple):
         ]
 
     def table(self) -> str:
-        return "\n".join(
-            f"  {name:<9}{format_size(n_bytes):>10}  {remark}".rstrip()
-            for name, n_bytes, remark in self.rows()
-        )
+        rows = [(name, format_size(n_bytes), remark) for name, n_bytes, remark in self.rows()]
+        return "\n".join(f"  {line}" for line in columns(rows, "<><"))
 
     def warning(self) -> str | None:
-        """One sentence when the arena is below one token's working set."""
+        """One sentence, its options unspelled, when the arena is below one token's working set."""
         if self.n_slots >= self.working_set:
             return None
         enough = self.needs.with_slots(self.working_set, self.slot_bytes)
         return (
             f"{self.n_slots} slots are fewer than the {self.working_set} experts one token uses: "
-            "with --policy lru nearly all of them are read again for every token, "
+            f"with {option('policy', 'lru')} nearly all of them are read again for every token, "
             f"fate and lfu keep some; {format_size(enough)} would hold all"
         )
 
@@ -110,6 +109,6 @@ def fit(total: int, needs: Needs, slot_bytes: int, n_all: int, working_set: int)
             f"that works is {smallest(needs, slot_bytes, n_all) // MB}MB "
             f"(trunk {format_size(needs.trunk)}, KV cache {format_size(needs.kv)}, "
             f"compute {format_size(needs.compute)}, process {format_size(needs.process)}, "
-            f"{floor} slots of {format_size(slot_bytes)}); a smaller --ctx also helps"
+            f"{floor} slots of {format_size(slot_bytes)}); a smaller {option('n_ctx')} also helps"
         )
     return Budget(total, needs, slot_bytes, n_slots, n_all, working_set)

@@ -1,4 +1,4 @@
-"""Routing statistics beside a model: what earlier runs asked for, for `--warm` to begin with.
+"""Routing statistics beside a model: what earlier runs asked for, for a warm start.
 
 Owns the file, a GGUF of keys only, and how the counts of recorded runs add up in it. Decides
 nothing: policies get what it tells per token.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..policies.trace import Trace, TraceEvent
-from .errors import UserError
+from .errors import UserError, option
 from .files import replacing
 from .formats.bundle import PREFIX, ROUTING, is_bundle
 from .formats.gguf_header import DEFAULT_ALIGNMENT, ValueType, read_header
@@ -187,7 +187,8 @@ def load(path: Path, identity: Identity) -> Routing | None:
     if found_identity != identity:
         raise UserError(
             f"{path} holds the routing statistics of another model ({_outline(found_identity)}; "
-            f"this one is {_outline(identity)}): delete it, or leave out --warm and --save-routing"
+            f"this one is {_outline(identity)}): delete it, or leave out {option('warm')} and "
+            f"{option('save_routing')}"
         )
     tokens = keys.integer(AT + "tokens")
     n_layers, n_experts = len(identity.layers), identity.n_experts

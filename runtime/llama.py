@@ -14,7 +14,6 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,6 @@ from .system import physical_cores
 # llama_cpp.Llama has no hook for opening a model, so its loader function is replaced while one of
 # ours is constructed. Other threads' stock models go on through the original.
 _LOADER_LOCK = threading.Lock()
-
-_OPTIONS = {field.name for field in fields(Options)}
 
 
 class Llama(llama_cpp.Llama):
@@ -84,12 +81,12 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # so that close() works if opening fails
-        ours = {name: kwargs.pop(name) for name in _OPTIONS & kwargs.keys()}
+        options = Options.taken_from(kwargs)
         unknown = set(kwargs) - set(inspect.signature(llama_cpp.Llama.__init__).parameters)
         if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
             raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
         llama_cpp._logger.set_verbose(verbose)
-        self.found = opening.find(Path(model_path), Options(**ours))
+        self.found = opening.find(Path(model_path), options)
         if self.found.options.experts_used is not None:
             key = f"{self.found.layout.architecture}.expert_used_count"
             kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), key: self.found.n_used}

@@ -6,55 +6,64 @@ of one dataclass. Checks what can be checked without a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..policies.precision import Precision
-from ..policies.presets import check_policy
 from .errors import UserError, option
+
+if TYPE_CHECKING:
+    from ..policies.precision import Precision
 
 READ_MODES = ("auto", "direct", "buffered")
 MOST_LANES = 64
 DEVICES = ("cpu",)
 
 
-class Told(NamedTuple):
-    """How an option is told to people: the placeholder of its value and what it does."""
+class Entry(NamedTuple):
+    """How an option is described to people, and whether it changes what is computed."""
 
-    metavar: str | None
+    metavar: str | None  # the placeholder of its value; with ``|auto``, auto stands for None
     help: str
+    lossy: bool
 
 
-def _option(default: Any, metavar: str | None, help: str) -> Any:
-    return field(default=default, metadata={"told": Told(metavar, help)})
+def entry(default: Any, metavar: str | None, help: str, lossy: bool = False) -> Any:
+    """A field of ``Options``; its annotation says what values it takes."""
+    return field(default=default, metadata={"entry": Entry(metavar, help, lossy)})
 
 
 @dataclass(frozen=True)
 class Options:
     """All of it has a default; UserError for what no model can be opened with."""
 
-    memory: str | int = _option("auto", "SIZE", "what the whole process may use: 2.4GB, 4GiB, auto")
-    policy: str = _option("fate", "NAME", "what stays in memory and what is read ahead")
-    reads: str = _option("auto", "MODE", "auto, direct or buffered")
-    lanes: int | None = _option(None, "N|auto", "reader threads")
-    experts_used: int | None = _option(
-        None, "K", "experts per token instead of the model's own number (lossy)"
+    memory: str | int = entry("auto", "SIZE", "what the whole process may use: 2.4GB, 4GiB, auto")
+    policy: str = entry("fate", "NAME", "what stays in memory and what is read ahead")
+    reads: str = entry("auto", "MODE", "auto, direct or buffered")
+    lanes: int | None = entry(None, "N|auto", "reader threads")
+    experts_used: int | None = entry(
+        None, "K", "experts per token instead of the model's own number (lossy)", lossy=True
     )
-    low_share: float = _option(
+    low_share: float = entry(
         0.0,
         "F",
         "read the least popular experts of a prompt, up to this share of its votes, "
         "from the bundle's low copy (lossy); 0.25 is a good start; 0: off",
+        lossy=True,
     )
-    low_on_miss: bool = _option(
-        False, None, "in generation read missing experts from the bundle's low copy (lossy)"
+    low_on_miss: bool = entry(
+        False,
+        None,
+        "in generation read missing experts from the bundle's low copy (lossy)",
+        lossy=True,
     )
-    device: str = _option("cpu", "NAME", "where experts are computed (cpu)")
-    warm: bool = _option(
+    device: str = entry("cpu", "NAME", "where experts are computed (cpu)")
+    warm: bool = entry(
         False, None, "fill memory first with what was popular in runs of trace --save-routing"
     )
 
     def __post_init__(self) -> None:
+        from ..policies.presets import check_policy  # numpy comes with it, and help needs none
+
         if self.device not in DEVICES:
             raise UserError(
                 f"device {self.device!r} is not supported yet: use {option('device', 'cpu')}"
@@ -72,6 +81,30 @@ class Options:
                 f"{option('low_share', self.low_share)} is out of range: give a share from 0 to 1"
             )
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def taken_from(cls, arguments: dict[str, Any]) -> Options:
+        """The options among ``arguments``, which keeps all else."""
+        return cls(**{name: arguments.pop(name) for name in cls.names() if name in arguments})
+
+    def arguments(self) -> dict[str, Any]:
+        """The options as ``Llama`` takes them."""
+        return {name: getattr(self, name) for name in self.names()}
+
+    def lossless(self) -> dict[str, Any]:
+        """The lossy options as they are when nothing is lost."""
+        return {f.name: f.default for f in fields(self) if f.metadata["entry"].lossy}
+
+    def losses(self) -> dict[str, Any]:
+        """The lossy options that were chosen."""
+        off = self.lossless()
+        return {name: getattr(self, name) for name in off if getattr(self, name) != off[name]}
+
     @property
     def precision(self) -> Precision:
+        from ..policies.precision import Precision
+
         return Precision(self.low_share, self.low_on_miss)

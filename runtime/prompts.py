@@ -6,7 +6,7 @@ import jinja2
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from .errors import UserError
+from .errors import UserError, option
 
 
 def encode(llama: llama_cpp.Llama, text: str) -> list[int]:
@@ -20,7 +20,7 @@ class Chat:
     def __init__(self, llama: llama_cpp.Llama, system: str | None = None) -> None:
         template = llama.metadata.get("tokenizer.chat_template")
         if not template:
-            raise UserError("this model has no chat template: run it without --chat")
+            raise UserError(f"this model has no chat template: run it without {option('chat')}")
         self._llama = llama
 
         def special(token: int) -> str:
@@ -43,7 +43,7 @@ class Chat:
         except (ValueError, TypeError, jinja2.TemplateError) as error:
             raise UserError(
                 f"the model's chat template refuses this conversation ({error}): "
-                "run it without --chat or without --system"
+                f"run it without {option('chat')} or without {option('system')}"
             ) from None
         tokens = self._llama.tokenize(prompt.encode(), add_bos=False, special=True)
         return check_length(self._llama, tokens)
@@ -55,10 +55,10 @@ class Chat:
 
 def check_length(llama: llama_cpp.Llama, tokens: list[int]) -> list[int]:
     if not tokens:
-        raise UserError("the prompt is empty: give some text with -p, -f or on standard input")
+        raise UserError("the prompt is empty: give some text")
     if len(tokens) >= llama.n_ctx():
         raise UserError(
             f"the prompt has {len(tokens)} tokens but the context holds {llama.n_ctx()}: "
-            "shorten it or raise --ctx"
+            f"shorten it or raise {option('n_ctx')}"
         )
     return tokens

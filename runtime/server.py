@@ -21,7 +21,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_chat_format import get_chat_completion_handler
 
-from .errors import UserError, reason
+from .errors import UserError, option, reason
 from .llama import Llama
 
 try:
@@ -55,7 +55,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host}:{port} ({reason(error)}): give another --host or --port"
+            f"cannot listen on {host}:{port} ({reason(error)}): give another {option('host')} or "
+            f"{option('port')}"
         ) from None
     return listener
 
@@ -74,7 +75,7 @@ def serve(llama: Llama, listener: socket.socket, api_key: str | None) -> None:
 
     config = uvicorn.Config(
         make_app(llama, api_key),
-        log_level="critical",  # failures are told by _told
+        log_level="critical",  # _error_body tells of failures
         lifespan="off",
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
@@ -146,7 +147,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(_body(status, str(error.detail)), status)
     if isinstance(error, RequestValidationError):
         return JSONResponse(_body(status, "; ".join(map(_complaint, error.errors()))), status)
-    return JSONResponse(_told(error), status)
+    return JSONResponse(_error_body(error), status)
 
 
 def _status(error: Exception) -> int:
@@ -168,7 +169,7 @@ def _complaint(error: dict[str, Any]) -> str:
     return f"{where or 'the request'}: {error['msg']}"
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _error_body(error: Exception) -> dict[str, Any]:
     """The body that tells of a failure; those that are not the client's are logged as well."""
     status = _status(error)
     if _is_refusal(error):
@@ -185,7 +186,7 @@ def _body(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _reported(answer: Any) -> Any:
+def _with_failures(answer: Any) -> Any:
     """A whole answer as it is; of a stream, a failure becomes the last chunk.
 
     By then the response has begun, and an exception would only cut the connection.
@@ -197,7 +198,7 @@ def _reported(answer: Any) -> Any:
         try:
             yield from answer
         except _EXPECTED as error:
-            yield _told(error)
+            yield _error_body(error)
 
     return chunks()
 
@@ -222,7 +223,7 @@ class _Served:
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["model"] = kwargs.get("model") or _alias(self._llama)
-        return _reported(self._llama.create_completion(*args, **kwargs))
+        return _with_failures(self._llama.create_completion(*args, **kwargs))
 
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         return llama_cpp.Llama.create_chat_completion(self, *args, **kwargs)
@@ -238,7 +239,7 @@ class _Served:
 
         def handle(**kwargs: Any) -> Any:
             kwargs["model"] = kwargs.get("model") or _alias(llama)
-            return _reported(handler(**{**kwargs, "llama": llama}))
+            return _with_failures(handler(**{**kwargs, "llama": llama}))
 
         return handle
 

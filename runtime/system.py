@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from .errors import UserError
+
 # `auto` leaves this share of the memory it finds to others.
 AUTO_HEADROOM = 0.10
 
@@ -101,3 +103,14 @@ def usable_cores() -> int:
 def physical_cores() -> int:
     """Cores this process may use, one thread each: ggml's barriers spin, so more is slower."""
     return max(1, min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores()))
+
+
+def check_writable(path: Path) -> None:
+    """Raise now, as a UserError, what writing ``path`` would raise after the work."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: its folder does not exist")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder may not be written to")

@@ -42,7 +42,7 @@ def write(llama: Llama, path: Path) -> str:
     """Write the last step to ``path``, stop recording, and say in one line where its time went."""
     step = llama.last_step
     if step is None:
-        raise UserError("there is no token to draw a timeline of: generate at least one with -n")
+        raise UserError("there is no token to draw a timeline of: generate at least one")
     layout = llama.found.layout
     document = trace(_events_of(llama, step), step, layout.n_experts, layout.layers[-1].layer + 1)
     document["otherData"]["model"] = layout.name

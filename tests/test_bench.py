@@ -11,35 +11,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import write_tiny
 
-from moe_gguf.runtime.bench import cgroup, process, report, results
+from moe_gguf.runtime.bench import cgroup, plot, process, report, results
 from moe_gguf.runtime.bench import rounds as benches
 from moe_gguf.runtime.bench.cgroup import Limits
 from moe_gguf.runtime.bench.process import Run, run_process
 from moe_gguf.runtime.bench.report import table
+from moe_gguf.runtime.bench.request import Request
 from moe_gguf.runtime.bench.rounds import bench
 from moe_gguf.runtime.bench.row import Spec
 from moe_gguf.runtime.errors import UserError
 
 CAP = 400_000_000
-OPTIONS: dict[str, Any] = {
-    "memory": "400MB",
-    "rows": "stock-mmap,lru",
-    "repeat": 1,
-    "n_predict": 8,
-    "prompt_tokens": 24,
-    "n_ctx": 256,
-    "threads": 1,
-    "reads": "auto",
-    "lanes": None,
-    "json_file": None,
-    "plot_file": None,
-}
+REQUEST = Request(
+    Path(),
+    "400MB",
+    rows="stock-mmap,lru",
+    repeat=1,
+    n_predict=8,
+    prompt_tokens=24,
+    n_ctx=256,
+    n_threads=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,9 @@ def test_interrupt_keeps_finished_runs(model: Path) -> None:
     def interrupt_after_first(line: str) -> None:
         raise KeyboardInterrupt
 
-    outcome = bench(model, note=interrupt_after_first, **{**OPTIONS, "rows": "lru,stock-mmap"})
+    outcome = bench(
+        replace(REQUEST, model=model, rows="lru,stock-mmap"), note=interrupt_after_first
+    )
     assert outcome.interrupted
     lru, stock = outcome.document["rows"]
     assert len(lru["runs"]) == 1
@@ -108,11 +109,11 @@ def test_interrupt_keeps_finished_runs(model: Path) -> None:
 @pytest.mark.usefixtures("known_disk")
 def test_a_sweep_runs_uncapped_rows_once(model: Path, tmp_path: Path) -> None:
     files = {key: str(tmp_path / key) for key in ("json_file", "plot_file", "layers_file")}
-    change = {"memory": "300MB,400MB", "rows": "resident,lru", **files}
-    said: list[str] = []
-    outcome = bench(model, note=said.append, **{**OPTIONS, **change})
+    change = {"caps": "300MB,400MB", "rows": "resident,lru", **files}
+    lines: list[str] = []
+    outcome = bench(replace(REQUEST, model=model, **change), note=lines.append)
     assert not outcome.errors
-    assert [line.split(": ")[1] for line in said] == [
+    assert [line.split(": ")[1] for line in lines] == [
         "resident",
         "lru in 300.0 MB",
         "lru in 400.0 MB",
@@ -133,7 +134,7 @@ def test_a_sweep_runs_uncapped_rows_once(model: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("known_disk")
 def test_a_timeline_of_a_named_row(model: Path, tmp_path: Path) -> None:
     change = {"rows": "lru,lfu", "timeline_file": str(tmp_path / "t.json"), "timeline_row": "lru"}
-    outcome = bench(model, note=ignore, **{**OPTIONS, **change})
+    outcome = bench(replace(REQUEST, model=model, **change), note=ignore)
     other = json.loads((tmp_path / "t.json").read_text())["otherData"]
     assert (other["policy"], other["tokens"]) == ("lru", 1)
     lru, lfu = outcome.document["rows"]
@@ -150,10 +151,10 @@ def test_reads_are_throttled_or_refused_in_words(model: Path, tmp_path: Path) ->
     except OSError as error:
         reason = str(error)
     if reason is not None:
-        with pytest.raises(UserError, match=r"--disk-bw cannot be kept to .*leave it out"):
-            bench(model, note=pytest.fail, **{**OPTIONS, **change})
+        with pytest.raises(UserError, match=r"disk_bw cannot be kept to .*leave it out"):
+            bench(replace(REQUEST, model=model, **change), note=pytest.fail)
         return
-    document = bench(model, note=ignore, **{**OPTIONS, **change}).document
+    document = bench(replace(REQUEST, model=model, **change), note=ignore).document
     assert document["disk_limit"]["bytes_per_s"] == 50_000_000
     big = tmp_path / "big"  # the model is so small that all of it passes as a burst
     with big.open("wb") as file:
@@ -173,30 +174,50 @@ def test_reads_are_throttled_or_refused_in_words(model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"memory": "30MB"}, "30.0 MB of memory is too little .* smallest budget that works is"),
-        ({"memory": "auto"}, "fixed cap: give --memory a size"),
+        ({"caps": "30MB"}, "30.0 MB of memory is too little .* smallest budget that works is"),
+        ({"caps": "auto"}, "fixed cap: give caps a size"),
         ({"rows": "lru,lur"}, "there is no row 'lur': choose from stock-mmap"),
         ({"rows": ", "}, "no rows are named"),
-        ({"repeat": 0}, "--repeat"),
-        ({"n_predict": 300}, "do not fit a context of 256: raise --ctx"),
+        ({"repeat": 0}, "repeat, n_predict and prompt_tokens must be"),
+        ({"n_predict": 300}, "do not fit a context of 256: raise n_ctx"),
         ({"json_file": "/nonexistent/r.json"}, "its folder does not exist"),
-        ({"memory": " , "}, "fixed cap: give --memory a size"),
-        ({"memory": "400MB,30MB"}, "30.0 MB of memory is too little"),
+        ({"caps": " , "}, "fixed cap: give caps a size"),
+        ({"caps": "400MB,30MB"}, "30.0 MB of memory is too little"),
         ({"disk_bw": "fast"}, "'fast' is not a size"),
         ({"disk_bw": "3KB"}, "a disk speed of 3KB is too small"),
         ({"timeline_file": "t.json", "timeline_row": "lfu"}, "name a row of ours that runs"),
-        ({"timeline_file": "t.json", "rows": "stock-mmap"}, "add a row of it to --rows"),
+        ({"timeline_file": "t.json", "rows": "stock-mmap"}, "add a row of it to rows"),
     ],
 )
 def test_refused(model: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        bench(model, note=pytest.fail, **{**OPTIONS, **change})
+        bench(replace(REQUEST, model=model, **change), note=pytest.fail)
 
 
 def test_plot_without_matplotlib(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'moe-gguf\[plot\]'"):
-        bench(model, note=pytest.fail, **{**OPTIONS, "plot_file": "plot.png"})
+        bench(replace(REQUEST, model=model, plot_file="plot.png"), note=pytest.fail)
+
+
+def test_a_refusal_of_the_engine_keeps_its_options_unspelled(model: Path) -> None:
+    """It comes from a process of its own; the reader of this one's sentences spells them."""
+    with pytest.raises(UserError) as caught:
+        bench(replace(REQUEST, model=model, caps="30MB"), note=pytest.fail)
+    assert str(caught.value).endswith("a smaller n_ctx also helps")
+    assert caught.value.spelled(lambda name, value: f"<{name}>").endswith(
+        "a smaller <n_ctx> also helps"
+    )
+
+
+@pytest.mark.parametrize("name", ["2026-11-25-main", "2026-11-25-sweep"])
+def test_old_results_are_still_shown_and_drawn(tmp_path: Path, name: str) -> None:
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
+    document = json.loads(file.read_text())
+    assert document["schema"] == benches.SCHEMA
+    assert document["model"]["name"] in table(document)
+    plot.speed(document, tmp_path / "speed.png")
+    plot.layers(document, tmp_path / "layers.png")
 
 
 # --- runs that end badly ------------------------------------------------------------------------
@@ -255,11 +276,11 @@ def test_killed_row_is_shown_and_not_run_again(
     asked = []
 
     def scripted(spec: Spec, *rest: Any) -> Run:
-        asked.append(spec.policy or "stock-mmap")
-        return real(spec, *rest) if spec.policy else Run({}, "killed (out of memory)")
+        asked.append("stock-mmap" if spec.stock else spec.options.policy)
+        return Run({}, "killed (out of memory)") if spec.stock else real(spec, *rest)
 
     monkeypatch.setattr(benches, "run_row", scripted)
-    outcome = bench(model, note=ignore, **{**OPTIONS, "repeat": 2})
+    outcome = bench(replace(REQUEST, model=model, repeat=2), note=ignore)
     assert asked == ["stock-mmap", "lru", "lru"]
     assert not outcome.errors
     lines = table(outcome.document).splitlines()
@@ -280,10 +301,10 @@ def test_other_tokens_are_an_error() -> None:
         "stock-resident": [result([1, 2, 3])],
         "lru": [result([1, 2, 3]), result([1, 2, 4])],
     }
-    document = results.results_of(runs, CAP)
-    assert {row["reference"] for row in document["rows"]} == {"stock-resident"}
-    assert [row["identical"] for row in document["rows"]] == [True, True, False]
-    assert results.errors_of(document) == ["lru generated other tokens than stock-resident"]
+    point = results.point_of(runs, CAP)
+    assert {row.reference for row in point.rows} == {"stock-resident"}
+    assert [row.identical for row in point.rows] == [True, True, False]
+    assert results.errors_of([point]) == ["lru generated other tokens than stock-resident"]
 
 
 def test_a_peak_over_the_cap_is_an_error_of_ours_only() -> None:
@@ -292,7 +313,7 @@ def test_a_peak_over_the_cap_is_an_error_of_ours_only() -> None:
         "lru": [result([1], rss=CAP), result([1], rss=CAP + 1)],
         "resident": [result([1], rss=2 * CAP)],
     }
-    errors = results.errors_of(results.results_of(runs, CAP))
+    errors = results.errors_of([results.point_of(runs, CAP)])
     assert errors == ["lru peaked at 400.0 MB, over the cap"]
 
 
@@ -302,7 +323,7 @@ def test_a_row_of_ours_that_ends_badly_is_an_error() -> None:
         "lru": [result([1]), Run({}, "killed (out of memory)")],
         "resident": [Run({}, f"{process.LEFT_OUT}: needs 3.92 GB, 2.00 GB is free")],
     }
-    errors = results.errors_of(results.results_of(runs, CAP))
+    errors = results.errors_of([results.point_of(runs, CAP)])
     assert errors == ["lru: killed (out of memory)"]
 
 
@@ -313,12 +334,12 @@ def test_medians_and_ratios() -> None:
         "lru": [result([1], tps) for tps in (4.0, 6.0, 100.0)],
         "lfu": [Run({}, "killed (out of memory)")],
     }
-    rows = {row["row"]: row for row in results.results_of(runs, CAP)["rows"]}
-    assert rows["lru"]["median"]["decode_tps"] == 6.0
-    assert rows["lru"]["x_stock_mmap"] == 3.0
-    assert rows["lru"]["of_stock_resident"] == 0.75
-    assert rows["lfu"]["x_stock_mmap"] is None
-    assert rows["lfu"]["identical"] is None
+    rows = {row.row: row for row in results.point_of(runs, CAP).rows}
+    assert rows["lru"].median["decode_tps"] == 6.0
+    assert rows["lru"].x_stock_mmap == 3.0
+    assert rows["lru"].of_stock_resident == 0.75
+    assert rows["lfu"].x_stock_mmap is None
+    assert rows["lfu"].identical is None
 
 
 def test_bound_is_the_slower_of_processor_and_disk() -> None:
@@ -332,17 +353,17 @@ def test_bound_is_the_slower_of_processor_and_disk() -> None:
         "lru": [ours(4.0, 20e6)],  # a fifth of a second on a disk of 100 MB/s
         "lfu": [ours(8.0, 5e6)],  # a twentieth: the processor is slower
     }
-    document = results.results_of(runs, CAP, 100e6)
-    rows = {row["row"]: row for row in document["rows"]}
-    assert rows["lru"]["bound_row"] == "resident"
-    assert rows["stock-resident"]["bound_tps"] is None  # nobody counts its reads
-    assert rows["lru"]["bound_tps"] == pytest.approx(5.0)
-    assert rows["lru"]["of_bound"] == pytest.approx(0.8)
-    assert rows["lfu"]["bound_tps"] == pytest.approx(10.0)
-    assert rows["lfu"]["of_bound"] == pytest.approx(0.8)
-    alone = results.results_of({"lru": runs["lru"], "lfu": runs["lfu"]}, CAP, 100e6)
-    assert alone["rows"][1]["bound_row"] is None
-    assert alone["rows"][1]["bound_tps"] == pytest.approx(20.0)
+    point = results.point_of(runs, CAP, 100e6)
+    rows = {row.row: row for row in point.rows}
+    assert rows["lru"].bound_row == "resident"
+    assert rows["stock-resident"].bound_tps is None  # nobody counts its reads
+    assert rows["lru"].bound_tps == pytest.approx(5.0)
+    assert rows["lru"].of_bound == pytest.approx(0.8)
+    assert rows["lfu"].bound_tps == pytest.approx(10.0)
+    assert rows["lfu"].of_bound == pytest.approx(0.8)
+    alone = results.point_of({"lru": runs["lru"], "lfu": runs["lfu"]}, CAP, 100e6)
+    assert alone.rows[1].bound_row is None
+    assert alone.rows[1].bound_tps == pytest.approx(20.0)
 
 
 def test_rows_are_compared_on_the_same_kernels() -> None:
@@ -356,17 +377,17 @@ def test_rows_are_compared_on_the_same_kernels() -> None:
         "lru": [result([1, 2], 4.0)],
         "lru@bundle": [repacked([1, 3], 5.0, 20e6)],
     }
-    document = results.results_of(runs, CAP, 100e6)
-    rows = {row["row"]: row for row in document["rows"]}
-    assert rows["lru"]["reference"] == "stock-resident"
-    assert rows["lru@bundle"]["reference"] == "stock-repacked"
-    assert all(row["identical"] for row in rows.values())
-    assert rows["lru@bundle"]["bound_row"] == "stock-repacked"
+    point = results.point_of(runs, CAP, 100e6)
+    rows = {row.row: row for row in point.rows}
+    assert rows["lru"].reference == "stock-resident"
+    assert rows["lru@bundle"].reference == "stock-repacked"
+    assert all(row.identical for row in rows.values())
+    assert rows["lru@bundle"].bound_row == "stock-repacked"
     # The row found the disk faster than the probe did: 150 MB/s.
-    assert document["disk_best_bytes_per_s"] == 150e6
-    assert rows["lru@bundle"]["bound_tps"] == pytest.approx(7.5)
-    held = results.results_of(runs, CAP, 100e6, throttled=True)
-    assert held["disk_best_bytes_per_s"] == 100e6
+    assert point.disk_best_bytes_per_s == 150e6
+    assert rows["lru@bundle"].bound_tps == pytest.approx(7.5)
+    held = results.point_of(runs, CAP, 100e6, throttled=True)
+    assert held.disk_best_bytes_per_s == 100e6
 
 
 def test_a_burst_through_the_throttle_is_not_the_ceiling() -> None:
@@ -374,17 +395,17 @@ def test_a_burst_through_the_throttle_is_not_the_ceiling() -> None:
         return [Run({"bytes_per_s": s, "lanes": 2}, None) for s in speeds]
 
     limit = cgroup.DiskLimit(("8:0",), 100)
-    assert results.probed_disk(probes(90, 80, 110), limit)["disk_bytes_per_s"] == 90
-    assert results.probed_disk(probes(110), limit)["disk_bytes_per_s"] == 100
-    assert results.probed_disk(probes(300), limit)["disk_bytes_per_s"] == 300  # it did not hold
-    assert results.probed_disk(probes(300), None)["disk_bytes_per_s"] == 300
-    nothing = results.probed_disk([Run({}, "failed: no")], None)
+    assert results.disk_facts(probes(90, 80, 110), limit)["disk_bytes_per_s"] == 90
+    assert results.disk_facts(probes(110), limit)["disk_bytes_per_s"] == 100
+    assert results.disk_facts(probes(300), limit)["disk_bytes_per_s"] == 300  # it did not hold
+    assert results.disk_facts(probes(300), None)["disk_bytes_per_s"] == 300
+    nothing = results.disk_facts([Run({}, "failed: no")], None)
     assert nothing == {"disk_bytes_per_s": None, "disk_probe": None}
 
 
 def test_guesses_and_recall_are_shown_where_a_policy_tells() -> None:
-    told = {"guesses": 120.0, "guesses_used": 80.0, "recall": 0.75}
-    row = {"row": "fate", "median": told}
+    median = {"guesses": 120.0, "guesses_used": 80.0, "recall": 0.75}
+    row = {"row": "fate", "median": median}
     cells = {head: cell(row) for head, cell in report.COLUMNS if head[0] in "gr"}
     assert cells["guesses made/used/late"] == "120/80/-"
     assert cells["recall"] == "75.0%"

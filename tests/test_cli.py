@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
 import tiny
 from conftest import TinyFile
@@ -30,7 +31,7 @@ from moe_gguf.policies.presets import POLICIES
 from moe_gguf.runtime import budget as budgets
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import Budget, Needs
-from moe_gguf.runtime.cli import main, options, run
+from moe_gguf.runtime.cli import main, run
 from moe_gguf.runtime.cli.inspect import describe
 from moe_gguf.runtime.cli.plan import plan_document
 from moe_gguf.runtime.cli.replay import replay_document, replay_text
@@ -247,10 +248,11 @@ def test_llama_cpp_s_remarks_stay_off_the_terminal(
         (["-p", "x", "--memory", "lots"], "'lots' is not a size"),
         (["-p", "x", "--memory", "-1GB"], "'-1GB' is not a size"),
         (["-p", "x", "--memory", "40MB"], "smallest budget that works is"),
+        (["-p", "x", "--memory", "40MB"], "a smaller --ctx also helps"),
         (["-p", "x", "--policy", "fifo"], "choose one of load-on-demand, lru, lfu"),
         (["-p", "x", "--reads", "mmap"], "use auto, direct, buffered"),
         (["-p", "x", "--lanes", "0"], "give 1 to 64, or auto"),
-        (["-p", "x", "--lanes", "few"], "give 1 to 64, or auto"),
+        (["-p", "x", "--lanes", "few"], "'few' is neither a number nor auto"),
         (["-p", "x", "--device", "cuda0"], "use --device cpu"),
         (["-p", "x", "--experts-used", "17"], "this model has 16 experts"),
         (["-p", "x", "--experts-used", "0"], "this model has 16 experts"),
@@ -306,7 +308,7 @@ def test_an_expert_that_cannot_be_read(
     moe_gguf: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of llama.cpp's own remarks on the failed step, and the sentence on its own line."""
-    open_llama = options.open_llama
+    open_llama = run.open_llama
 
     def on_a_bad_disk(*args: Any, **options: Any) -> Llama:
         llama = open_llama(*args, **options)
@@ -330,6 +332,14 @@ def test_no_command_shows_help_and_a_wrong_one_is_named(moe_gguf: Command) -> No
     assert nothing.err.startswith("Usage:")
     assert "'fly'" in moe_gguf("fly").error(2)
     assert moe_gguf("--help").code == 0
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_list_of_commands_says_what_each_says_first(name: str) -> None:
+    command = main.cli.get_command(click.Context(main.cli), name)
+    assert command is not None
+    assert command.help is not None
+    assert " ".join(command.help.split("\n\n")[0].split()) == main.COMMANDS[name]
 
 
 def test_the_unforeseen_is_a_sentence_too(
@@ -445,6 +455,19 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return set_slots
 
 
+def test_warnings_and_refusals_spell_options_as_flags(
+    moe_gguf: Command, model: Path, slots: Callable[[int], None]
+) -> None:
+    refused = json.loads(moe_gguf("plan", model, "--memory", "40MB", "--json").out)
+    assert refused["reason"].endswith("a smaller --ctx also helps")
+    slots(5)
+    warned = moe_gguf("run", model, *ONE, "-p", "x", "-n", 1)
+    assert "moe-gguf: warning: 5 slots are fewer than the 12 experts" in warned.err
+    assert "with --policy lru nearly all" in warned.err
+    planned = json.loads(moe_gguf("plan", model, "--json").out)
+    assert "with --policy lru nearly all" in planned["warning"]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("n_slots", [5, 14, 30, 48])
 def test_a_replay_counts_what_the_engine_counted(
@@ -532,6 +555,32 @@ def test_help_answers_at_once() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("args", ["--help", "fly", "run --help", "run m.gguf --no-such-option"])
+def test_help_and_mistakes_import_neither_llama_cpp_nor_numpy(args: str) -> None:
+    assert imported(args) == []
+
+
+@pytest.mark.parametrize("name", [*main.COMMANDS, *main.HIDDEN])
+def test_help_with_a_command_does_not_import_llama_cpp(name: str) -> None:
+    assert "llama_cpp" not in imported(f"{name} --help")
+
+
+def imported(args: str) -> list[str]:
+    """Which of the packages that take long the command line imports."""
+    code = """
+import sys
+from moe_gguf.runtime.cli.main import main
+try:
+    main()
+except SystemExit:
+    print([name for name in ("llama_cpp", "numpy") if name in sys.modules], file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code, *args.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    names: list[str] = json.loads(done.stderr.splitlines()[-1].replace("'", '"'))
+    return names
 
 
 def test_a_reader_that_leaves_ends_it_quietly(model: Path) -> None:

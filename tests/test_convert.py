@@ -717,12 +717,15 @@ def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:
             ConvertOptions(layout="tiled"),
             "'tiled' is no layout: choose one of auto, plain, repacked",
         ),
-        (ConvertOptions(imatrix=Path("x")), "--imatrix weighs a quantization: give --quant"),
+        (
+            ConvertOptions(imatrix=Path("x")),
+            "imatrix weighs a quantization: give quant or low_quant",
+        ),
         (
             ConvertOptions(quant="q4_0", imatrix=Path("/no/x")),
             "cannot read the importance matrix /no/x",
         ),
-        (ConvertOptions(quant="f32", layout="repacked"), "take f32 as it is; give --layout plain"),
+        (ConvertOptions(quant="f32", layout="repacked"), "take f32 as it is; give layout=plain"),
     ],
     ids=str,
 )

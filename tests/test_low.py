@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,13 @@ from moe_gguf.policies.precision import tail
 from moe_gguf.policies.trace import TraceEvent, TraceRecorder
 from moe_gguf.runtime.bench.quality import kl_divergence, log_softmax
 from moe_gguf.runtime.bench.report import table
+from moe_gguf.runtime.bench.request import Request
 from moe_gguf.runtime.bench.rounds import bench
 from moe_gguf.runtime.cli.replay import replay_document
 from moe_gguf.runtime.cli.trace import trace_metadata
 from moe_gguf.runtime.engine.context import Row
 from moe_gguf.runtime.llama import Llama
+from moe_gguf.runtime.options import Options
 
 N_STEPS = 6
 PROMPT = random_tokens(40)
@@ -309,20 +312,23 @@ def test_run_names_what_it_loses(hybrid: Path) -> None:
 
 @pytest.mark.usefixtures("known_disk")
 def test_bench_measures_a_lossy_row_beside_its_lossless_twin(hybrid: Path) -> None:
-    options = {"memory": "400MB", "repeat": 1, "n_predict": 8, "prompt_tokens": 24, "n_ctx": 256}
-    more = {"threads": 1, "reads": "buffered", "lanes": 1, "note": lambda _: None}
-    lossy = {"low_share": 0.25}
-    outcome = bench(hybrid, rows="lru+low,lru", **options, **more, **lossy)
+    lossless = Options(reads="buffered", lanes=1)
+    lossy = replace(lossless, low_share=0.25)
+    request = Request(
+        hybrid, "400MB", lossy, "lru+low,lru",
+        repeat=1, n_predict=8, prompt_tokens=24, n_ctx=256, n_threads=1,
+    )  # fmt: skip
+    outcome = bench(request, note=lambda _: None)
     assert not outcome.errors
-    low, lossless = outcome.document["rows"]
+    low, whole = outcome.document["rows"]
     assert low["identical"] is None
-    assert lossless["reference"] == "lru"
+    assert whole["reference"] == "lru"
     assert 0 < low["median"]["prefill_low_share"] <= 0.25
-    assert lossless["median"]["prefill_low_share"] == lossless["median"]["low_bytes_read"] == 0
+    assert whole["median"]["prefill_low_share"] == whole["median"]["low_bytes_read"] == 0
     assert "LOSSY: low in prefill/decode" in table(outcome.document)
-    for rows_, given in (("lru", lossy), ("lru+low", {})):
-        with pytest.raises(UserError, match=r"are for rows that end in \+low"):
-            bench(hybrid, rows=rows_, **options, **more, **given)
+    for rows_, given in (("lru", lossy), ("lru+low", lossless)):
+        with pytest.raises(UserError, match=r"low_share and low_on_miss are for rows that end in"):
+            bench(replace(request, rows=rows_, options=given), note=pytest.fail)
 
 
 def test_a_replay_does_not_judge_a_lossy_trace(hybrid: Path, tmp_path: Path) -> None:

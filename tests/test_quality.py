@@ -16,19 +16,20 @@ import numpy as np
 import pytest
 from conftest import TinyFile
 
+from moe_gguf.runtime.bench.prose import prose
 from moe_gguf.runtime.bench.quality import (
-    LOSSLESS,
+    Request,
     kl_divergence,
     log_softmax,
     quality,
     quality_text,
 )
-from moe_gguf.runtime.bench.row import PROSE
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.llama import Llama
+from moe_gguf.runtime.options import Options
 
 N_CTX = 256
-TEXT = PROSE * 3  # two chunks and a rest that is left out
+TEXT = prose() * 3  # two chunks and a rest that is left out
 
 
 @contextmanager
@@ -37,14 +38,17 @@ def silent(_: str) -> Iterator[Callable[[float, float], None]]:
 
 
 def open_model(path: str, **options: Any) -> Llama:
-    return Llama(path, memory="400MB", n_threads=1, reads="buffered", **options)
+    return Llama(path, **{"memory": "400MB", "reads": "buffered", "n_threads": 1, **options})
 
 
 def measured(path: Path, folder: Path, **options: Any) -> dict[str, Any]:
-    defaults = {"against": None, "n_batch": 512, "n_ctx": N_CTX, "text": TEXT}
-    arguments: dict[str, Any] = {"open_model": open_model, **LOSSLESS, **defaults, **options}
-    text = arguments.pop("text")
-    return quality(path, text, progress=silent, folder=folder, **arguments)
+    options = {"text": TEXT, "n_ctx": N_CTX, "n_threads": 1, **options}
+    opener = options.pop("open_model", open_model)
+    held = Options.taken_from({"memory": "400MB", "reads": "buffered", **options})
+    rest = {name: value for name, value in options.items() if name not in Options.names()}
+    return quality(
+        Request(path, options=held, **rest), open_model=opener, progress=silent, folder=folder
+    )
 
 
 def all_log_probs(path: Path, experts_used: int | None = None) -> list[Any]:
@@ -114,8 +118,8 @@ def test_one_token_at_a_time_gives_the_same_up_to_rounding(
     tiny_file: TinyFile, tmp_path: Path
 ) -> None:
     path = tiny_file("qwen3moe")
-    at_once = measured(path, tmp_path, text=PROSE[:100])
-    one_by_one = measured(path, tmp_path, text=PROSE[:100], n_batch=1)
+    at_once = measured(path, tmp_path, text=prose()[:100])
+    one_by_one = measured(path, tmp_path, text=prose()[:100], n_batch=1)
     assert one_by_one["perplexity"] == pytest.approx(
         at_once["perplexity"], rel=0.02
     )  # other kernels
@@ -162,7 +166,7 @@ def test_another_vocabulary(
             monkeypatch.setattr(llama, "tokenize", lambda *_, **__: [1, 2, 3] * 9)
         return llama
 
-    with pytest.raises(UserError, match="--against wants a model with the same vocabulary"):
+    with pytest.raises(UserError, match="against wants a model with the same vocabulary"):
         measured(path, tmp_path, against=other, open_model=open_other)
 
 

@@ -246,7 +246,7 @@ def test_imatrix_of_another_model(tiny_file: TinyFile, tmp_path: Path) -> None:
 
 def test_types_that_need_an_imatrix_say_so(tiny_file: TinyFile, tmp_path: Path) -> None:
     source = tiny_file("mixtral", experts=Quant.F16)
-    with pytest.raises(UserError, match=r"iq2_xs is useless without .* --imatrix"):
+    with pytest.raises(UserError, match=r"iq2_xs is useless without .* with imatrix"):
         ours(source, tmp_path / "bundle", "iq2_xs")
     needed_by_ggml = {name for name in FILE_TYPES if requires_imatrix(NUMBERS[name])}
     assert needed_by_ggml <= NEEDS_IMATRIX

@@ -10,6 +10,7 @@ import itertools
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from conftest import TinyFile
 from gguf import GGUFReader
 from harness import Logits, Model, ours, random_tokens, rows, stock
-from test_bench import OPTIONS
+from test_bench import REQUEST
 from test_cli import Command, moe_gguf  # noqa: F401  the fixture
 from test_replay import random_trace
 
@@ -36,6 +37,7 @@ from moe_gguf.runtime.formats.gguf_header import ValueType
 from moe_gguf.runtime.formats.open import read_layout
 from moe_gguf.runtime.history import Identity, Routing, count, load, routing_path
 from moe_gguf.runtime.llama import Llama
+from moe_gguf.runtime.options import Options
 
 IDENTITY = Identity("qwen3moe", (0, 1, 2), 10, 3)
 N_SLOTS = 30
@@ -463,12 +465,12 @@ def test_mistakes_with_statistics_are_told_before_the_work(
 
 @pytest.mark.usefixtures("known_disk")
 def test_bench_starts_warm_or_not_at_all(recorded: Path) -> None:
-    options = {**OPTIONS, "rows": "lru", "warm": True}
-    outcome = bench(recorded, note=lambda text: None, **options)
+    request = replace(REQUEST, model=recorded, rows="lru", options=Options(warm=True))
+    outcome = bench(request, note=lambda text: None)
     assert not outcome.errors
     (run,) = outcome.document["rows"][0]["runs"]
     assert run["warmed"] > 0
     assert "filled from routing statistics in capped rows" in table(outcome.document)
     routing_path(recorded).unlink()
     with pytest.raises(UserError, match="trace --save-routing"):
-        bench(recorded, note=lambda text: None, **options)
+        bench(request, note=lambda text: None)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ...policies.presets import POLICIES
 from ..budget import MARGIN_BYTES
-from ..errors import UserError
+from ..errors import UserError, option
 from ..formats.layout import ModelLayout
 from ..formats.slots import PAGE, slot_layout
 from ..sizes import parse_size
@@ -18,7 +18,7 @@ _PROCESS_BYTES = 2 * 10**9
 
 
 class Row(NamedTuple):
-    """What a name on ``--rows`` means."""
+    """What the name of a row means."""
 
     policy: str | None  # None: stock llama.cpp
     mmap: bool
@@ -38,7 +38,7 @@ ROWS = {
 
 
 def row_of(name: str) -> Row:
-    """What a name on ``--rows`` means; behind an @ it names another form of the model."""
+    """What the name of a row means; behind an @ it names another form of the model."""
     return ROWS[name.partition("@")[0]]
 
 
@@ -48,11 +48,12 @@ class Case(NamedTuple):
     name: str
     cap: int | None
 
+    @classmethod
+    def of(cls, name: str, cap: int) -> Case:
+        return cls(name, cap if row_of(name).capped else None)
 
-# --- before the first run -----------------------------------------------------------------------
 
-
-def row_names(rows: str) -> dict[str, str]:
+def parse_rows(rows: str) -> dict[str, str]:
     """The rows' names, and behind an @ the other form of the model each runs; "" for MODEL itself.
 
     A row is called after the last part of a form's path.
@@ -69,29 +70,31 @@ def row_names(rows: str) -> dict[str, str]:
     return names
 
 
-def parse_caps(memory: str) -> list[int]:
-    texts = [text.strip() for text in memory.split(",") if text.strip()]
+def parse_caps(caps: str) -> list[int]:
+    texts = [text.strip() for text in caps.split(",") if text.strip()]
     if not texts or "auto" in texts:
-        raise UserError("bench compares under a fixed cap: give --memory a size like 2.4GB")
+        raise UserError(
+            f"bench compares under a fixed cap: give {option('caps')} a size like 2.4GB"
+        )
     return list(dict.fromkeys(parse_size(text) for text in texts))
 
 
 def cases_of(names: Sequence[str], caps: Sequence[int]) -> list[Case]:
     """In the order of a round; rows without a cap come up with the first one."""
-    return list(
-        dict.fromkeys(
-            Case(name, cap if row_of(name).capped else None) for cap in caps for name in names
-        )
-    )
+    return list(dict.fromkeys(Case.of(name, cap) for cap in caps for name in names))
 
 
 def timeline_row_of(asked: str | None, names: Sequence[str]) -> str:
     """The row to draw: the last of ours unless one is named."""
     ours = [name for name in names if row_of(name).policy is not None]
     if asked is not None and asked not in ours:
-        raise UserError(f"--timeline-row {asked}: name a row of ours that runs ({', '.join(ours)})")
+        raise UserError(
+            f"{option('timeline_row', asked)}: name a row of ours that runs ({', '.join(ours)})"
+        )
     if not ours:
-        raise UserError("--timeline shows our engine: add a row of it to --rows")
+        raise UserError(
+            f"{option('timeline_file')} shows our engine: add a row of it to {option('rows')}"
+        )
     return asked or ours[-1]
 
 

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
 from ..sizes import GB, format_size
@@ -66,7 +66,7 @@ def _bars(document: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * top)
-    axes.set_xlabel(f"decode, tokens per second ({_runs(document)})")
+    axes.set_xlabel(f"decode, tokens per second ({_how_many_runs(document)})")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     _title(axes, document, f"in {format_size(document['memory_bytes'])} of memory")
@@ -76,20 +76,16 @@ def _bars(document: dict[str, Any], path: Path) -> None:
 def _lines(document: dict[str, Any], path: Path) -> None:
     """Decode speed against the cap; a row without one is a dashed line across."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     every = points(document)
     caps = [point["memory_bytes"] / GB for point in every]
     figure = Figure(figsize=(8.0, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    ends: list[tuple[float, str, str]] = []
+    labels: list[_Label] = []
     failed: dict[str, list[str]] = {}
     ours = 0
     for i, row in enumerate(every[0]["rows"]):
         rows = [point["rows"][i] for point in every]
-        good = [
-            (cap, r) for cap, r in zip(caps, rows, strict=True) if r["runs"] and not r["failure"]
-        ]
         for cap, r in zip(caps, rows, strict=True):
             if r["failure"]:
                 failed.setdefault(f"{r['row']}: {r['failure']}", []).append(f"{cap:g}")
@@ -97,47 +93,70 @@ def _lines(document: dict[str, Any], path: Path) -> None:
         colour = _STOCK if stock else _COLOURS[ours % len(_COLOURS)]
         marker = "o" if stock else _MARKERS[ours % len(_MARKERS)]
         ours += not stock
-        if not good:
-            continue
-        if not is_capped(document, row):
+        good = [
+            (cap, r) for cap, r in zip(caps, rows, strict=True) if r["runs"] and not r["failure"]
+        ]
+        if good and is_capped(document, row):
+            labels.append(_line(axes, good, colour, marker))
+        elif good:
             median = good[0][1]["median"]["decode_tps"]
             axes.axhline(median, color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
-            ends.append((median, f"{row['row']} (no cap)", colour))
-            continue
-        x = [cap for cap, _ in good]
-        medians = [r["median"]["decode_tps"] for _, r in good]
-        speeds = [[run["decode_tps"] for run in r["runs"]] for _, r in good]
-        axes.plot(x, medians, color=colour, marker=marker, markersize=5, linewidth=1.8)
-        if document["settings"]["repeat"] > 1:
-            axes.fill_between(
-                x, [min(s) for s in speeds], [max(s) for s in speeds],
-                color=colour, alpha=0.13, linewidth=0,
-            )  # fmt: skip
-        ends.append((medians[-1], row["row"], colour))
-    speeds_seen = [run["decode_tps"] for point in every for r in point["rows"] for run in r["runs"]]
-    if speeds_seen and max(speeds_seen) > 10 * min(speeds_seen):
-        axes.set_yscale("log")  # or the slow rows would be one line
-        axes.set_ylim(0.8 * min(speeds_seen), 1.25 * max(speeds_seen))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
-    else:
-        axes.set_ylim(bottom=0)
+            labels.append(_Label(median, f"{row['row']} (no cap)", colour))
+    _scale([run["decode_tps"] for point in every for r in point["rows"] for run in r["runs"]], axes)
     axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
-    for (_, name, colour), at in zip(ends, _apart([y for y, *_ in ends], axes), strict=True):
+    heights = _spread([label.y for label in labels], axes)
+    for label, height in zip(labels, heights, strict=True):
         axes.annotate(
-            name, (1.0, at), xytext=(6, 0), xycoords="axes fraction",
-            textcoords="offset points", va="center", color=colour, fontsize=9,
+            label.text, (1.0, height), xytext=(6, 0), xycoords="axes fraction",
+            textcoords="offset points", va="center", color=label.colour, fontsize=9,
         )  # fmt: skip
-    what = _runs(document).replace("whiskers", "bands")
+    what = _how_many_runs(document).replace("whiskers", "bands")
     axes.set_xlabel("memory cap of the whole process, GB")
     axes.set_ylabel(f"decode, tokens per second\n({what})")
-    _plain(axes)
+    _clear(axes)
     _title(axes, document, "by memory")
     if failed:
         text = "\n".join(f"{what} (at {', '.join(at)} GB)" for what, at in failed.items())
         figure.supxlabel(text, fontsize=8, color=_INK)
     figure.savefig(path, format="png")
+
+
+class _Label(NamedTuple):
+    """A line's name, to stand at its right end."""
+
+    y: float
+    text: str
+    colour: str
+
+
+def _line(
+    axes: Axes, good: Sequence[tuple[float, dict[str, Any]]], colour: str, marker: str
+) -> _Label:
+    """One row's medians over the caps, and a band from its slowest to its fastest runs."""
+    x = [cap for cap, _ in good]
+    medians = [row["median"]["decode_tps"] for _, row in good]
+    speeds = [[run["decode_tps"] for run in row["runs"]] for _, row in good]
+    axes.plot(x, medians, color=colour, marker=marker, markersize=5, linewidth=1.8)
+    if max(map(len, speeds)) > 1:
+        axes.fill_between(
+            x, [min(s) for s in speeds], [max(s) for s in speeds],
+            color=colour, alpha=0.13, linewidth=0,
+        )  # fmt: skip
+    return _Label(medians[-1], good[0][1]["row"], colour)
+
+
+def _scale(speeds: Sequence[float], axes: Axes) -> None:
+    """A logarithmic scale where the slow rows would be one line without."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if not speeds or max(speeds) <= 10 * min(speeds):
+        axes.set_ylim(bottom=0)
+        return
+    axes.set_yscale("log")
+    axes.set_ylim(0.8 * min(speeds), 1.25 * max(speeds))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def layers(document: dict[str, Any], path: Path) -> None:
@@ -172,7 +191,7 @@ def layers(document: dict[str, Any], path: Path) -> None:
             axes.set_ylim(0, 1)
             axes.yaxis.set_major_formatter("{x:.0%}")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            _plain(axes)
+            _clear(axes)
             if column == 0:
                 axes.set_ylabel(what)
         grid[1, column].set_xlabel("layer")
@@ -185,7 +204,7 @@ def layers(document: dict[str, Any], path: Path) -> None:
         )
     where = "by memory" if len(every) > 1 else f"in {format_size(every[0]['memory_bytes'])}"
     figure.suptitle(
-        f"{document['model']['name']}, hits and recall by layer {where} ({_middle(document)})",
+        f"{document['model']['name']}, hits and recall by layer {where} ({_median_of(document)})",
         x=0.01, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     figure.savefig(path, format="png")
@@ -201,7 +220,7 @@ def _by_layer(row: dict[str, Any], key: str) -> dict[int, float]:
     return {layer: statistics.median(values[layer]) for layer in sorted(values)}
 
 
-def _apart(wanted: Sequence[float], axes: Axes) -> list[float]:
+def _spread(wanted: Sequence[float], axes: Axes) -> list[float]:
     """Heights for labels, as shares of the axes, as near to ``wanted`` as lines of text allow."""
     to_axes = axes.transScale + axes.transLimits  # 0 at the bottom, 1 at the top
     heights = [float(to_axes.transform((1.0, y))[1]) for y in wanted]
@@ -210,17 +229,18 @@ def _apart(wanted: Sequence[float], axes: Axes) -> list[float]:
     return heights
 
 
-def _middle(document: dict[str, Any]) -> str:
+def _median_of(document: dict[str, Any]) -> str:
     repeat = document["settings"]["repeat"]
     return f"median of {repeat} runs" if repeat > 1 else "one run"
 
 
-def _runs(document: dict[str, Any]) -> str:
+def _how_many_runs(document: dict[str, Any]) -> str:
     several = document["settings"]["repeat"] > 1
-    return _middle(document) + ("; whiskers: slowest and fastest" if several else "")
+    return _median_of(document) + ("; whiskers: slowest and fastest" if several else "")
 
 
-def _plain(axes: Axes) -> None:
+def _clear(axes: Axes) -> None:
+    """Lines of the grid instead of a frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)

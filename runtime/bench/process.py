@@ -1,4 +1,8 @@
-"""Runs one row in a process of its own, behind a dropped page cache."""
+"""One run of a row in a process of its own, and the page cache it starts behind.
+
+Owns starting the process, its limits and its end, which it puts into words. Knows nothing of
+rounds, nor of what a result means.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import child
+from ..errors import spell
 from ..formats.layout import ModelLayout
 from ..sizes import format_size
 from ..system import auto_size
@@ -23,7 +28,7 @@ from .row import Spec
 
 # A run that takes longer hangs, or thrashes beyond what is worth measuring.
 RUN_LIMIT_S = 1800.0
-LEFT_OUT = "left out"  # how the failure of a row that was never tried begins
+LEFT_OUT = "left out"  # prefix of the failure of a row that was skipped
 
 
 class Run(NamedTuple):
@@ -60,11 +65,9 @@ def _each(files: Sequence[Path], action: Callable[[int], object]) -> None:
             os.close(descriptor)
 
 
-# --- one run ------------------------------------------------------------------------------------
-
-
 def row_command(spec: Spec) -> list[str]:
-    return [sys.executable, "-m", "moe_gguf.runtime.bench.row", json.dumps(asdict(spec))]
+    """The command line of a run; see ``row``."""
+    return child.command("moe_gguf.runtime.bench.row", spec.to_json())
 
 
 def probe_disk(
@@ -73,11 +76,13 @@ def probe_disk(
     """What the disk gives now, with the lanes of the first probe; see ``disk.ceiling``."""
     lanes = next((run.result["lanes"] for run in before if run.failure is None), None)
     spec = next(iter(specs.values()))
-    spec = replace(spec, probe_only=True, lanes=lanes or spec.lanes)
-    return _run_limited(row_command(spec), Limits(disk=limit))
+    if lanes is not None:
+        spec = replace(spec, options=replace(spec.options, lanes=lanes))
+    return _run_limited(row_command(replace(spec, probe_only=True)), Limits(disk=limit))
 
 
 def run_row(spec: Spec, limits: Limits, layout: ModelLayout) -> Run:
+    """A measured run; a model that cannot be held whole is not tried."""
     if spec.fill:  # all of the model will be in memory
         needed = layout.file_bytes
         free = auto_size()
@@ -105,10 +110,9 @@ def run_process(
     """Run ``command``; its last line of stdout is the result. Any end but a good one is a failure
     in words: the caller's other rows go on."""
     inside = list(command) if group is None else group.command(command)
-    # Not the user's folder: with -m it leads sys.path, and may be a source tree of this package.
     with subprocess.Popen(
         inside, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace", cwd=sys.prefix,
+        text=True, errors="replace", cwd=child.FOLDER,
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=limit_s)
@@ -118,22 +122,25 @@ def run_process(
         except BaseException:
             process.kill()
             raise
-    code = process.returncode
+    return _judge(process.returncode, out, err, group.oom_kills() if group else None)
+
+
+def _judge(code: int, out: str, err: str, oom_kills: int | None) -> Run:
+    """What an ended process came to; ``oom_kills`` is None where nobody counts them."""
     if code < 0 or code > 128:  # by itself, or as the shell reports it
         number = -code if code < 0 else code - 128
-        kills = group.oom_kills() if group is not None else None
-        if number == signal.SIGKILL and kills != 0:
-            surely = "" if kills else "probably "  # without a cgroup nobody counts
+        if number == signal.SIGKILL and oom_kills != 0:
+            surely = "" if oom_kills else "probably "
             return Run({}, f"killed ({surely}out of memory)")
         return Run({}, f"killed ({_signal_name(number)})")
     try:
         result = json.loads(out.splitlines()[-1])
         assert isinstance(result, dict)
     except (IndexError, ValueError, AssertionError):
-        said = err.strip().splitlines()
-        return Run({}, f"failed: {said[-1] if said else f'exit code {code}'}")
+        lines = err.strip().splitlines()
+        return Run({}, f"failed: {lines[-1] if lines else f'exit code {code}'}")
     if "error" in result:
-        return Run(result, f"failed: {result['error']}")
+        return Run(result, f"failed: {spell(result['error'])}")
     return Run(result, None)
 
 

@@ -22,8 +22,9 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...policies.base import Phase
-from ..errors import UserError
+from ..columns import columns
+from ..errors import UserError, option
+from ..options import Options
 from ..progress import Report
 from ..sizes import format_size
 
@@ -39,11 +42,9 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 DEFAULT_CTX = 512
-# Options that change what is computed, and what each is in a lossless run.
-LOSSLESS: Mapping[str, Any] = {"experts_used": None, "low_share": 0.0, "low_on_miss": False}
 
 Floats = npt.NDArray[np.float32]
-Open = Callable[..., "Llama"]  # a model path and the shared options
+Open = Callable[..., "Llama"]  # a model path and Llama's arguments
 
 
 class Position(NamedTuple):
@@ -62,57 +63,69 @@ class Figures(NamedTuple):
     stats: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What ``quality`` is asked for."""
+
+    model: Path
+    text: str
+    options: Options = field(default_factory=Options)
+    against: Path | None = None  # score against this model's lossless run
+    n_ctx: int | None = None
+    n_batch: int = 512
+    n_threads: int | None = None
+
+    @property
+    def is_compared(self) -> bool:
+        return bool(self.options.losses()) or self.against is not None
+
+
 def quality(
-    path: Path,
-    text: str,
-    *,
-    against: Path | None,
-    n_batch: int,
-    open_model: Open,
-    progress: Callable[[str], Any],
-    folder: Path,
-    n_ctx: int | None,
-    **options: Any,
+    request: Request, *, open_model: Open, progress: Callable[[str], Any], folder: Path
 ) -> dict[str, Any]:
-    """Score ``text`` with the model as ``options`` say, and against its lossless run if they are
+    """Score the text with the model as the options say, and against its lossless run if they are
     lossy (or against the lossless run of ``against``); returns the document.
 
     The passes run one after the other, each with the whole budget. ``folder`` takes the file
     between them, of 2 bytes per scored position and word of the vocabulary. ``progress(what)`` is a
     context manager that yields ``report(done, total)``.
     """
-    n_ctx = n_ctx or DEFAULT_CTX
-    lossy = {name: options[name] for name in LOSSLESS if options[name] != LOSSLESS[name]}
+    n_ctx = request.n_ctx or DEFAULT_CTX
+    options, other = request.options, request.against or request.model
+    context = {
+        "n_ctx": n_ctx,
+        "n_batch": request.n_batch,
+        "n_threads": request.n_threads,
+        "logits_all": True,
+    }
     reference: dict[str, Any] | None = None
     with tempfile.TemporaryFile(dir=folder) as kept:
-        common = {"n_ctx": n_ctx, "n_batch": n_batch, "logits_all": True}
-        if lossy or against is not None:
-            options_before = {**options, **LOSSLESS}
-            before = against or path
-            with closing(open_model(str(before), **options_before, **common)) as llama:
-                chunks, n_vocab = _chunks(llama, text), llama.n_vocab()
+        if request.is_compared:
+            before = replace(options, **options.lossless()).arguments()
+            with closing(open_model(str(other), **before, **context)) as llama:
+                chunks, n_vocab = _chunks(llama, request.text), llama.n_vocab()
                 _check_room(llama, chunks, folder)
                 with progress("lossless pass") as report:
                     figures = _pass(llama, chunks, report, keep=kept)
             del llama  # its scores are no small part of the next pass's budget
-            reference = {"model": str(before), **figures._asdict()}
-        with closing(open_model(str(path), **options, **common)) as llama:
-            mine = _chunks(llama, text)
+            reference = {"model": str(other), **figures._asdict()}
+        with closing(open_model(str(request.model), **options.arguments(), **context)) as llama:
+            mine = _chunks(llama, request.text)
             if reference is not None and (mine, llama.n_vocab()) != (chunks, n_vocab):
                 raise UserError(
-                    f"{path} and {against} see different tokens in the text: --against wants a "
-                    "model with the same vocabulary"
+                    f"{request.model} and {other} see different tokens in the text: "
+                    f"{option('against')} wants a model with the same vocabulary"
                 )
             kept.seek(0)
             with progress("pass" if reference is None else "pass to compare") as report:
                 figures = _pass(llama, mine, report, reference=kept if reference else None)
     return {
-        "model": str(path),
-        "lossy": lossy,
+        "model": str(request.model),
+        "lossy": options.losses(),
         "n_ctx": n_ctx,
-        "n_batch": n_batch,
+        "n_batch": request.n_batch,
         "chunks": len(mine),
-        "scored_tokens": sum(_scored(chunk) for chunk in mine),
+        "scored_tokens": sum(_n_scored(chunk) for chunk in mine),
         **figures._asdict(),
         "reference": reference,
     }
@@ -120,26 +133,27 @@ def quality(
 
 def quality_text(document: dict[str, Any]) -> str:
     """A table of one line, two with the lossless run."""
-    names = ["perplexity", "KL divergence", "same top token", "setting"]
-    lines = [f"{'':<9}" + "".join(f"{name:>15}" for name in names[:3]) + f"  {names[3]}"]
+    lines = [["", "perplexity", "KL divergence", "same top token", "setting"]]
     rows = [("lossless", document["reference"], {}), ("this", document, document["lossy"])]
     for name, figures, lossy in rows:
         if figures is None:
             continue
         kl, top = figures["kl_divergence"], figures["top1_agreement"]
-        cells = [
-            f"{figures['perplexity']:.4f}",
-            "-" if kl is None else f"{kl:.6f}",
-            "-" if top is None else f"{top:.2%}",
-        ]
         setting = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in lossy.items()) or "lossless"
-        what = f"{Path(figures['model']).name}, {setting}"
-        lines.append(f"{name:<9}" + "".join(f"{cell:>15}" for cell in cells) + f"  {what}")
-    lines.append(
+        lines.append(
+            [
+                name,
+                f"{figures['perplexity']:.4f}",
+                "-" if kl is None else f"{kl:.6f}",
+                "-" if top is None else f"{top:.2%}",
+                f"{Path(figures['model']).name}, {setting}",
+            ]
+        )
+    remark = (
         f"{document['scored_tokens']} tokens scored, in chunks of {document['n_ctx']}, "
         f"{document['n_batch']} at a time"
     )
-    return "\n".join(lines)
+    return "\n".join([*columns(lines, "<>>><"), remark])
 
 
 def _chunks(llama: Llama, text: str) -> list[list[int]]:
@@ -150,17 +164,17 @@ def _chunks(llama: Llama, text: str) -> list[list[int]]:
     chunks = [start + tokens[i : i + size] for i in range(0, len(tokens), size)]
     if len(chunks) > 1 and len(chunks[-1]) < llama.n_ctx():
         chunks.pop()  # its tokens would be scored with less before them than all others
-    if not chunks or _scored(chunks[0]) < 1:
-        raise UserError("the text is too short to score: give a longer one with -f")
+    if not chunks or _n_scored(chunks[0]) < 1:
+        raise UserError("the text is too short to score: give a longer one")
     return chunks
 
 
-def _scored(chunk: Sequence[int]) -> int:
+def _n_scored(chunk: Sequence[int]) -> int:
     return len(chunk) - 1 - len(chunk) // 2
 
 
 def _check_room(llama: Llama, chunks: Sequence[Sequence[int]], folder: Path) -> None:
-    needed = 2 * llama.n_vocab() * sum(_scored(chunk) for chunk in chunks)
+    needed = 2 * llama.n_vocab() * sum(_n_scored(chunk) for chunk in chunks)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..columns import columns
 from ..sizes import format_size
 
 Cell = Callable[[dict[str, Any]], str]  # of a row of the document
@@ -82,22 +83,12 @@ def _rows(document: dict[str, Any]) -> str:
     """The rows, aligned; a column in which no row has anything is left out."""
     rows = document["rows"]
     shown = [(head, cell) for head, cell in COLUMNS if any(cell(row) != "-" for row in rows)]
-    cells = [[row["row"], *(cell(row) for _, cell in shown)] for row in rows]
-    heads = ["row", *(head for head, _ in shown)]
-    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
-
-    def line(parts: list[str]) -> str:
-        first, *others = (
-            part.ljust(width) if i == 0 else part.rjust(width)
-            for i, (part, width) in enumerate(zip(parts, widths, strict=True))
-        )
-        return "  ".join([first, *others])
-
-    lines = [line(heads)]
-    for row, parts in zip(rows, cells, strict=True):
+    lines = [["row", *(head for head, _ in shown)]]
+    for row in rows:
         failure = row["failure"]
-        lines.append(f"{parts[0].ljust(widths[0])}  {failure}" if failure else line(parts))
-    return "\n".join(lines)
+        cells = [failure] if failure else [cell(row) for _, cell in shown]
+        lines.append([row["row"], *cells])
+    return "\n".join(columns(lines, "<>"))
 
 
 def conditions(document: dict[str, Any]) -> list[str]:
@@ -113,7 +104,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
         f"{model['name']}: {model['architecture']}, {model['moe_layers']} MoE layers x "
         f"{model['experts']} experts, top-{model['experts_used']}, experts "
         f"{'+'.join(model['expert_types'])}, {format_size(model['file_bytes'])}",
-        f"memory {caps}; {_enforced(document)}; page cache {document['page_cache']}",
+        f"memory {caps}; {_enforcement(document)}; page cache {document['page_cache']}",
         f"disk: {_disk(document)}",
         f"{machine['cpu']}, {machine['cores']} cores, {format_size(machine['ram_bytes'])} RAM, "
         f"{machine['system']}; {every[0]['threads']} threads, context {settings['n_ctx']}",
@@ -125,7 +116,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def _enforced(document: dict[str, Any]) -> str:
+def _enforcement(document: dict[str, Any]) -> str:
     if document["cgroup"] is None:
         return f"NOT enforced: no memory cgroup ({document['cgroup_refusal']})"
     return f"enforced by a memory cgroup ({document['cgroup']})"

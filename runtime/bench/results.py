@@ -1,4 +1,7 @@
-"""The result document: what follows from the runs."""
+"""What follows from the runs: medians, ratios, bounds, broken promises; and the facts beside them.
+
+Knows nothing of how runs are made, nor how a document is shown.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,34 +19,64 @@ import psutil
 from ..formats.ggml_types import GGML_TYPES
 from ..formats.layout import ModelLayout
 from ..sizes import format_size
-from . import cgroup, report
+from . import cgroup
 from .cases import row_of
 from .process import LEFT_OUT, Run
 from .report import HELD
 
-# --- the document -------------------------------------------------------------------------------
+
+@dataclass
+class RowResult:
+    """What a row came to under one cap; the fields are those of the document."""
+
+    row: str
+    policy: str | None
+    capped: bool
+    failure: str | None
+    kernels: str | None  # plain or repacked, which sum in another order; None: it never ran
+    reference: str | None  # the row whose tokens these should be; of a lossy row there is none
+    identical: bool | None
+    median: dict[str, float]
+    runs: list[dict[str, Any]]
+    within_cap: bool | None = None
+    x_stock_mmap: float | None = None  # decode speed over that row's
+    of_stock_resident: float | None = None
+    bound_row: str | None = None  # whose time per token is that of computing; None: the disk's only
+    bound_tps: float | None = None
+    of_bound: float | None = None
+
+    @property
+    def tps(self) -> float | None:
+        """Decode speed; None where it says nothing."""
+        return None if self.failure else self.median.get("decode_tps")
+
+    def document(self) -> dict[str, Any]:
+        fields = dict(vars(self))
+        if self.within_cap is None:  # the document has the key only where it is known
+            del fields["within_cap"]
+        return fields
 
 
-def probed_disk(probes: Sequence[Run], limit: cgroup.DiskLimit | None) -> dict[str, Any]:
-    """The disk's ceiling: the median of the rounds' probes, and how it was measured."""
-    good = [run.result for run in probes if run.failure is None]
-    samples = [result["bytes_per_s"] for result in good]
-    ceiling = statistics.median(samples) if samples else None
-    if ceiling is not None and limit is not None and ceiling <= HELD * limit.bytes_per_s:
-        # A throttle lets short bursts pass, which a probe sees and a row does not live on.
-        ceiling = min(ceiling, float(limit.bytes_per_s))
-    return {
-        "disk_bytes_per_s": ceiling,
-        "disk_probe": {**good[0], "bytes_per_s": samples} if good else None,
-    }
+@dataclass
+class Point:
+    """The rows under one cap."""
+
+    memory_bytes: int
+    threads: int | None
+    disk_best_bytes_per_s: float | None
+    tokens: dict[str, list[int]]  # of every row that is some row's reference
+    rows: list[RowResult]
+
+    def document(self) -> dict[str, Any]:
+        return {**vars(self), "rows": [row.document() for row in self.rows]}
 
 
-def results_of(
+def point_of(
     runs: dict[str, list[Run]],
     cap: int,
     disk_bytes_per_s: float | None = None,
     throttled: bool = False,
-) -> dict[str, Any]:
+) -> Point:
     """What follows from the runs under one cap.
 
     Rows are compared with rows on the same kernels: plain ones, or those that want weights
@@ -53,71 +87,99 @@ def results_of(
     Compute is the time per token of a row with every expert in memory; without one the disk alone
     bounds. The disk is taken to be as fast as in the probe, or as any row found it while it read.
     """
-    tokens = {
-        name: [run.result["tokens"] for run in done if run.failure is None]
-        for name, done in runs.items()
-    }
-    told = [name for name in tokens if tokens[name]]
-    kernels = {name: runs[name][0].result.get("kernels", "plain") for name in told}
-
-    def first(candidates: Iterable[str], alike: str) -> str | None:
-        """The first of these rows that ran on the same kernels."""
-        return next((n for n in candidates if n in told and kernels[n] == kernels[alike]), None)
-
-    def reference(name: str) -> str | None:
-        stock = [n for n in told if row_of(n).policy is None and not row_of(n).capped]
-        return first([*stock, *(n for n in told if not row_of(n).low)], name)
-
-    rows = []
-    for name, done in runs.items():
-        good = [run.result for run in done if run.failure is None]
-        row: dict[str, Any] = {
-            "row": name,
-            "policy": row_of(name).policy,
-            "capped": row_of(name).capped,
-            "failure": next((run.failure for run in done if run.failure), None),
-            "kernels": kernels.get(name),
-            "reference": reference(name) if good and not row_of(name).low else None,
-            "identical": None,
-            "median": _medians(good),
-            "runs": [{k: v for k, v in result.items() if k != "tokens"} for result in good],
-        }
-        if row["reference"] is not None:
-            expected = tokens[row["reference"]][0]
-            row["identical"] = all(same_start(t, expected) for t in tokens[name])
-        if row_of(name).capped and good:
-            row["within_cap"] = max(result["rss_peak_bytes"] for result in good) <= cap
-        rows.append(row)
-    speed = {row["row"]: row["median"].get("decode_tps") for row in rows if not row["failure"]}
+    peers = _Peers.of(runs)
+    rows = [_row(name, done, peers, cap) for name, done in runs.items()]
+    speed = {row.row: row.tps for row in rows}
     for row in rows:
-        for other, key in (("stock-mmap", "x_stock_mmap"), ("stock-resident", "of_stock_resident")):
-            mine, base = speed.get(row["row"]), speed.get(other)
-            row[key] = mine / base if mine and base else None
-    seen = [
-        run["bytes_read"] / run["disk_s"] for r in rows for run in r["runs"] if run.get("disk_s")
-    ]
-    best = (
-        max([disk_bytes_per_s, *seen]) if disk_bytes_per_s and not throttled else disk_bytes_per_s
+        row.x_stock_mmap = _ratio(row.tps, speed.get("stock-mmap"))
+        row.of_stock_resident = _ratio(row.tps, speed.get("stock-resident"))
+    best = disk_bytes_per_s
+    if best and not throttled:
+        reads = [run for row in rows for run in row.runs if run.get("disk_s")]
+        best = max([best, *(run["bytes_read"] / run["disk_s"] for run in reads)])
+    for row in rows:
+        if best and row.tps:
+            _bound(row, peers, speed, best)
+    return Point(
+        memory_bytes=cap,
+        threads=next((run["threads"] for row in rows for run in row.runs), None),
+        disk_best_bytes_per_s=best,
+        tokens={row.reference: peers.tokens[row.reference][0] for row in rows if row.reference},
+        rows=rows,
     )
-    for row in rows:
-        read = row["median"].get("bytes_per_token")
-        row["bound_row"] = row["bound_tps"] = row["of_bound"] = None
-        if read is not None and best and not row["failure"]:
-            whole = [n for n in told if not row_of(n).capped]
-            ours = [n for n in whole if row_of(n).policy is not None]
-            row["bound_row"] = first([*ours, *whole], row["row"])
-            compute_s = 1 / speed[row["bound_row"]] if row["bound_row"] else 0.0
-            token_s = max(compute_s, read / best)
-            row["bound_tps"] = 1 / token_s if token_s else None
-            row["of_bound"] = row["median"]["decode_tps"] * token_s if token_s else None
-    threads = next((r["threads"] for row in rows for r in row["runs"]), None)
-    return {
-        "memory_bytes": cap,
-        "threads": threads,
-        "disk_best_bytes_per_s": best,
-        "tokens": {name: tokens[name][0] for name in {r["reference"] for r in rows} if name},
-        "rows": rows,
-    }
+
+
+@dataclass
+class _Peers:
+    """The rows that ran, and which of them may be compared."""
+
+    tokens: dict[str, list[list[int]]] = field(default_factory=dict)  # of every good run
+    kernels: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, runs: dict[str, list[Run]]) -> _Peers:
+        peers = cls()
+        for name, done in runs.items():
+            if tokens := [run.result["tokens"] for run in done if run.failure is None]:
+                peers.tokens[name] = tokens
+                peers.kernels[name] = done[0].result.get("kernels", "plain")
+        return peers
+
+    def reference(self, name: str) -> str | None:
+        """The row whose tokens ``name`` should generate: stock if there is one."""
+        stock = [n for n in self.tokens if row_of(n).policy is None and not row_of(n).capped]
+        return self._first([*stock, *(n for n in self.tokens if not row_of(n).low)], name)
+
+    def whole(self, name: str) -> str | None:
+        """A row with every expert in memory: ours if there is one."""
+        whole = [n for n in self.tokens if not row_of(n).capped]
+        ours = [n for n in whole if row_of(n).policy is not None]
+        return self._first([*ours, *whole], name)
+
+    def _first(self, candidates: Iterable[str], alike: str) -> str | None:
+        """The first of these rows that ran on the same kernels."""
+        kernels = self.kernels[alike]
+        return next((name for name in candidates if self.kernels[name] == kernels), None)
+
+
+def _row(name: str, done: Sequence[Run], peers: _Peers, cap: int) -> RowResult:
+    """What one row's own runs say, and whether its tokens are the reference's."""
+    good = [run.result for run in done if run.failure is None]
+    reference = peers.reference(name) if good and not row_of(name).low else None
+    row = RowResult(
+        row=name,
+        policy=row_of(name).policy,
+        capped=row_of(name).capped,
+        failure=next((run.failure for run in done if run.failure), None),
+        kernels=peers.kernels.get(name),
+        reference=reference,
+        identical=None,
+        median=_medians(good),
+        runs=[{k: v for k, v in result.items() if k != "tokens"} for result in good],
+    )
+    if reference is not None:
+        expected = peers.tokens[reference][0]
+        row.identical = all(same_start(tokens, expected) for tokens in peers.tokens[name])
+    if row.capped and good:
+        row.within_cap = max(result["rss_peak_bytes"] for result in good) <= cap
+    return row
+
+
+def _ratio(mine: float | None, base: float | None) -> float | None:
+    return mine / base if mine and base else None
+
+
+def _bound(row: RowResult, peers: _Peers, speed: dict[str, float | None], disk: float) -> None:
+    """Set what bounds a row whose reads are counted."""
+    read = row.median.get("bytes_per_token")
+    if read is None:
+        return
+    assert row.tps is not None
+    row.bound_row = peers.whole(row.row)
+    whole_tps = speed[row.bound_row] if row.bound_row else None
+    token_s = max(1 / whole_tps if whole_tps else 0.0, read / disk)
+    row.bound_tps = 1 / token_s if token_s else None
+    row.of_bound = row.tps * token_s if token_s else None
 
 
 def same_start(a: Sequence[int], b: Sequence[int]) -> bool:
@@ -140,22 +202,37 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
     return medians
 
 
-def errors_of(document: dict[str, Any]) -> list[str]:
+def errors_of(points: Sequence[Point]) -> list[str]:
     """Broken promises: same tokens, hard budget, our rows run. What stock suffers is a result."""
     errors = []
-    for point in report.points(document):
-        at = f" in {format_size(point['memory_bytes'])}" if "sweep" in document else ""
-        for row in point["rows"]:
-            name = row["row"] + at if row["capped"] else row["row"]
-            failure, ours = row["failure"], row["policy"] is not None
-            if row["identical"] is False:
-                errors.append(f"{name} generated other tokens than {row['reference']}")
-            if ours and row.get("within_cap") is False:
-                peak = format_size(row["median"]["rss_peak_bytes"])
+    for point in points:
+        at = f" in {format_size(point.memory_bytes)}" if len(points) > 1 else ""
+        for row in point.rows:
+            name = row.row + at if row.capped else row.row
+            if row.identical is False:
+                errors.append(f"{name} generated other tokens than {row.reference}")
+            if row.policy is None:
+                continue
+            if row.within_cap is False:
+                peak = format_size(row.median["rss_peak_bytes"])
                 errors.append(f"{name} peaked at {peak}, over the cap")
-            if ours and failure and not failure.startswith(LEFT_OUT):
-                errors.append(f"{name}: {failure}")
+            if row.failure and not row.failure.startswith(LEFT_OUT):
+                errors.append(f"{name}: {row.failure}")
     return list(dict.fromkeys(errors))  # rows without a cap stand under each
+
+
+def disk_facts(probes: Sequence[Run], limit: cgroup.DiskLimit | None) -> dict[str, Any]:
+    """The disk's ceiling: the median of the rounds' probes, and how it was measured."""
+    good = [run.result for run in probes if run.failure is None]
+    samples = [result["bytes_per_s"] for result in good]
+    ceiling = statistics.median(samples) if samples else None
+    if ceiling is not None and limit is not None and ceiling <= HELD * limit.bytes_per_s:
+        # A throttle lets short bursts pass, which a probe sees and a row does not live on.
+        ceiling = min(ceiling, float(limit.bytes_per_s))
+    return {
+        "disk_bytes_per_s": ceiling,
+        "disk_probe": {**good[0], "bytes_per_s": samples} if good else None,
+    }
 
 
 def versions() -> dict[str, Any]:

@@ -12,15 +12,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...policies.base import Phase
 from ..errors import UserError
+from ..options import Options
+from .prose import prose
 
 if TYPE_CHECKING:
     import llama_cpp
+
+    from ..llama import Llama
 
 N_BATCH = 512
 # Decoding is cut off here: a row that thrashes makes its point with few tokens.
@@ -34,42 +38,32 @@ STATS = (
     *("stall_s", "route_s", "compute_s", "slots", "reads", "budget_bytes"),
 )
 
-# Plain prose, so that a trained router does what it does on text.
-PROSE = (
-    "The harbour had been quiet since the last of the fishing boats went out before dawn. Along "
-    "the wall an old man mended his nets, and two children counted the gulls that sat on the "
-    "roof of the customs house. In the town above, the baker opened his shutters, the bus to the "
-    "city waited with its engine running, and a clerk read the notice that somebody had pinned "
-    "to the door of the library during the night. It said that the building would close at the "
-    "end of the month, because the rain had come through the ceiling once more and there was no "
-    "money left to repair it. By noon everyone knew. Some remembered how they had learned to "
-    "read there; others asked what would become of the maps, which were older than the harbour "
-    "itself and showed a coast that the sea had long since taken away. "
-)
-
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run; everything but policy, mmap and memory is the same for all rows."""
+    """What to run; the options but memory and policy, and all counts, are the same for all rows."""
 
     model: str
-    policy: str | None  # None: stock llama.cpp
-    mmap: bool  # stock only
-    repack: bool  # stock only
-    memory: int  # bytes, ours only
     n_predict: int
     prompt_tokens: int
     n_ctx: int
-    threads: int | None
-    reads: str
-    lanes: int | None
-    fill: bool  # touch every weight before anything is timed
-    warm: bool = False  # ours only
+    n_threads: int | None
+    options: Options  # ours only; memory in bytes
+    stock: bool = False  # llama.cpp alone
+    mmap: bool = False  # stock only
+    repack: bool = False  # stock only
+    fill: bool = False  # touch every weight before anything is timed
     timeline: str | None = None  # ours only: write one of a token after the counted ones
     open_only: bool = False  # stop once the model is open: does it fit?
     probe_only: bool = False  # measure the disk, not the model
-    low_share: float = 0.0
-    low_on_miss: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        values = json.loads(text)
+        return cls(**{**values, "options": Options(**values["options"])})
 
 
 def measure(spec: Spec, **given: Any) -> dict[str, Any]:
@@ -77,13 +71,13 @@ def measure(spec: Spec, **given: Any) -> dict[str, Any]:
 
     ``given``: what ``Llama`` takes besides, a policy of the caller's for example.
     """
-    from .. import disk, timeline
+    from .. import disk
     from ..formats.open import read_layout
     from ..llama import Llama
     from ..system import rss_peak
 
     if spec.probe_only:
-        return disk.ceiling(read_layout(Path(spec.model)), spec.lanes)._asdict()
+        return disk.ceiling(read_layout(Path(spec.model)), spec.options.lanes)._asdict()
     start = time.perf_counter()
     llama = _open(spec, **given)
     startup_s = time.perf_counter() - start
@@ -92,51 +86,53 @@ def measure(spec: Spec, **given: Any) -> dict[str, Any]:
     prompt = prompt_tokens(llama, spec.prompt_tokens)
     if spec.fill:
         _fill(llama, spec.n_ctx)
+    ours = llama if isinstance(llama, Llama) else None
 
     start = time.perf_counter()
     tokens = [_step(llama, prompt, Phase.PREFILL)]
     prefill_s = time.perf_counter() - start
-    ours = llama if isinstance(llama, Llama) else None
     prefill_low_share = ours.stats()["low_share"] if ours is not None else None
-
-    warm_up, counted = spec.n_predict // 4, spec.n_predict - spec.n_predict // 4
-    start = time.perf_counter()
-    # A quarter of the tokens is warm-up, and never more than half of the time.
-    warm = _decode(llama, tokens, warm_up, start + DECODE_LIMIT_S / 2)
-    if ours is not None:
-        ours.reset_stats()
-    begin = time.perf_counter()
-    n_counted = _decode(llama, tokens, counted, start + DECODE_LIMIT_S)
-    decode_s = time.perf_counter() - begin
+    decoded = _decode(llama, tokens, spec.n_predict)
     result: dict[str, Any] = {
         "startup_s": startup_s,
         "prompt_tokens": len(prompt),
         "prefill_s": prefill_s,
         "prefill_tps": len(prompt) / prefill_s,
-        "warm_up_tokens": warm,
-        "decode_tokens": n_counted,
-        "decode_s": decode_s,
-        "decode_tps": n_counted / decode_s,
+        **decoded,
         "threads": llama.n_threads,
         "kernels": _kernels(spec, llama),
         "tokens": tokens,
         "rss_peak_bytes": rss_peak(),
     }
     if ours is not None:
-        stats = ours.stats()
-        result |= {name: stats.get(name) for name in STATS}
-        result["prefill_low_share"] = prefill_low_share
-        result["disk_share"] = stats["disk_s"] / decode_s
-        result["stall_share"] = stats["stall_s"] / decode_s
-        result["controller_share"] = (stats["route_s"] + stats["guess_s"]) / decode_s
-        result["mode_line"] = ours.mode_line
-        result["warmed"] = ours.arena.n_warmed
+        result |= _counters(ours, decoded["decode_s"], prefill_low_share)
         if spec.timeline is not None:
-            timeline.record(ours)
-            _step(llama, tokens[-1:], Phase.DECODE)
-            result["timeline"] = timeline.write(ours, Path(spec.timeline))
+            result["timeline"] = _draw(ours, tokens[-1:], Path(spec.timeline))
     llama.close()
     return result
+
+
+def _counters(llama: Llama, decode_s: float, prefill_low_share: float | None) -> dict[str, Any]:
+    """What our engine counted over the counted tokens, and shares of their time."""
+    stats = llama.stats()
+    return {
+        **{name: stats.get(name) for name in STATS},
+        "prefill_low_share": prefill_low_share,
+        "disk_share": stats["disk_s"] / decode_s,
+        "stall_share": stats["stall_s"] / decode_s,
+        "controller_share": (stats["route_s"] + stats["guess_s"]) / decode_s,
+        "mode_line": llama.mode_line,
+        "warmed": llama.arena.n_warmed,
+    }
+
+
+def _draw(llama: Llama, token: list[int], path: Path) -> str:
+    """Write the timeline of one more step."""
+    from .. import timeline
+
+    timeline.record(llama)
+    _step(llama, token, Phase.DECODE)
+    return timeline.write(llama, path)
 
 
 def _open(spec: Spec, **given: Any) -> llama_cpp.Llama:
@@ -146,22 +142,10 @@ def _open(spec: Spec, **given: Any) -> llama_cpp.Llama:
     from ..llama import Llama
     from ..system import physical_cores
 
-    threads = spec.threads or physical_cores()
-    if spec.policy is not None:
-        return Llama(
-            spec.model,
-            memory=spec.memory,
-            policy=spec.policy,
-            reads=spec.reads,
-            lanes=spec.lanes,
-            warm=spec.warm,
-            n_ctx=spec.n_ctx,
-            n_batch=N_BATCH,
-            n_threads=threads,
-            low_share=spec.low_share,
-            low_on_miss=spec.low_on_miss,
-            **given,
-        )
+    threads = spec.n_threads or physical_cores()
+    common: dict[str, Any] = {"n_ctx": spec.n_ctx, "n_batch": N_BATCH, "n_threads": threads}
+    if not spec.stock:
+        return Llama(spec.model, **spec.options.arguments(), **common, **given)
     defaults = bindings.llama_model_default_params
 
     def with_kernels() -> Any:
@@ -172,13 +156,7 @@ def _open(spec: Spec, **given: Any) -> llama_cpp.Llama:
 
     bindings.llama_model_default_params = with_kernels
     return llama_cpp.Llama(
-        spec.model,
-        use_mmap=spec.mmap,
-        n_ctx=spec.n_ctx,
-        n_batch=N_BATCH,
-        n_threads=threads,
-        n_threads_batch=threads,
-        verbose=False,
+        spec.model, use_mmap=spec.mmap, n_threads_batch=threads, verbose=False, **common
     )
 
 
@@ -191,7 +169,7 @@ def _kernels(spec: Spec, llama: llama_cpp.Llama) -> str:
 
 def prompt_tokens(llama: llama_cpp.Llama, n: int) -> list[int]:
     """The first ``n`` tokens of the prose, told over and over if it is too short."""
-    text = PROSE * (1 + n // 100)  # the prose is some 150 words
+    text = prose() * (1 + n // 100)  # the prose is some 150 words
     tokens: list[int] = llama.tokenize(text.encode(), add_bos=True, special=False)
     if len(tokens) < n:
         raise UserError(f"this model's tokenizer makes only {len(tokens)} tokens of the prompt")
@@ -227,7 +205,29 @@ def _step(llama: llama_cpp.Llama, tokens: list[int], phase: Phase) -> int:
     return int(np.argmax(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),))))
 
 
-def _decode(llama: llama_cpp.Llama, tokens: list[int], n: int, deadline: float) -> int:
+def _decode(llama: llama_cpp.Llama, tokens: list[int], n: int) -> dict[str, Any]:
+    """Append up to ``n`` greedy tokens; how many were counted, and their time.
+
+    A quarter of them is warm-up, and never more than half of the time; then our counters begin.
+    """
+    from ..llama import Llama
+
+    start = time.perf_counter()
+    warm_up = _append(llama, tokens, n // 4, start + DECODE_LIMIT_S / 2)
+    if isinstance(llama, Llama):
+        llama.reset_stats()
+    begin = time.perf_counter()
+    counted = _append(llama, tokens, n - n // 4, start + DECODE_LIMIT_S)
+    decode_s = time.perf_counter() - begin
+    return {
+        "warm_up_tokens": warm_up,
+        "decode_tokens": counted,
+        "decode_s": decode_s,
+        "decode_tps": counted / decode_s,
+    }
+
+
+def _append(llama: llama_cpp.Llama, tokens: list[int], n: int, deadline: float) -> int:
     """Append up to ``n`` greedy tokens, ends of text included; how many (at least one of many)."""
     for done in range(n):
         if done and time.perf_counter() > deadline:
@@ -237,12 +237,14 @@ def _decode(llama: llama_cpp.Llama, tokens: list[int], n: int, deadline: float) 
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 unusable input (the result is then ``{"error": sentence}``)."""
-    spec = Spec(**json.loads(sys.argv[1]))
+    """Exit codes: 0 done, 2 unusable input (the result is then ``{"error": sentence}``).
+
+    The sentence's options are not spelled: who reads it knows how.
+    """
     try:
-        result, code = measure(spec), 0
+        result, code = measure(Spec.from_json(sys.argv[1])), 0
     except UserError as error:
-        result, code = {"error": str(error)}, 2
+        result, code = {"error": error.args[0]}, 2
     except KeyboardInterrupt:
         sys.exit(130)
     print(json.dumps(result), flush=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from .inspect import verify_bundle
-from .options import checkpoint, note, quieten
+from .model import checkpoint
+from .terminal import note, quieten
 
 
 @click.command()

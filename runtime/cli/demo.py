@@ -1,18 +1,19 @@
-"""``moe-gguf carve-demo``: the demo model, made in a process of its own."""
+"""``moe-gguf carve-demo``: the demo model, made in a process of its own (see ``cli.model``)."""
 
 from __future__ import annotations
 
-import click
+from pathlib import Path
 
-from .options import cache_dir
+import click
 
 
 @click.command(hidden=True)
-def carve_demo() -> None:
-    """Make the demo model unless it is there, and print its path."""
+@click.argument("folder", type=click.Path(path_type=Path))
+def carve_demo(folder: Path) -> None:
+    """Make the demo model in FOLDER unless it is there, and print its path."""
     from ...converters.demo import demo_model
     from ..progress import bar
 
     with bar("carving the demo model") as progress:
-        path = demo_model(cache_dir(), progress)
+        path = demo_model(folder, progress)
     click.echo(path)

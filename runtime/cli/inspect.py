@@ -1,4 +1,4 @@
-"""What a model file holds, from its header alone: ``moe-gguf inspect``.
+"""``moe-gguf inspect``: what a model file holds, from its header alone.
 
 Reads no weights and does not load llama.cpp, so that it answers at once for any size of file.
 """
@@ -13,13 +13,15 @@ from typing import Any
 
 import click
 
+from ..columns import columns
 from ..errors import UserError
 from ..formats.bundle import COPY, PLAIN, BundleTable
 from ..formats.ggml_types import GGML_TYPES
 from ..formats.layout import ModelLayout
 from ..formats.open import read_layout
 from ..sizes import format_size
-from .options import note, resolve
+from .model import resolve
+from .terminal import note
 
 # Where one of these is set, a token's KV entry is not simply every layer's key and value rows.
 _UNUSUAL_KV = (
@@ -30,6 +32,41 @@ _UNUSUAL_KV = (
     ".full_attention_interval",
     ".ssm.state_size",
 )
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--verify", "verified", is_flag=True, help="read a bundle whole, compare checksums")
+def inspect(model: str, as_json: bool, verified: bool) -> None:
+    """Show what is in MODEL: architecture, experts, sizes, types.
+
+    Exits with 1 when --verify finds a difference.
+    """
+    path = resolve(model)
+    document = describe(path)
+    if verified:
+        document["damage"] = verify_bundle(path)
+    click.echo(json.dumps(document) if as_json else describe_text(document))
+    if document.get("damage"):
+        sys.exit(1)
+
+
+def verify_bundle(path: Path) -> list[str]:
+    """Compare a bundle with its checksums and say on stderr what came of it; the findings."""
+    from ...converters.verify import verify
+    from ..formats.bundle import is_bundle
+    from ..progress import bar
+
+    if not is_bundle(path):
+        raise UserError(f"{path} has no checksums to verify: only bundles do, see convert")
+    with bar(f"verifying {path.name}", in_bytes=True) as progress:
+        findings = verify(path, progress)
+    for finding in findings:
+        note(f"moe-gguf: error: {finding}; convert the model again")
+    if not findings:
+        note(f"moe-gguf: verified {path}: every byte is as it was written")
+    return findings
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -109,6 +146,18 @@ def describe_text(document: dict[str, Any]) -> str:
     blob = " to ".join(format_size(n) for n in dict.fromkeys((blobs[0], blobs[-1])))
     shared = f", {d['n_experts_shared']} shared" if d["n_experts_shared"] else ""
     kv = d["kv_bytes_per_token"]
+    tensors = columns(
+        [
+            (
+                g["role"],
+                g["type"],
+                " x ".join(map(str, g["shape"])),
+                f"in layers {_ranges(g['layers'])}",
+            )
+            for g in d["expert_tensors"]
+        ],
+        "<",
+    )
     rows = [
         ("model", d["name"]),
         ("architecture", d["architecture"]),
@@ -120,14 +169,7 @@ def describe_text(document: dict[str, Any]) -> str:
         ),
         ("layers", f"{d['n_layers']}, {len(d['moe_layers'])} of them with experts"),
         ("experts", f"{d['n_experts']} per layer, {d['n_experts_used']} used per token{shared}"),
-        *(
-            (
-                "" if i else "tensors",
-                f"{g['role']:<8} {g['type']:<6} {' x '.join(map(str, g['shape']))}"
-                f"  in layers {_ranges(g['layers'])}",
-            )
-            for i, g in enumerate(d["expert_tensors"])
-        ),
+        *zip(("tensors", *("" for _ in tensors[1:])), tensors, strict=True),
         ("one expert", blob),
         ("all experts", format_size(d["expert_bytes"])),
         ("trunk", f"{format_size(d['trunk_bytes'])} (everything else)"),
@@ -138,7 +180,7 @@ def describe_text(document: dict[str, Any]) -> str:
         ("KV cache", f"{format_size(kv)} per token" if kv is not None else "see plan"),
         *_bundle_rows(d["bundle"]),
     ]
-    return "\n".join(f"{name:<13}{text}" for name, text in rows)
+    return "\n".join(columns(rows, "<"))
 
 
 def _bundle_rows(bundle: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -166,38 +208,3 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([n])
     return ", ".join("-".join(map(str, run)) for run in runs)
-
-
-@click.command()
-@click.argument("model", metavar="MODEL")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--verify", "verified", is_flag=True, help="read a bundle whole, compare checksums")
-def inspect(model: str, as_json: bool, verified: bool) -> None:
-    """Show what is in MODEL: architecture, experts, sizes, types.
-
-    Exits with 1 when --verify finds a difference.
-    """
-    path = resolve(model)
-    document = describe(path)
-    if verified:
-        document["damage"] = verify_bundle(path)
-    click.echo(json.dumps(document) if as_json else describe_text(document))
-    if document.get("damage"):
-        sys.exit(1)
-
-
-def verify_bundle(path: Path) -> list[str]:
-    """Compare a bundle with its checksums and say on stderr what came of it; the findings."""
-    from ...converters.verify import verify
-    from ..formats.bundle import is_bundle
-    from ..progress import bar
-
-    if not is_bundle(path):
-        raise UserError(f"{path} has no checksums to verify: only bundles do, see convert")
-    with bar(f"verifying {path.name}", in_bytes=True) as progress:
-        findings = verify(path, progress)
-    for finding in findings:
-        note(f"moe-gguf: error: {finding}; convert the model again")
-    if not findings:
-        note(f"moe-gguf: verified {path}: every byte is as it was written")
-    return findings

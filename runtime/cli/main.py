@@ -1,7 +1,8 @@
-"""The command line. The only module that reads the environment, the terminal and standard input.
+"""The command line's entry point: finds the command and turns exceptions into exit codes.
 
-Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 unusable input,
-130 interrupted.
+The command line is the only part of moe-gguf that reads the environment, the terminal and standard
+input. Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 unusable
+input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,38 +11,56 @@ import importlib
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from ..errors import UserError
-from .options import note
+from .options import spelling_of
+from .terminal import note
 
-# Imported when called for: some of them need numpy, and a mistake should be told at once.
+# Each in a file of its name, imported only to run or to help with it: some need numpy, and help
+# and mistakes should answer at once. The texts are the first sentences of the commands' own.
 COMMANDS = {
-    "run": "run",
-    "inspect": "inspect",
-    "plan": "plan",
-    "convert": "convert",
-    "trace": "trace",
-    "replay": "replay",
-    "serve": "serve",
-    "bench": "bench",
-    "quality": "quality",
-    "carve-demo": "demo",
+    "bench": "Measure MODEL under a memory cap: stock llama.cpp against our policies, turn about.",
+    "convert": "Make the bundle DST, a folder, from SRC: a GGUF, a Hugging Face folder or "
+    "hf:owner/repo.",
+    "inspect": "Show what is in MODEL: architecture, experts, sizes, types.",
+    "plan": "Say whether MODEL fits a budget and what it would hold, without loading it.",
+    "quality": "Score a text with MODEL: perplexity, and what a lossy setting costs against the "
+    "lossless run.",
+    "replay": "Replay TRACE under any policy and arena size, without the model.",
+    "run": "Generate text with MODEL inside a memory budget.",
+    "serve": "Serve MODEL over the OpenAI API (llama-cpp-python's server, one request at a time).",
+    "trace": "Record which experts MODEL routes to while it generates (greedily).",
 }
+HIDDEN = {"carve-demo": "demo"}  # and the file it is in
 
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+        if name not in (*COMMANDS, *HIDDEN):
             return None
-        module = importlib.import_module(f".{COMMANDS[name]}", __package__)
+        module = importlib.import_module(f".{HIDDEN.get(name, name)}", __package__)
         command: click.Command = getattr(module, name.replace("-", "_"))
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:  # spelled here, where it is known whose flags it speaks of
+            assert ctx.invoked_subcommand is not None
+            command = self.get_command(ctx, ctx.invoked_subcommand)
+            assert command is not None
+            error.args = (error.spelled(spelling_of(command)),)
+            raise
 
 
 @click.group(
@@ -55,7 +74,7 @@ def cli(debug: bool) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: turns exceptions into one sentence and an exit code."""
+    """Run the command that ``sys.argv`` names; an exception becomes one sentence and a code."""
     args = sys.argv[1:]
     if debug := "--debug" in args:  # anywhere, though click knows it in front only
         args = ["--debug", *(arg for arg in args if arg != "--debug")]
@@ -67,19 +86,19 @@ def main() -> NoReturn:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        text, code = _explained(error)
+        text, code = _explain(error)
     note(text)
     sys.exit(code)
 
 
-def _explained(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException) -> tuple[str, int]:
     """What to say about an error, and the exit code."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         return error.format_message(), 2
     if isinstance(error, click.UsageError):
         text, code = error.format_message(), 2
     elif isinstance(error, UserError):
-        text, code = error.spelled(_as_flag), 2
+        text, code = str(error), 2
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         text, code = "interrupted", 130
     elif isinstance(error, OSError | MemoryError | RuntimeError | ValueError):
@@ -87,9 +106,3 @@ def _explained(error: BaseException) -> tuple[str, int]:
     else:
         text, code = f"{type(error).__name__}: {error}; this is a bug: --debug shows where", 1
     return f"moe-gguf: error: {text}", code
-
-
-def _as_flag(name: str, value: str | None) -> str:
-    """How the command line spells an option."""
-    flag = f"--{name.replace('_', '-')}"
-    return flag if value is None else f"{flag} {value}"

@@ -1,85 +1,21 @@
-"""The options that commands share, and what they make of them."""
+"""The flags that commands share, made from ``runtime.options``, and how a command spells them.
+
+Knows what is written on a command line; opens no model and reads no prompt.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import typing
+from collections.abc import Callable, Container
+from dataclasses import Field, fields
+from typing import Any
 
 import click
-import platformdirs
 
-from ..errors import UserError, reason
+from ..errors import Spelling, as_argument
+from ..options import Entry, Options
 
-if TYPE_CHECKING:
-    from ..llama import Llama
-
-# llama_cpp and numpy are imported inside the commands: help and mistakes should answer at once.
-
-
-def note(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def resolve(model: str) -> Path:
-    """The file a MODEL argument names."""
-    if model == "demo":
-        return _demo()
-    if model.startswith("hf:"):
-        raise UserError("hf: models are not supported yet: download the GGUF and give its path")
-    return Path(model)
-
-
-def _demo() -> Path:
-    """The demo model, carved by a child: the memory that takes must not count in this process."""
-    command = [sys.executable, "-m", "moe_gguf", "carve-demo"]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode != 0:  # it has told why
-        sys.exit(child.returncode)
-    return Path(child.stdout.rstrip("\n"))
-
-
-def cache_dir() -> Path:
-    """Where files made for the user are kept; MOE_GGUF_CACHE overrides it."""
-    return Path(os.environ.get("MOE_GGUF_CACHE") or platformdirs.user_cache_dir("moe-gguf"))
-
-
-def debugging() -> bool:
-    return bool(click.get_current_context().find_root().params["debug"])
-
-
-def quieten() -> None:
-    """Keep llama.cpp's own log off the terminal unless debugging."""
-    from .. import logs
-
-    if debugging():
-        logs.echo()
-    else:
-        logs.silence()
-
-
-def lanes_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--lanes N|auto``; None stands for auto."""
-
-    def parse(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
-        if value == "auto":
-            return None
-        try:
-            return int(value)
-        except ValueError:
-            raise UserError(f"{value!r} is not a number of lanes: give 1 to 64, or auto") from None
-
-    return click.option(
-        "--lanes",
-        default="auto",
-        metavar="N|auto",
-        callback=parse,
-        help="reader threads",
-        show_default=True,
-    )(command)
+Command = Callable[..., Any]
 
 
 class Number(click.FloatRange):
@@ -94,83 +30,80 @@ class Number(click.FloatRange):
         return number
 
 
-def low_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What may be read from the bundle's low copy."""
-    share = click.option(
-        "--low-share",
-        default=0.0,
-        type=Number(0, 1),
-        metavar="F",
-        help="read the least popular experts of a prompt, up to this share of its votes, "
-        "from the bundle's low copy (lossy); 0.25 is a good start; 0: off",
-    )
-    on_miss = click.option(
-        "--low-on-miss",
-        is_flag=True,
-        help="in generation read missing experts from the bundle's low copy (lossy)",
-    )
-    return share(on_miss(command))
+def _or_auto(kind: click.ParamType[Any]) -> Callable[[str], Any]:
+    """Values of ``kind``, or ``auto``, which stands for None."""
+
+    def convert(value: str) -> Any:
+        if value == "auto":
+            return None
+        try:
+            return kind(value)
+        except click.BadParameter:
+            raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
+
+    return convert
 
 
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options every command that opens a model shares."""
-    for option in reversed(
-        (
-            click.argument("model", metavar="MODEL"),
-            click.option(
-                "--memory",
-                default="auto",
-                metavar="SIZE",
-                help="what the whole process may use: 2.4GB, 4GiB, auto",
-            ),
-            click.option(
-                "--policy",
-                default="fate",
-                metavar="NAME",
-                show_default=True,
-                help="what stays in memory and what is read ahead",
-            ),
-            click.option(
-                "--ctx",
-                "n_ctx",
-                type=click.IntRange(min=0),
-                metavar="N",
-                help="context length; 0: the model's own; default: that, but at most 4096",
-            ),
-            click.option(
-                "--threads",
-                "n_threads",
-                type=click.IntRange(1, 512),
-                metavar="N",
-                help="default: the physical cores",
-            ),
-            click.option(
-                "--reads", default="auto", metavar="MODE", help="auto, direct or buffered"
-            ),
-            lanes_option,
-            click.option(
-                "--experts-used",
-                type=int,
-                metavar="K",
-                help="experts per token instead of the model's own number (lossy)",
-            ),
-            low_options,
-            click.option("--device", default="cpu", help="where experts are computed (cpu)"),
-        )
-    ):
-        command = option(command)
-    return command
+_TYPES: dict[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
 
 
-def warm_option(command: Callable[..., Any]) -> Callable[..., Any]:
+def option_flags(
+    options: type[Options] = Options, without: Container[str] = ()
+) -> Callable[[Command], Command]:
+    """A flag for every field of ``options``, but for those named."""
+
+    def decorate(command: Command) -> Command:
+        types = typing.get_type_hints(options)
+        for field in reversed(fields(options)):
+            if field.name not in without:
+                command = _flag(field, types[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _flag(field: Field[Any], hint: Any) -> Callable[[Command], Command]:
+    entry: Entry = field.metadata["entry"]
+    default = field.default
+    flag = f"--{field.name.replace('_', '-')}"
+    if hint is bool:
+        return click.option(flag, is_flag=True, help=entry.help)
+    # Of ``str | int`` and ``int | None`` the command line gives the first.
+    kind = _TYPES[(typing.get_args(hint) or (hint,))[0]]
+    or_auto = entry.metavar is not None and entry.metavar.endswith("|auto")
+    if or_auto and default is None:
+        default = "auto"
     return click.option(
-        "--warm",
-        is_flag=True,
-        help="fill memory first with what was popular in runs of trace --save-routing",
-    )(command)
+        flag,
+        type=_or_auto(kind) if or_auto else kind,
+        default=default,
+        metavar=entry.metavar,
+        help=entry.help,
+        show_default=default is not None,
+    )
 
 
-def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def model_options(command: Command) -> Command:
+    """MODEL, and the flags of every command that opens one: ``Llama``'s arguments by name."""
+    context = click.option(
+        "--ctx",
+        "n_ctx",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="context length; 0: the model's own; default: that, but at most 4096",
+    )
+    threads = click.option(
+        "--threads",
+        "n_threads",
+        type=click.IntRange(1, 512),
+        metavar="N",
+        help="default: the physical cores",
+    )
+    argument = click.argument("model", metavar="MODEL")
+    return argument(option_flags()(context(threads(command))))
+
+
+def prompt_options(command: Command) -> Command:
     prompt = click.option("-p", "--prompt", help="prompt text")
     file = click.option(
         "-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file"
@@ -178,75 +111,18 @@ def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return prompt(file(command))
 
 
-def open_llama(model: str, *, recorder: Any = None, **options: Any) -> Llama:
-    """Open MODEL with the shared options and say on stderr what is in force."""
-    from ..llama import Llama
-    from ..progress import bar
+def spelling_of(command: click.Command) -> Spelling:
+    """How ``command`` spells options: ``n_ctx`` as ``--ctx``, and what it lacks by its name."""
+    flags = {p.name: p.opts[0] for p in command.params if isinstance(p, click.Option)}
 
-    quieten()
-    path = resolve(model)
-    with bar(f"loading {path.name}") as progress:
-        llama = Llama(
-            path,
-            recorder=recorder,
-            progress=progress,
-            verbose=debugging(),
-            **options,
-        )
-    if not debugging():  # a verbose model has said it
-        note(llama.mode_line)
-    note(llama.arena.budget.table())
-    if warning := llama.arena.budget.warning():
-        note(f"moe-gguf: warning: {warning}")
-    if llama.found.options.warm:
-        note(llama.arena.warm_line())
-    if llama.n_ctx() > (trained := llama.found.layout.n_ctx_train):
-        note(f"moe-gguf: warning: this model was trained for a context of {trained} tokens only")
-    return llama
+    def spell(name: str, value: str | None) -> str:
+        flag = flags.get(name, f"--{name.replace('_', '-')}")
+        return flag if value is None else f"{flag} {value}"
+
+    return spell
 
 
-def prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> str | None:
-    """The prompt, or None for a conversation on the terminal."""
-    if prompt is not None and file is not None:
-        raise UserError("-p and -f exclude each other: give the prompt once")
-    if prompt is not None:
-        return prompt
-    if file is not None:
-        try:
-            return _decoded(Path(file).read_bytes(), file)
-        except OSError as error:
-            raise UserError(f"cannot read the prompt from {file} ({reason(error)})") from None
-    if not sys.stdin.isatty():
-        if text := _decoded(sys.stdin.buffer.read(), "standard input"):
-            return text
-    elif wants_terminal:
-        return None
-    raise UserError("give a prompt with -p, -f or a pipe, or start a conversation with --chat")
-
-
-def _decoded(data: bytes, source: str) -> str:
-    """Text without the line end that editors and ``echo`` put behind it."""
-    try:
-        return data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{source} is not text in UTF-8: convert it first") from None
-
-
-def checkpoint(source: str) -> Path:
-    """The file or folder a SRC argument names."""
-    if not source.startswith("hf:"):
-        return resolve(source)
-    from ...converters.hf.hub import download
-
-    return download(source)
-
-
-def check_writable(path: Path) -> None:
-    """Raise now what would be raised after the work."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"cannot write {path}: its folder does not exist")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: its folder may not be written to")
+def as_flag(name: str, value: str | None) -> str:
+    """How the command that runs now spells an option; without one, how Python does."""
+    context = click.get_current_context(silent=True)
+    return (as_argument if context is None else spelling_of(context.command))(name, value)

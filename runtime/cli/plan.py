@@ -1,4 +1,4 @@
-"""Whether a model fits a budget, what it would hold and how fast the disk lets it be: ``plan``.
+"""``moe-gguf plan``: whether a model fits a budget, what it would hold, and how fast it can be.
 
 Goes the way of ``run`` up to the point where weights would be read, so both print the same
 numbers. What it predicts is a bound from reads alone; it knows no compute.
@@ -10,18 +10,40 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import disk, opening
-from ..budget import smallest
-from ..errors import UserError
-from ..opening import Found, Measured
+from ..budget import Budget, Needs, smallest
+from ..columns import columns
+from ..errors import UserError, spell
 from ..options import Options
-from ..params import ContextShape, ModelParams, n_ctx_of
 from ..sizes import MB, format_size
-from .options import model_options, quieten, resolve
+from .model import resolve
+from .options import as_flag, model_options
+from .terminal import quieten
+
+if TYPE_CHECKING:
+    from ..opening import Found, Measured
+
+
+@click.command()
+@model_options
+@click.option("--json", "as_json", is_flag=True)
+def plan(model: str, as_json: bool, **options: Any) -> None:
+    """Say whether MODEL fits a budget and what it would hold, without loading it.
+
+    Exits with 1 when it does not fit.
+    """
+    from ..progress import bar
+
+    quieten()
+    path = resolve(model)
+    with bar(f"measuring {path.name}"):  # like run: the process has the same size then
+        document = plan_document(path, **options)
+    click.echo(json.dumps(document) if as_json else plan_text(document))
+    if not document["fits"]:
+        sys.exit(1)
 
 
 def plan_document(
@@ -29,8 +51,10 @@ def plan_document(
 ) -> dict[str, Any]:
     """The document of ``plan``; ``options`` are those of ``Options``. UserError for an unusable
     file."""
+    from .. import opening
+
     found = opening.find(path, Options(**options))
-    measured = _measured(found, n_ctx, n_threads)
+    measured = _measure(found, n_ctx, n_threads)
     needs, slot_bytes = measured.needs, found.slots.slot_bytes
     document: dict[str, Any] = {
         "path": str(path),
@@ -57,10 +81,11 @@ def plan_document(
     try:
         budget = measured.divide()
     except UserError as error:
-        return {**document, "fits": False, "reason": str(error), "predicted": None}
+        return {**document, "fits": False, "reason": error.spelled(as_flag), "predicted": None}
+    warning = budget.warning()
     return {
         **document,
-        "warning": budget.warning(),
+        "warning": warning and spell(warning, as_flag),
         "slots": budget.n_slots,
         "resident_share": budget.resident_share,
         "experts_bytes": budget.experts,
@@ -68,8 +93,11 @@ def plan_document(
     }
 
 
-def _measured(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
+def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
     """What ``run`` would find with the same options; no weight is read, nothing stays open."""
+    from .. import opening
+    from ..params import ContextShape, ModelParams, n_ctx_of
+
     overrides = {}
     if found.options.experts_used is not None:
         overrides[f"{found.layout.architecture}.expert_used_count"] = found.n_used
@@ -85,6 +113,8 @@ def predict(found: Found, resident_share: float) -> dict[str, Any]:
     Real routing repeats itself more than uniform routing, and computing takes time too: the
     first makes a run faster than the upper number, the second slower.
     """
+    from .. import disk
+
     per_token = found.n_used * sum(layer.blob_bytes for layer in found.layout.layers)
     speed = disk.speed(found.layout, found.mode)
     hit_rates = [0.0, resident_share]
@@ -101,27 +131,24 @@ def predict(found: Found, resident_share: float) -> dict[str, Any]:
 
 def plan_text(document: dict[str, Any]) -> str:
     d = document
+    needs = Needs(*(d[f"{name}_bytes"] for name in Needs._fields))
+    budget = Budget(
+        d["budget_bytes"], needs, d["slot_bytes"], d["slots"], d["slots_all"], d["working_set"]
+    )
     named = f"the smallest budget that works is {d['smallest_bytes'] // MB}MB"
-    share = f"{d['slots']} of {d['slots_all']} slots, {d['resident_share']:.0%} of the experts"
-    rows = [
-        ("trunk", d["trunk_bytes"], "every weight that is not a routed expert"),
-        ("KV cache", d["kv_bytes"], f"{d['n_ctx']} tokens of context"),
-        ("compute", d["compute_bytes"], "graph and work buffers"),
-        ("process", d["process_bytes"], "Python, libraries, vocabulary, margin"),
-        ("experts", d["experts_bytes"], share),
-    ]
     sizes = [
         (d["smallest_bytes"], "is the smallest that works"),
         (d["working_set_fits_bytes"], f"holds the {d['working_set']} experts of one token"),
         (d["everything_fits_bytes"], "holds every expert"),
     ]
+    rows = [["", f"{-(-n_bytes // MB)} MB", what] for n_bytes, what in sizes]
     lines = [
-        f"{d['path']} ({d['architecture']})",
+        f"{d['path']} ({d['architecture']}), {d['n_ctx']} tokens of context",
         f"fits {format_size(d['budget_bytes'])}: "
         + ("yes" if d["fits"] else f"no, {named}; a smaller --ctx also helps"),
-        *(f"  {name:<9}{format_size(n_bytes):>10}  {remark}" for name, n_bytes, remark in rows),
+        budget.table(),
         "budgets:",
-        *(f"  {-(-n_bytes // MB):>16} MB  {remark}" for n_bytes, remark in sizes),
+        *columns(rows, "<><"),
         f"reads {d['reads']}; policy {d['policy']}; device {d['device']}",
     ]
     if d["predicted"] is not None:
@@ -145,23 +172,3 @@ def _predicted_text(predicted: dict[str, Any]) -> str:
         f"{text}, {fast:.2f} tok/s if {rate:.0%} of them are hits, as with uniform routing; "
         "real routing hits more often, and computing takes time as well"
     )
-
-
-@click.command()
-@model_options
-@click.option("--json", "as_json", is_flag=True)
-def plan(model: str, as_json: bool, **options: Any) -> None:
-    """Say whether MODEL fits a budget and what it would hold, without loading it.
-
-    Exits with 1 when it does not fit.
-    """
-    from ..progress import bar
-    from .plan import plan_document, plan_text
-
-    quieten()
-    path = resolve(model)
-    with bar(f"measuring {path.name}"):  # like run: the process has the same size then
-        document = plan_document(path, **options)
-    click.echo(json.dumps(document) if as_json else plan_text(document))
-    if not document["fits"]:
-        sys.exit(1)

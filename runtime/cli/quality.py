@@ -7,7 +7,10 @@ from typing import Any
 
 import click
 
-from .options import cache_dir, model_options, open_llama, prompt_text, resolve
+from ..options import Options
+from .model import cache_dir, open_llama, resolve
+from .options import model_options
+from .terminal import prompt_text
 
 
 @click.command()
@@ -35,24 +38,24 @@ def quality(
     text_file: str | None,
     against: str | None,
     as_json: bool,
-    **options: Any,
+    **settings: Any,
 ) -> None:
     """Score a text with MODEL: perplexity, and what a lossy setting costs against the lossless run.
 
     The text is read in chunks of --ctx tokens (default 512).
     """
+    from ..bench.prose import prose
+    from ..bench.quality import Request, quality_text
     from ..bench.quality import quality as run_quality
-    from ..bench.quality import quality_text
-    from ..bench.row import PROSE
     from ..progress import bar
 
-    text = PROSE if text_file is None else prompt_text(None, text_file, wants_terminal=False)
+    options = Options.taken_from(settings)
+    text = prose() if text_file is None else prompt_text(None, text_file, wants_terminal=False)
     assert text is not None
     path = resolve(model)
     other = None if against is None else resolve(against)
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    document = run_quality(
-        path, text, against=other, open_model=open_llama, progress=bar, folder=folder, **options
-    )
+    request = Request(path, text, options, against=other, **settings)
+    document = run_quality(request, open_model=open_llama, progress=bar, folder=folder)
     click.echo(json.dumps(document) if as_json else quality_text(document))

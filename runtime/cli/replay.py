@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,12 @@ import click
 from ...policies.presets import POLICIES
 from ...policies.replay import BELADY, ReplayResult, replay_table
 from ...policies.trace import Trace, load_trace
+from ..columns import columns
 from ..errors import UserError, reason
 from ..sizes import format_size
+
+# Arena sizes shown by default, as shares of all experts.
+_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @click.command()
@@ -30,14 +33,8 @@ from ..sizes import format_size
 @click.option("--json", "as_json", is_flag=True)
 def replay(trace_file: str, policies: str | None, slots: str | None, as_json: bool) -> None:
     """Replay TRACE under any policy and arena size, without the model."""
-    from .replay import replay_document, replay_text
-
     document = replay_document(Path(trace_file), policies, slots)
     click.echo(json.dumps(document) if as_json else replay_text(document))
-
-
-# Arena sizes shown by default, as shares of all experts.
-_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def replay_document(path: Path, policies: str | None, slots: str | None) -> dict[str, Any]:
@@ -60,7 +57,7 @@ def replay_document(path: Path, policies: str | None, slots: str | None) -> dict
         "path": str(path),
         "metadata": dict(trace.metadata),
         "events": len(trace.events),
-        "recorded": _recorded(trace),
+        "recorded": _check_recorded(trace),
         "guesses": trace.has_offers,
         "sizes": sizes,
         "rows": [_row(result) for result in replay_table(trace, names, sizes)],
@@ -80,7 +77,7 @@ def _row(result: ReplayResult) -> dict[str, Any]:
     }
 
 
-def _recorded(trace: Trace) -> dict[str, Any] | None:
+def _check_recorded(trace: Trace) -> dict[str, Any] | None:
     """The recorded run's own counts and whether replaying it gives them again; None if unknown.
 
     A replay begins with empty slots: what a warm run counted it cannot tell.
@@ -146,7 +143,8 @@ def replay_text(document: dict[str, Any]) -> str:
     for row in d["rows"]:
         cell = f"{row['hit_rate']:.1%} {format_size(row['bytes_read'])}"
         cells.setdefault(row["policy"], []).append(cell)
-    lines += _table([["hits, bytes read", *header], *([name, *row] for name, row in cells.items())])
+    table = [["hits, bytes read", *header], *([name, *row] for name, row in cells.items())]
+    lines += columns(table, "<>")
     return "\n".join(lines)
 
 
@@ -158,10 +156,3 @@ def _guesses_note(document: dict[str, Any]) -> str:
         f"guesses: those offered to {run}, and after each event no more than it read there; belady "
         "bounds policies that guess nothing"
     )
-
-
-def _table(rows: list[list[str]]) -> Iterable[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        yield "  ".join((first.ljust(widths[0]), *cells))

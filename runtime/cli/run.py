@@ -11,17 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ExpertReadError, UserError
-from ..stats import stats_line
-from .options import (
-    Number,
-    check_writable,
-    model_options,
-    note,
-    open_llama,
-    prompt_options,
-    prompt_text,
-    warm_option,
-)
+from ..system import check_writable
+from .model import open_llama
+from .options import Number, model_options, prompt_options
+from .terminal import note, prompt_text, report_error
 
 if TYPE_CHECKING:
     from ..generate import Sampling
@@ -30,7 +23,6 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_options
-@warm_option
 @prompt_options
 @click.option(
     "-n",
@@ -114,6 +106,7 @@ def _complete(
 ) -> None:
     from ..generate import generate
     from ..prompts import Chat, encode
+    from ..stats import stats_line
 
     tokens = Chat(llama, system).ask(text) if chat else encode(llama, text)
     pieces, interrupted = [], False
@@ -148,6 +141,7 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
     """A conversation on the terminal; Ctrl-C stops an answer, Ctrl-D ends it."""
     from ..generate import generate
     from ..prompts import Chat
+    from ..stats import stats_line
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and history
@@ -161,18 +155,19 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
             break
         if not text.strip():
             continue
-        said: list[str] = []
+        answer: list[str] = []
         try:
             for piece in generate(llama, chat.ask(text), n_predict, sampling):
-                said.append(piece.text)
+                answer.append(piece.text)
                 click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
             note(" [stopped]")
         except ExpertReadError as error:  # the model stays usable
-            note(f"\nmoe-gguf: error: {error}")
+            note("")
+            report_error(error)
         except UserError as error:  # the conversation outgrew the context
-            note(f"moe-gguf: error: {error}")
+            report_error(error)
             break
         click.echo()
-        chat.answer("".join(said))
+        chat.answer("".join(answer))
     note(stats_line(llama.stats()))

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from .options import model_options, open_llama, warm_option
+from .model import open_llama
+from .options import model_options
 
 
 @click.command()
 @model_options
-@warm_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option(
     "--port",

@@ -1,4 +1,4 @@
-"""Recorded routing as documents and tables: what ``trace`` writes down and ``replay`` shows."""
+"""``moe-gguf trace``: which experts a run asks for, recorded to be replayed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,74 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...policies.trace import Trace
+from ...policies.trace import Trace, TraceRecorder
 from .. import history
 from ..history import Identity
-from ..stats import stats_line
-from .options import (
-    check_writable,
-    model_options,
-    note,
-    open_llama,
-    prompt_options,
-    prompt_text,
-    warm_option,
-)
+from ..system import check_writable
+from .model import open_llama
+from .options import model_options, prompt_options
+from .terminal import note, prompt_text
 
 if TYPE_CHECKING:
     from ..llama import Llama
+
+
+@click.command()
+@model_options
+@prompt_options
+@click.option(
+    "-n", "n_predict", default=128, type=click.IntRange(min=1), metavar="N", show_default=True
+)
+@click.option("--chat", is_flag=True, help="use the model's chat template")
+@click.option("-o", "--output", required=True, type=click.Path(), help="the trace file to write")
+@click.option(
+    "--save-routing",
+    is_flag=True,
+    help="also add to the statistics beside MODEL that --warm starts from",
+)
+def trace(
+    model: str,
+    prompt: str | None,
+    prompt_file: str | None,
+    n_predict: int,
+    chat: bool,
+    output: str,
+    save_routing: bool,
+    **options: Any,
+) -> None:
+    """Record which experts MODEL routes to while it generates (greedily)."""
+    from ..generate import Sampling, generate
+    from ..prompts import Chat, encode
+    from ..stats import stats_line
+
+    text = prompt_text(prompt, prompt_file, wants_terminal=False)
+    assert text is not None
+    check_writable(Path(output))
+    recorder = TraceRecorder()
+    llama = open_llama(model, recorder=recorder, **options)
+    found = llama.found
+    try:
+        if save_routing:  # so that mistakes show now
+            check_writable(found.history_path)
+            history.load(found.history_path, found.identity)
+        tokens = Chat(llama).ask(text) if chat else encode(llama, text)
+        interrupted = False
+        try:
+            for piece in generate(llama, tokens, n_predict, Sampling(temp=0.0)):
+                click.echo(piece.text, nl=False)
+        except KeyboardInterrupt:
+            interrupted = True
+        click.echo()
+        recorded = recorder.save(Path(output), trace_metadata(llama, complete=not interrupted))
+        note(stats_line(llama.stats()))
+        note(f"moe-gguf: wrote {output}" + (", up to the interrupt" if interrupted else ""))
+        if save_routing:
+            path, identity = found.history_path, found.identity
+            note(f"moe-gguf: {add_routing(path, identity, llama.arena.gate_recall(), recorded)}")
+    finally:
+        llama.close()
+    if interrupted:
+        sys.exit(130)
 
 
 def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
@@ -63,64 +115,3 @@ def add_routing(path: Path, identity: Identity, recall: Mapping[int, float], tra
         total = earlier + total
     total.save(path)
     return f"wrote {path}: routing statistics of {total.tokens} tokens"
-
-
-@click.command()
-@model_options
-@warm_option
-@prompt_options
-@click.option(
-    "-n", "n_predict", default=128, type=click.IntRange(min=1), metavar="N", show_default=True
-)
-@click.option("--chat", is_flag=True, help="use the model's chat template")
-@click.option("-o", "--output", required=True, type=click.Path(), help="the trace file to write")
-@click.option(
-    "--save-routing",
-    is_flag=True,
-    help="also add to the statistics beside MODEL that --warm starts from",
-)
-def trace(
-    model: str,
-    prompt: str | None,
-    prompt_file: str | None,
-    n_predict: int,
-    chat: bool,
-    output: str,
-    save_routing: bool,
-    **options: Any,
-) -> None:
-    """Record which experts MODEL routes to while it generates (greedily)."""
-    from ...policies.trace import TraceRecorder
-    from ..generate import Sampling, generate
-    from ..history import load
-    from ..prompts import Chat, encode
-    from .trace import add_routing, trace_metadata
-
-    text = prompt_text(prompt, prompt_file, wants_terminal=False)
-    assert text is not None
-    check_writable(Path(output))
-    recorder = TraceRecorder()
-    llama = open_llama(model, recorder=recorder, **options)
-    found = llama.found
-    try:
-        if save_routing:  # so that mistakes show now
-            check_writable(found.history_path)
-            load(found.history_path, found.identity)
-        tokens = Chat(llama).ask(text) if chat else encode(llama, text)
-        interrupted = False
-        try:
-            for piece in generate(llama, tokens, n_predict, Sampling(temp=0.0)):
-                click.echo(piece.text, nl=False)
-        except KeyboardInterrupt:
-            interrupted = True
-        click.echo()
-        recorded = recorder.save(Path(output), trace_metadata(llama, complete=not interrupted))
-        note(stats_line(llama.stats()))
-        note(f"moe-gguf: wrote {output}" + (", up to the interrupt" if interrupted else ""))
-        if save_routing:
-            path, identity = found.history_path, found.identity
-            note(f"moe-gguf: {add_routing(path, identity, llama.arena.gate_recall(), recorded)}")
-    finally:
-        llama.close()
-    if interrupted:
-        sys.exit(130)

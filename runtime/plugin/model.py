@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import ExpertReadError, UserError
+from ..errors import ExpertReadError, UserError, option
 from .abi import ERROR_OTHER, ERROR_READ, ROUTE_FN, Call, Config, Event, Stats, i32
 from .library import load
 
@@ -63,7 +63,9 @@ class PluginModel:
 
     def allocate(self, n_slots: int) -> None:
         if self._lib.moe_model_arena(self._open, n_slots) != 0:
-            raise UserError(f"the system refused the memory for {n_slots} slots: lower --memory")
+            raise UserError(
+                f"the system refused the memory for {n_slots} slots: lower {option('memory')}"
+            )
         self.n_slots = n_slots
 
     def bind(self, route: Callable[[], int], guess: Callable[[], int]) -> None:
