@@ -80,13 +80,7 @@ def test_the_readme_is_read_in_one_sitting() -> None:
     assert len(read("README.md").splitlines()) <= 120
 
 
-STALE = pytest.mark.xfail(strict=True, reason="being rewritten; the mark goes when it is right")
-
-
-@pytest.mark.parametrize(
-    "document",
-    [pytest.param(d, marks=STALE if d == "ARCHITECTURE.md" else ()) for d in DOCUMENTS],
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_document_names_a_file_that_moved(document: str) -> None:
     text = prose(read(document))
     named = {match for kind in (FILE, FOLDER) for match in kind.findall(text)} - ELSEWHERE
