@@ -52,9 +52,9 @@ void moe_model_step(moe_model * model, int32_t phase, int32_t n_sequences) {
     model->dialogue.step(phase, n_sequences);
 }
 moe_call * moe_model_call(moe_model * model) { return &model->dialogue.call; }
-void       moe_model_stats(moe_model * model, moe_stats * stats, int32_t reset) {
+void       moe_model_stats(moe_model * model, moe_stats * stats) {
     std::lock_guard<std::mutex> lock(model->step);
-    model->count(stats, reset != 0);
+    *stats = model->count();
 }
 
 int32_t moe_model_error(moe_model * model, char * error, size_t n_error) {

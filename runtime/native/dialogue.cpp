@@ -33,11 +33,6 @@ void dialogue::step(int phase, int n_sequences) {
     call.settled     = 0;
 }
 
-void dialogue::reset_counts() {
-    std::fill(settled_hits_.begin(), settled_hits_.end(), 0);
-    call.settled_pairs = 0;
-}
-
 bool dialogue::begin(const chain & c, rows & activations) {
     c_ = &c;
     entries.clear();

@@ -48,7 +48,6 @@ class dialogue {
     std::vector<entry>   entries;  // the plan, in execution order
 
     void step(int phase, int n_sequences);
-    void reset_counts();
 
     moe_call     call{};
     moe_route_fn route = nullptr;

@@ -73,25 +73,16 @@ bool moe_model::fill(const int32_t * keys, const int32_t * slots, int n) {
     return ok;
 }
 
-void moe_model::count(moe_stats * out, bool reset) {
-    auto & count         = reads->count;
-    *out                 = stats;
-    out->read_bytes      = count.bytes;
-    out->guess_bytes     = count.guess_bytes;
-    out->disk_ns         = reads->disk_ns() - disk_ns_at_reset_;
-    out->reads           = count.reads;
-    out->bounced         = count.bounced;
-    out->guess_loads     = count.guess_loads;
-    out->guess_promoted  = count.guess_promoted;
-    out->guess_cancelled = count.guess_cancelled;
-    if (!reset) {
-        return;
-    }
-    stats = {};
-    dialogue.reset_counts();
-    disk_ns_at_reset_ += out->disk_ns;
-    for (auto * c : {&count.bytes, &count.guess_bytes, &count.reads, &count.bounced, &count.guess_loads, &count.guess_promoted,
-                     &count.guess_cancelled}) {
-        c->store(0);
-    }
+moe_stats moe_model::count() const {
+    const auto & count  = reads->count;
+    moe_stats    all    = stats;
+    all.read_bytes      = count.bytes;
+    all.guess_bytes     = count.guess_bytes;
+    all.disk_ns         = reads->disk_ns();
+    all.reads           = count.reads;
+    all.bounced         = count.bounced;
+    all.guess_loads     = count.guess_loads;
+    all.guess_promoted  = count.guess_promoted;
+    all.guess_cancelled = count.guess_cancelled;
+    return all;
 }

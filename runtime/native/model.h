@@ -37,7 +37,8 @@ struct moe_model {
             reads->history.add(kind, -1, layer, start_ns);
         }
     }
-    void count(moe_stats * out, bool reset);
+    // The counters of all parts, since the model was opened.
+    moe_stats count() const;
 
     const moe::weights          weights;
     moe::failure                failure;
@@ -46,13 +47,12 @@ struct moe_model {
     std::unique_ptr<moe::arena> arena;
     std::unique_ptr<moe::reads> reads;
     moe::dialogue               dialogue;
-    moe_stats                   stats{};
-    std::mutex                  step;  // one context at a time computes on the slots
+    moe_stats                   stats{};  // those of steps
+    std::mutex                  step;     // one context at a time computes on the slots
 
   private:
     std::vector<uint8_t>   header_;
     int64_t                stream_bytes_;
     std::vector<int>       slot_of_;
     std::vector<moe::part> parts_;
-    int64_t                disk_ns_at_reset_ = 0;
 };

@@ -148,7 +148,7 @@ struct moe_call {
     int32_t * predicted_keys;  // [n_predicted], the nearest layer first, best first
     float *   predicted_chances;
 
-    int64_t * settled_hits;   // by layer: experts that were found unasked, since the stats' last reset
+    int64_t * settled_hits;   // by layer: experts that were found unasked, since the model was opened
     int64_t   settled_pairs;  // likewise (token, rank) pairs
 };
 
@@ -274,7 +274,8 @@ MOE_API void moe_model_guess_with(struct moe_model * model, struct moe_gates * g
 // Until it is said: prefill, one.
 MOE_API void              moe_model_step(struct moe_model * model, int32_t phase, int32_t n_sequences);
 MOE_API struct moe_call * moe_model_call(struct moe_model * model);
-MOE_API void              moe_model_stats(struct moe_model * model, struct moe_stats * stats, int32_t reset);
+// Since the model was opened: whoever wants less remembers where they stood.
+MOE_API void moe_model_stats(struct moe_model * model, struct moe_stats * stats);
 // The sentence of the last failed step, and clears it: 0 none, 1 a read failed, 2 anything else.
 MOE_API int32_t moe_model_error(struct moe_model * model, char * error, size_t n_error);
 // keys[n_slots]: the key each slot completely holds, -1 for none. For reconciling after a failure.

@@ -85,7 +85,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_guess_with", None, [handle, handle]),
         ("moe_model_step", None, [handle, i32, i32]),
         ("moe_model_call", ctypes.POINTER(Call), [handle]),
-        ("moe_model_stats", None, [handle, ctypes.POINTER(Stats), i32]),
+        ("moe_model_stats", None, [handle, ctypes.POINTER(Stats)]),
         ("moe_model_error", i32, [handle, ctypes.c_char_p, ctypes.c_size_t]),
         ("moe_model_slots", None, [handle, i32_array]),
         ("moe_model_fill", i32, [handle, i32_array, i32_array, i32]),

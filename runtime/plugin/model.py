@@ -80,9 +80,10 @@ class PluginModel:
         """Say what the next steps do (one of ``PHASES``) and for how many sequences."""
         self._lib.moe_model_step(self._open, phase, n_sequences)
 
-    def stats(self, reset: bool = False) -> Stats:
+    def stats(self) -> Stats:
+        """Counters since the model was opened."""
         stats = Stats()
-        self._lib.moe_model_stats(self._open, ctypes.byref(stats), int(reset))
+        self._lib.moe_model_stats(self._open, ctypes.byref(stats))
         return stats
 
     def take_error(self) -> Exception | None:
