@@ -522,7 +522,7 @@ def test_a_failed_guess_is_read_again(
         play(model)
     right = [16 + e for e in range(16) if e in events.ids[1]]
     # Layer 1's event waits until the guesses of layer 0's are read.
-    predictor = ScriptedGuesses({0: right}, pause_s={1: 0.1})
+    predictor = ScriptedGuesses({0: right}, pause_s={1: 0.5})
     with ours(path, recorder=events, lanes=1, predictor=predictor) as model:
         n_demanded = 3 * len(set(events.ids[0]))
         model.arena.plugin.inject(n_demanded, err)
