@@ -90,6 +90,8 @@ def convert(
     UserError for what cannot be converted, OSError for a disk that fails; either way, and after
     any kill, the folder is no bundle yet and the same call goes on where this one stopped.
     """
+    for sentence in source.notes:
+        note(sentence)
     choices = choose(source, options, kernels, note)
     blueprint = make_blueprint(
         source,
