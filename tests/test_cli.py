@@ -299,9 +299,9 @@ def test_a_prompt_longer_than_the_context(moe_gguf: Command, model: Path) -> Non
 
 def test_a_prompt_that_is_not_text(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt"
-    file.write_bytes(b"\xff\xfe")
+    file.write_bytes(b"caf\xe9")
     assert "is not text in UTF-8" in moe_gguf("run", model, "-f", file).error(2)
-    assert "is not text in UTF-8" in moe_gguf("run", model, stdin=b"\xff\xfe").error(2)
+    assert "is not text in UTF-8" in moe_gguf("run", model, stdin=b"caf\xe9").error(2)
 
 
 def test_an_expert_that_cannot_be_read(

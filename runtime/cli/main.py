@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import UserError
+from ..text import LINE_LIMIT, shown
 from .options import spelling_of
 from .terminal import note
 
@@ -98,11 +99,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.UsageError):
         text, code = error.format_message(), 2
     elif isinstance(error, UserError):
-        text, code = str(error), 2
+        text, code = shown(error, LINE_LIMIT), 2
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         text, code = "interrupted", 130
     elif isinstance(error, OSError | MemoryError | RuntimeError | ValueError):
-        text, code = str(error) or type(error).__name__, 1
+        text, code = shown(str(error) or type(error).__name__, LINE_LIMIT), 1
     else:
         text, code = f"{type(error).__name__}: {error}; this is a bug: --debug shows where", 1
     return f"moe-gguf: error: {text}", code
