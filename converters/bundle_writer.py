@@ -62,6 +62,8 @@ class BundleWriter:
         _check_folder(folder, blueprint)
         with _explained(folder):
             self._journal = Journal(folder / JOURNAL, blueprint.identity)
+        if not self._journal.is_locked:
+            note(f"{folder} is on a file system without locks: start no other conversion into it")
         try:
             with _explained(folder):
                 self._resume(note)

@@ -82,8 +82,9 @@ def find(path: Path, options: Options) -> Found:
     if options.warm:
         statistics = history.load(history.routing_path(path), _identity(layout, n_used))
     _check_low_copies(layout, options)
+    system.check_room(_reserved(layout))
     total = (
-        system.auto_size()
+        system.auto_size(reserved=_reserved(layout))
         if options.memory == "auto"
         else options.memory
         if isinstance(options.memory, int)
@@ -182,7 +183,11 @@ def load(
     ``progress`` counts bytes.
     """
     found = measured.found
-    of_all = found.load_bytes(measured.divide().n_slots)
+    budget = measured.divide()
+    _, kv, compute, _ = budget.needs
+    growth = found.layout.trunk_bytes + kv + compute + budget.experts + budgets.MARGIN_BYTES
+    system.check_room(_reserved(found.layout), growth)
+    of_all = found.load_bytes(budget.n_slots)
     params = binding.model_params(model_params)
 
     @llama_cpp.llama_progress_callback
@@ -200,6 +205,11 @@ def load(
         llama_cpp.llama_model_free(model)
         raise error
     return Loaded(measured, binding, model)
+
+
+def _reserved(layout: ModelLayout) -> int:
+    """Bytes of addresses without memory: llama.cpp's mapping of our stream, and the experts'."""
+    return layout.stream_bytes + layout.expert_bytes
 
 
 def _identity(layout: ModelLayout, n_used: int) -> Identity:
