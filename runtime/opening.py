@@ -20,6 +20,7 @@ from . import disk, history, logs, sizes, system
 from .binding import Binding
 from .budget import Budget, Needs
 from .errors import UserError, option
+from .formats.gguf_header import read_header
 from .formats.layout import ModelLayout
 from .formats.open import read_layout
 from .formats.slots import SlotLayout, slot_layout
@@ -226,6 +227,18 @@ def _experts_used(layout: ModelLayout, override: int | None) -> int:
             f"{layout.n_experts} experts"
         )
     return override
+
+
+def check_adapter(path: Path, layout: ModelLayout) -> None:
+    """UserError for a LoRA adapter that changes routed experts, whose weights llama.cpp never
+    sees."""
+    experts = {t.name for layer in layout.layers for t in layer.tensors}
+    for info in read_header(path).tensors:
+        if info.name.rpartition(".lora_")[0] in experts:
+            raise UserError(
+                f"{path} changes routed experts ({info.name}), which only llama.cpp itself can: "
+                "merge it into the model, or use an adapter of other tensors"
+            )
 
 
 def _check_low_copies(layout: ModelLayout, options: Options) -> None:
