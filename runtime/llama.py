@@ -31,6 +31,7 @@ from . import logs, opening
 from .arena import Arena, RouterReader
 from .controller import Recorder
 from .errors import UserError, option
+from .grammar import Grammar, check_schema, longest_texts
 from .opening import Found, Loaded, check_adapter
 from .options import Options
 from .params import n_ctx_of
@@ -115,6 +116,8 @@ class Llama(llama_cpp.Llama):
             kwargs["lora_path"] = _FilePath(os.fspath(lora))
         n_threads = n_threads or physical_cores()
         self._sampled: int | None = None
+        self._grammar: Grammar | None = None
+        self._longest: list[str] | None = None  # texts of tokens, once a grammar asks
         try:
             with self._loader(progress) as loaded, logs.capture():
                 super().__init__(
@@ -214,15 +217,16 @@ class Llama(llama_cpp.Llama):
         return params
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """The base class's, which would end the process over a grammar that does not parse."""
-        grammar = kwargs.get("grammar")
-        if grammar is not None:
-            texts = grammar._grammar.encode(), grammar._root.encode()
-            with logs.capture() as log:
-                sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, *texts)
-            if not sampler:
-                raise ValueError(f"the grammar cannot be used: {log.reason()}")
-            llama_cpp.llama_sampler_free(sampler)
+        """The base class's; a grammar is applied by ours, which masks the same candidates."""
+        given, self._grammar = kwargs.pop("grammar", None), None
+        if given is not None:
+            if self._longest is None:
+                self._longest = longest_texts(self._vocabulary)
+            self._grammar = Grammar(
+                self._model.vocab, self._vocabulary, self._longest, given._grammar, given._root
+            )
+            processors = [*(kwargs.get("logits_processor") or ()), self._grammar]
+            kwargs["logits_processor"] = llama_cpp.LogitsProcessorList(processors)
         return super()._init_sampler(*args, **kwargs)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,9 +234,23 @@ class Llama(llama_cpp.Llama):
         check_bias(self._vocabulary, kwargs.get("logit_bias"))
         return super().create_completion(*args, **kwargs)
 
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's."""
+        response_format, choice = kwargs.get("response_format"), kwargs.get("tool_choice")
+        if isinstance(response_format, dict):
+            check_schema(response_format)
+        if isinstance(choice, dict):  # which makes a grammar of that tool's parameters
+            wanted = (choice.get("function") or {}).get("name")
+            for tool in kwargs.get("tools") or ():
+                if tool.get("function", {}).get("name") == wanted:
+                    check_schema(tool)
+        return super().create_chat_completion(*args, **kwargs)
+
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """The base class's."""
         self._sampled = int(super().sample(*args, **kwargs))
+        if self._grammar is not None:
+            self._grammar.accept(self._sampled)
         return self._sampled
 
     def eval(self, tokens: Sequence[int], phase: Phase | None = None) -> None:
