@@ -210,7 +210,7 @@ def load(
 
 def _reserved(layout: ModelLayout) -> int:
     """Bytes of addresses without memory: llama.cpp's mapping of our stream, and the experts'."""
-    return layout.stream_bytes + layout.expert_bytes
+    return layout.trunk_bytes + 2 * layout.expert_bytes
 
 
 def _identity(layout: ModelLayout, n_used: int) -> Identity:

@@ -25,10 +25,11 @@ from hf_files import use_tokenizer
 from hf_gguf import write_gguf
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.hf import families, wants
 from moe_gguf.converters.hf.defaults import DEFAULTS
 from moe_gguf.converters.hf.source import open_hf
+from moe_gguf.runtime import kernels
 from moe_gguf.runtime.errors import UserError
 
 CLASSES = {
@@ -106,7 +107,7 @@ def test_absent_keys_mean_what_transformers_means(
 
     monkeypatch.setattr(wants.Config, "get", recorded)
     name = "deepseek_v2_full" if family == "deepseek_v2" else family
-    families.plan(wants.Config(hf_root / name))
+    families.wants_of(wants.Config(hf_root / name))
     assert len(asked) > 15
     for key in asked - {
         "model_type"
@@ -378,7 +379,9 @@ def test_what_is_left_out_is_said(folder: Path, tmp_path: Path) -> None:
     (folder / "README.md").write_bytes(CARDS["no YAML"])
     said: list[str] = []
     with closing(open_hf(folder)) as source:
-        convert.convert(source, tmp_path / "b", Options(), lambda *_: None, said.append)
+        convert.convert(
+            source, tmp_path / "b", ConvertOptions(), kernels, lambda *_: None, said.append
+        )
     assert any("README.md" in sentence for sentence in said)
 
 
@@ -400,7 +403,8 @@ def in_process(seed: int, source: Path, folder: Path, *, kill: bool = False) -> 
 import sys
 from pathlib import Path
 from moe_gguf.converters import convert
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
+from moe_gguf.runtime import kernels
 from moe_gguf.converters.convert import open_source
 from moe_gguf.converters.journal import Checkpoints
 steps = []
@@ -410,7 +414,7 @@ def progress(done, total):
         raise KeyboardInterrupt
 source = open_source(Path(sys.argv[1]))
 try:
-    convert.convert(source, Path(sys.argv[2]), Options(), progress, print)
+    convert.convert(source, Path(sys.argv[2]), ConvertOptions(), kernels, progress, print)
 except KeyboardInterrupt:
     print("interrupted")
 """

@@ -19,9 +19,9 @@ from conftest import TinyFile
 from test_budget import put, tree
 
 from moe_gguf.converters import convert
-from moe_gguf.converters.choose import Options
+from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
-from moe_gguf.runtime import system
+from moe_gguf.runtime import kernels, system
 from moe_gguf.runtime.formats.bundle import is_bundle
 from moe_gguf.runtime.sizes import MB
 
@@ -191,7 +191,7 @@ def convert_again(source: Path, folder: Path) -> list[str]:
     said: list[str] = []
     opened = open_source(source)
     try:
-        convert.convert(opened, folder, Options(), lambda *_: None, said.append)
+        convert.convert(opened, folder, ConvertOptions(), kernels, lambda *_: None, said.append)
     finally:
         opened.close()
     return said
