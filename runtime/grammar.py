@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import ctypes
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import llama_cpp
@@ -47,6 +48,17 @@ def check_schema(schema: object) -> None:
                 raise _counts(least, low, name, MAX_LEAST)
             if high is not None and high - (low or 0) > MAX_COUNT:
                 raise _counts(most, high, name, MAX_COUNT + (low or 0))
+
+
+def check_chat(request: Mapping[str, Any]) -> None:
+    """``check_schema`` of all schemas of a chat request that llama_cpp makes a grammar of."""
+    if isinstance(response_format := request.get("response_format"), dict):
+        check_schema(response_format)
+    if isinstance(choice := request.get("tool_choice"), dict):
+        wanted = (choice.get("function") or {}).get("name")
+        for tool in request.get("tools") or ():
+            if (tool.get("function") or {}).get("name") == wanted:
+                check_schema(tool)
 
 
 def _counts(key: str, value: float, name: str, limit: float) -> RequestError:

@@ -31,7 +31,7 @@ from . import logs, opening
 from .arena import Arena, RouterReader
 from .controller import Recorder
 from .errors import UserError, option
-from .grammar import Grammar, check_schema, longest_texts
+from .grammar import Grammar, check_chat, longest_texts
 from .opening import Found, Loaded, check_adapter
 from .options import Options
 from .params import n_ctx_of
@@ -236,14 +236,7 @@ class Llama(llama_cpp.Llama):
 
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         """The base class's."""
-        response_format, choice = kwargs.get("response_format"), kwargs.get("tool_choice")
-        if isinstance(response_format, dict):
-            check_schema(response_format)
-        if isinstance(choice, dict):  # which makes a grammar of that tool's parameters
-            wanted = (choice.get("function") or {}).get("name")
-            for tool in kwargs.get("tools") or ():
-                if tool.get("function", {}).get("name") == wanted:
-                    check_schema(tool)
+        check_chat(kwargs)
         return super().create_chat_completion(*args, **kwargs)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:

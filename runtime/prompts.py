@@ -9,7 +9,7 @@ import jinja2
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from .errors import UserError, option
+from .errors import RequestError, UserError, option
 from .text import shown
 
 
@@ -22,11 +22,11 @@ def encode(llama: llama_cpp.Llama, text: str) -> list[int]:
 
 
 def compiled(**arguments: Any) -> Jinja2ChatFormatter:
-    """A model's template, ready for use. UserError for one that Jinja cannot compile."""
+    """A model's template, ready for use. RequestError for one that Jinja cannot compile."""
     try:
         return Jinja2ChatFormatter(**arguments)
     except Exception as error:  # the compiler's own, and whatever its parser meets in the text
-        raise UserError(
+        raise RequestError(
             f"the model's chat template cannot be used ({shown(error)}): give plain prompts, which "
             "need none"
         ) from error
