@@ -23,6 +23,8 @@ MAX_CALLS = 1_000_000  # of that search, which visits a rule once for every way 
 MAX_STACKS = 5000  # places in the grammar that are possible at once
 MAX_PATHS = 20_000  # ways to match one token's text
 MAX_TURNS = 300  # of a rule that begins with itself behind something empty
+TRIED_LENGTH = 40  # of a text: what multiplies has multiplied by then
+TAME_LENGTH, LONG = 8, 33  # where nothing has multiplied, only long texts are tried further
 MAX_STEPS = 200_000  # rules looked into before one token
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
@@ -482,8 +484,11 @@ class Machine:
                 if not begins.takes(ord(text[0])):
                     continue
                 stacks = dict.fromkeys(self.stacks, 1)
-                for character in text:
+                for i, character in enumerate(text[:TRIED_LENGTH]):
                     if not (stacks := self._match(stacks, ord(character))):
+                        break
+                    is_tame = sum(stacks.values()) <= 2 * len(self.stacks)
+                    if i == TAME_LENGTH and is_tame and len(text) < LONG:
                         break
         except _TooMuch:
             raise bad("there are too many ways to go on by it; make it less ambiguous") from None
