@@ -1,14 +1,13 @@
-"""GBNF grammars as llama.cpp runs them: read, followed along, and how much work they make.
+"""GBNF grammars read as llama.cpp reads them, but without its recursion.
 
-llama.cpp's parser recurses as deep as a grammar nests, and its search for left recursion and its
-matching of a token take exponential time on small grammars. So a grammar is read here in the same
-way but without recursion, refused where that would not end well, and its stacks can be followed:
-before a step the work is counted that given texts would make. Knows no vocabulary.
+llama.cpp's parser recurses as deep as a grammar nests, and its search for left recursion takes
+exponential time on small grammars. So a grammar is read here first, and refused where that would
+not end well. Owns the rules a text becomes; stacks.py follows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .errors import RequestError
@@ -20,12 +19,6 @@ MAX_REPEATS = 2000  # llama.cpp's own limit
 MAX_ELEMENTS = 300_000
 MAX_CHAIN = 5000  # rules that begin with each other; its search recurses
 MAX_CALLS = 1_000_000  # of that search, which visits a rule once for every way to it
-MAX_STACKS = 5000  # places in the grammar that are possible at once
-MAX_PATHS = 20_000  # ways to match one token's text
-MAX_TURNS = 300  # of a rule that begins with itself behind something empty
-TRIED_LENGTH = 40  # of a text: what multiplies has multiplied by then
-TAME_LENGTH, LONG = 8, 33  # where nothing has multiplied, only long texts are tried further
-MAX_STEPS = 200_000  # rules looked into before one token
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 _DIGITS = frozenset("0123456789")
@@ -47,9 +40,9 @@ class Element(NamedTuple):
         return any(low <= code <= high for low, high in self.ranges) != self.negated
 
 
-_ANY = Element(ranges=((0, 0xFFFFFFFF),))
-_Sequence = list[Element]
-Rules = dict[int, list[_Sequence]]  # the alternatives of each
+ANY = Element(ranges=((0, 0xFFFFFFFF),))
+Sequence = list[Element]
+Alternatives = dict[int, list[Sequence]]  # the alternatives of each
 
 
 def bad(why: str) -> RequestError:
@@ -65,8 +58,8 @@ class _Frame:
     def __init__(self, rule: int, n_rules: int = 0) -> None:
         self.rule = rule
         self.n_rules = n_rules  # when it began
-        self.done: list[_Sequence] = []
-        self.sequence: _Sequence = []
+        self.done: list[Sequence] = []
+        self.sequence: Sequence = []
         self.start = 0  # of the last symbol in the sequence
         self.n_previous = 1  # rules that symbol consists of
 
@@ -82,7 +75,7 @@ class _Reader:
         self.text = text + "\0"  # a terminator to look at
         self.at = 0
         self.ids: dict[str, int] = {}
-        self.rules: Rules = {}
+        self.rules: Alternatives = {}
         self.n_ids = 0
         self.n_elements = 0
 
@@ -203,7 +196,7 @@ class _Reader:
             frame.symbol(self._token())
         elif c == ".":
             self.at += 1
-            frame.symbol(_ANY)
+            frame.symbol(ANY)
         elif c in "*+?":
             self.at += 1
             self._repeat(frame, int(c == "+"), 1 if c == "?" else None)
@@ -304,16 +297,7 @@ class _Reader:
         frame.n_previous *= total
 
 
-# --- following ----------------------------------------------------------------------------------
-
-Stack = tuple[int, ...]  # numbers of elements: what is to come, the next one last
-
-
-class _TooMuch(Exception):
-    pass
-
-
-def _first(rules: Rules, may_be_empty: set[int]) -> dict[int, list[int]]:
+def _first(rules: Alternatives, may_be_empty: set[int]) -> dict[int, list[int]]:
     """By rule: the rules it may begin with, once for every way."""
     first: dict[int, list[int]] = {}
     for rule, alternatives in rules.items():
@@ -348,7 +332,7 @@ def _order(first: dict[int, list[int]]) -> list[int] | None:
     return list(done)
 
 
-def _check_search(rules: Rules) -> None:
+def _check_search(rules: Alternatives) -> None:
     """llama.cpp's search for rules that begin with themselves: that it finds none, and soon.
 
     It takes for empty only what has an empty alternative.
@@ -366,7 +350,7 @@ def _check_search(rules: Rules) -> None:
             raise bad("its rules begin with each other in too many ways")
 
 
-def _has_circle(rules: Rules) -> bool:
+def _has_circle(rules: Alternatives) -> bool:
     """Whether a rule may begin with itself after all, behind what is empty by other rules."""
     alternatives = [(rule, sequence) for rule, given in rules.items() for sequence in given]
     left = [len(sequence) for _, sequence in alternatives]  # elements not known to be empty
@@ -388,129 +372,23 @@ def _has_circle(rules: Rules) -> bool:
     return _order(_first(rules, empty)) is None
 
 
-class Machine:
-    """A grammar as llama.cpp runs it: stacks of what may come, and how much work they make."""
+class Rules(NamedTuple):
+    """A grammar that was read: the alternatives of each rule, and which one is the root."""
 
-    def __init__(self, text: str, root: str = "root") -> None:
-        if len(text.encode()) > MAX_BYTES:
-            raise bad(f"it is longer than {MAX_BYTES} bytes")
-        if "\0" in text:
-            raise bad("it contains a NUL")
-        reader = _Reader(text)
-        reader.read()
-        if root not in reader.ids or reader.ids[root] not in reader.rules:
-            raise bad(f"it has no rule {shown(root)}")
-        _check_search(reader.rules)
-        # Such a circle need not end for llama.cpp either: stacks grow with each turn.
-        self._max_growth = MAX_TURNS if _has_circle(reader.rules) else MAX_ELEMENTS
-        self._elements: list[Element | None] = []  # None behind each sequence
-        self._starts: dict[int, list[int]] = {}
-        for rule, alternatives in reader.rules.items():
-            self._starts[rule] = [self._place(sequence) for sequence in alternatives]
-        self._next: dict[Stack, list[Stack]] = {}
-        self._steps = 0
-        self._checked: set[frozenset[Stack]] = set()
-        self.stacks: set[Stack] = set()
-        try:
-            for start in self._starts[reader.ids[root]]:
-                self.stacks.update(self._advance((start,) if self._elements[start] else ()))
-        except _TooMuch:
-            raise bad("there are too many ways to begin") from None
+    alternatives: Alternatives
+    root: int
+    has_circle: bool  # a rule begins with itself behind something empty
 
-    def _place(self, sequence: _Sequence) -> int:
-        start = len(self._elements)
-        self._elements += [*sequence, None]
-        return start
 
-    def _advance(self, stack: Stack) -> list[Stack]:
-        """What may come after ``stack``, each ending at a character, a token, or nothing."""
-        if (known := self._next.get(stack)) is not None:
-            return known
-        out: list[Stack] = []
-        todo, seen = [stack], set()
-        while todo:
-            current = todo.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            self._steps += 1
-            if self._steps > MAX_STEPS or len(current) - len(stack) > self._max_growth:
-                raise _TooMuch
-            element = self._elements[current[-1]] if current else None
-            if element is None or element.rule < 0:
-                out.append(current)
-                continue
-            base = self._without_top(current)
-            for start in self._starts[element.rule]:
-                todo.append((*base, start) if self._elements[start] else base)
-        if len(self._next) > 50_000:
-            self._next.clear()
-        self._next[stack] = out
-        return out
-
-    def _without_top(self, stack: Stack) -> Stack:
-        after = stack[-1] + 1
-        return (*stack[:-1], after) if self._elements[after] else stack[:-1]
-
-    def _match(self, stacks: dict[Stack, int], code: int) -> dict[Stack, int]:
-        """After one character: the stacks, each with the number of ways to it."""
-        out: dict[Stack, int] = {}
-        for stack, ways in stacks.items():
-            element = self._elements[stack[-1]] if stack else None
-            if element is not None and element.takes(code):
-                for after in self._advance(self._without_top(stack)):
-                    out[after] = out.get(after, 0) + ways
-        if len(out) > MAX_STACKS or sum(out.values()) > MAX_PATHS:
-            raise _TooMuch
-        return out
-
-    def _first(self, stacks: Iterable[Stack]) -> Element:
-        """What takes every character that one of the stacks may go on with."""
-        tops = {self._elements[stack[-1]] for stack in stacks if stack}
-        ranges = {r for top in tops if top and not top.negated for r in top.ranges}
-        return _ANY if any(top and top.negated for top in tops) else Element(ranges=tuple(ranges))
-
-    def check(self, texts: Sequence[str]) -> None:
-        """RequestError if matching one of these texts from here would take too much work."""
-        key = frozenset(self.stacks)
-        if key in self._checked:
-            return
-        self._steps = 0
-        try:
-            if len(self.stacks) > MAX_STACKS:
-                raise _TooMuch
-            begins = self._first(self.stacks)
-            for text in texts:
-                if not begins.takes(ord(text[0])):
-                    continue
-                stacks = dict.fromkeys(self.stacks, 1)
-                for i, character in enumerate(text[:TRIED_LENGTH]):
-                    if not (stacks := self._match(stacks, ord(character))):
-                        break
-                    is_tame = sum(stacks.values()) <= 2 * len(self.stacks)
-                    if i == TAME_LENGTH and is_tame and len(text) < LONG:
-                        break
-        except _TooMuch:
-            raise bad("there are too many ways to go on by it; make it less ambiguous") from None
-        if len(self._checked) > 10_000:
-            self._checked.clear()
-        self._checked.add(key)
-
-    def accept(self, text: str) -> None:
-        """Go on behind a token of this text; an empty set of stacks where it does not match.
-
-        Where the grammar asks for a token by its number, this one is taken for it.
-        """
-        self._steps = 0
-        try:
-            behind = [
-                after
-                for stack in self.stacks
-                if stack and (element := self._elements[stack[-1]]) and element.is_token
-                for after in self._advance(self._without_top(stack))
-            ]
-            for character in text:
-                self.stacks = set(self._match(dict.fromkeys(self.stacks, 1), ord(character)))
-            self.stacks.update(behind)
-        except _TooMuch:
-            raise bad("there are too many ways to go on by it; make it less ambiguous") from None
+def read(text: str, root: str) -> Rules:
+    """RequestError for a grammar that llama.cpp cannot read, or not in reasonable time."""
+    if len(text.encode()) > MAX_BYTES:
+        raise bad(f"it is longer than {MAX_BYTES} bytes")
+    if "\0" in text:
+        raise bad("it contains a NUL")
+    reader = _Reader(text)
+    reader.read()
+    if root not in reader.ids or reader.ids[root] not in reader.rules:
+        raise bad(f"it has no rule {shown(root)}")
+    _check_search(reader.rules)
+    return Rules(reader.rules, reader.ids[root], _has_circle(reader.rules))

@@ -1,8 +1,8 @@
 """Grammars and JSON schemas of requests, as llama.cpp applies them while tokens are sampled.
 
 A grammar that allows no token, or takes too long, ends the request and not the process; what makes
-too much work is refused before llama.cpp sees it (gbnf.py). What masks candidates is llama.cpp
-alone.
+too much work is refused before llama.cpp sees it (gbnf.py, stacks.py). What masks candidates is
+llama.cpp alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from . import logs
 from .errors import RequestError
-from .gbnf import Machine, bad
+from .gbnf import bad
+from .stacks import Machine
 from .text import shown
 from .vocab import Vocabulary
 

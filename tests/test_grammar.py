@@ -20,8 +20,8 @@ from test_faults import SETTINGS, TOKENS, set_items
 import moe_gguf
 from moe_gguf.runtime import gbnf, logs
 from moe_gguf.runtime.errors import RequestError
-from moe_gguf.runtime.gbnf import Machine
 from moe_gguf.runtime.grammar import check_schema
+from moe_gguf.runtime.stacks import Machine
 
 SECONDS = 10.0  # for a refusal, on a busy machine
 
