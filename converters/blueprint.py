@@ -116,10 +116,10 @@ class Blueprint:
         last = self.trunk_infos[-1]
         return len(self.blank_header()) + pad_up(last.offset + last.n_bytes, DEFAULT_ALIGNMENT)
 
-    def identity(self, extra: str) -> str:
+    @property
+    def identity(self) -> str:
         """A hash over all that decides the bundle's bytes, but for the weights themselves."""
-        digest = hashlib.sha256(extra.encode())
-        digest.update(self.blank_header())
+        digest = hashlib.sha256(self.blank_header())
         for s in self.sets:
             for header in s.headers:
                 digest.update(header)

@@ -22,9 +22,9 @@ import xxhash
 
 from ..runtime.errors import UserError, reason
 from ..runtime.files import sync_folder
-from ..runtime.formats.bundle import BLOB_ALIGNMENT, TRUNK, BlobSet
+from ..runtime.formats.bundle import BLOB_ALIGNMENT, TRUNK, BlobSet, BundleTable, is_bundle
 from ..runtime.formats.ggml_types import pad_up
-from ..runtime.formats.gguf_header import DEFAULT_ALIGNMENT
+from ..runtime.formats.gguf_header import DEFAULT_ALIGNMENT, read_header
 from ..runtime.sizes import format_size
 from .blueprint import Blueprint
 from .journal import Checkpoints, Journal
@@ -51,9 +51,7 @@ class BundleWriter:
     A step is one blob in every set, or one trunk tensor; ``done`` of ``n_steps`` are complete.
     """
 
-    def __init__(
-        self, folder: Path, blueprint: Blueprint, identity: str, note: Callable[[str], None]
-    ):
+    def __init__(self, folder: Path, blueprint: Blueprint, note: Callable[[str], None]):
         self._folder = folder
         self._blueprint = blueprint
         self._extents = list(_extents(blueprint))
@@ -63,7 +61,9 @@ class BundleWriter:
         self._parts: list[_Part] = []
         _check_folder(folder, blueprint)
         with _explained(folder):
-            self._journal = Journal(folder / JOURNAL, identity)
+            self._journal = Journal(folder / JOURNAL, blueprint.identity)
+        if not self._journal.is_locked:
+            note(f"{folder} is on a file system without locks: start no other conversion into it")
         try:
             with _explained(folder):
                 self._resume(note)
@@ -222,6 +222,36 @@ class _Part:
         self.extent = extent
         self.hash = hash
         self.at = 0
+
+
+def is_complete(folder: Path, blueprint: Blueprint) -> bool:
+    """Whether this very bundle lies there: its headers and sizes are compared, not its weights."""
+    if (folder / JOURNAL).exists() or not is_bundle(folder):
+        return False
+    try:
+        table = BundleTable.parse(read_header(folder / TRUNK))
+        sums = [s.blob_checksum for s in (table.experts, table.low) if s is not None]
+        if [len(s) for s in sums] != [blueprint.n_blobs] * len(blueprint.sets):
+            return False
+        if len(table.trunk_checksum) != len(blueprint.trunk):
+            return False
+        trunk = blueprint.trunk_header(sums, table.trunk_checksum)
+        sizes = {
+            file: n_bytes
+            for s in blueprint.sets
+            for file, n_bytes in zip(s.blobs.files, s.blobs.file_bytes, strict=True)
+        }
+        sizes[TRUNK] = blueprint.trunk_bytes
+        for name, header in (*_files(blueprint), (TRUNK, trunk)):
+            with (folder / name).open("rb") as file:
+                if (
+                    file.read(len(header)) != header
+                    or os.fstat(file.fileno()).st_size != sizes[name]
+                ):
+                    return False
+    except (UserError, OSError):
+        return False
+    return True
 
 
 # --- the folder ---------------------------------------------------------------------------------

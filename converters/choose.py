@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from ..runtime.errors import UserError, option
+from ..runtime.files import sha256
 from ..runtime.formats.bundle import COPY, BundlePair
 from ..runtime.formats.interleaving import Bytes, Interleaving
 from .blueprint import Matrix
@@ -28,6 +29,8 @@ from .source import ExpertStack, Pair, Source, SourceTensor
 from .source_gguf import GgufSource
 
 Note = Callable[[str], None]
+
+IMATRIX_KEY = "quantize.imatrix.sha256"  # beside those that llama.cpp's own quantizer writes
 
 LAYOUTS = ("auto", "plain", "repacked")
 
@@ -88,6 +91,8 @@ def choose(source: Source, options: ConvertOptions, kernels: KernelLayouts, note
         u32 = GGUFValueType.UINT32
         metadata["general.file_type"] = Pair(FILE_TYPES[quant], u32)
         metadata["general.quantization_version"] = Pair(GGML_QUANT_VERSION, u32)
+    if options.imatrix:
+        metadata[IMATRIX_KEY] = Pair(sha256(options.imatrix), GGUFValueType.STRING)
     sets = []
     for name in (quant, options.low_quant):
         if name is not None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..runtime.errors import UserError
-from ..runtime.files import sha256
 from ..runtime.formats import interleaving
 from ..runtime.formats.bundle import is_bundle
 from ..runtime.formats.ggml_types import type_bytes
@@ -22,7 +21,7 @@ from ..runtime.progress import Report
 from ..runtime.sizes import format_size
 from ..runtime.system import usable_cores
 from .blueprint import Blueprint, Matrix, make_blueprint, trunk_rows
-from .bundle_writer import BundleWriter
+from .bundle_writer import BundleWriter, is_complete
 from .choose import ConvertOptions, KernelLayouts, Note, choose, describe_layouts
 from .imatrix import Imatrix, Weights
 from .mix import type_name
@@ -49,6 +48,7 @@ class Summary(NamedTuple):
     expert_types: tuple[str, ...]  # with their share of the bytes, largest first
     low_types: tuple[str, ...]
     trunk_types: tuple[str, ...]
+    is_new: bool  # False: it was there before, complete
 
     def lines(self) -> list[str]:
         rows = [("experts", self.expert_bytes, self.n_expert_weights, self.expert_types)]
@@ -88,8 +88,11 @@ def convert(
     """Write the bundle, or the rest of it.
 
     UserError for what cannot be converted, OSError for a disk that fails; either way, and after
-    any kill, the folder is no bundle yet and the same call goes on where this one stopped.
+    any kill, the folder is no bundle yet and the same call goes on where this one stopped. Once it
+    is complete, the same call writes nothing.
     """
+    for sentence in source.notes:
+        note(sentence)
     choices = choose(source, options, kernels, note)
     blueprint = make_blueprint(
         source,
@@ -100,8 +103,9 @@ def convert(
         describe_layouts(choices.sets),
         options.shard_bytes,
     )
-    identity = blueprint.identity(sha256(options.imatrix) if options.imatrix else "")
-    with BundleWriter(folder, blueprint, identity, note) as writer:
+    if is_complete(folder, blueprint):
+        return _summary(blueprint, is_new=False)
+    with BundleWriter(folder, blueprint, note) as writer:
         threads = options.threads or usable_cores()
         with Quantizer(threads) as quantizer, ThreadPoolExecutor(READERS, "read") as readers:
             work = _work(blueprint, writer.done, quantizer, kernels, choices.imatrix)
@@ -118,7 +122,7 @@ def convert(
                     passed = 0
                 progress(writer.done_bytes, writer.total_bytes)
         writer.finish()
-    return _summary(blueprint)
+    return _summary(blueprint, is_new=True)
 
 
 # --- the pipeline -------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def _ahead(
 # --- reporting ----------------------------------------------------------------------------------
 
 
-def _summary(blueprint: Blueprint) -> Summary:
+def _summary(blueprint: Blueprint, is_new: bool) -> Summary:
     expert_weights = blueprint.n_experts * sum(
         m.stack.ne[0] * m.stack.ne[1] for layer in blueprint.sets[0].layers for m in layer
     )
@@ -257,6 +261,7 @@ def _summary(blueprint: Blueprint) -> Summary:
         types[0],
         types[1] if len(types) > 1 else (),
         _shares((info.ggml_type, info.n_bytes) for info in trunk),
+        is_new,
     )
 
 

@@ -6,6 +6,7 @@ written after the disk has confirmed the step's data, by a thread, so that the w
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -19,24 +20,32 @@ from .source import forget
 # costs, against a wait for the disk for each.
 CHECKPOINT_BYTES = 128 << 20
 
+# What file systems without locks say, some network and overlay ones among them.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
 
 class Journal:
     """The file that says what is complete, locked against a second conversion into its folder.
 
     ``sums`` holds what an earlier run of the same identity recorded, or None; ``is_other`` says
-    that there was one of another.
+    that there was one of another, ``is_locked`` whether this file system has locks.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
         self._head = f"moe-gguf convert {identity}\n"
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.is_locked = True
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise UserError(
-                f"another conversion into {path.parent} is running; wait for it or stop it"
-            ) from None
+        except OSError as error:
+            self.is_locked = False
+            if error.errno not in _NO_LOCKS:
+                os.close(self._fd)
+                if not isinstance(error, BlockingIOError):
+                    raise
+                raise UserError(
+                    f"another conversion into {path.parent} is running; wait for it or stop it"
+                ) from None
         head, *lines = os.pread(self._fd, os.fstat(self._fd).st_size, 0).split(b"\n")
         self.is_other = bool(lines) and head != self._head.rstrip().encode()
         self.sums: list[list[int]] | None = None

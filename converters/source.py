@@ -83,6 +83,7 @@ class Source(Protocol):
     """A checkpoint. Faults of it are UserError, at opening or from any ``read``."""
 
     name: str
+    notes: Sequence[str]  # what of its files was left out, a sentence each
     n_bytes: int  # of all files, for the bundle's identity
     sha256: str  # of everything that describes the weights (headers, configuration), not of them
     n_experts: int

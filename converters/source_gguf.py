@@ -20,6 +20,7 @@ from ..runtime.formats.ggml_types import type_bytes
 from ..runtime.formats.gguf_header import GgufHeader, KeyValue, ValueType
 from ..runtime.formats.layout import ExpertTensor, PlacedTensor
 from ..runtime.formats.open import read_layout
+from ..runtime.text import well_formed
 from .source import Bytes, ExpertStack, Pair, SourceTensor, forget
 
 _LEFT_OUT = ("split.", "general.alignment")  # what speaks of the files, not of the model
@@ -30,7 +31,8 @@ class GgufSource:
 
     def __init__(self, path: Path) -> None:
         layout = read_layout(path)
-        self.name = path.name
+        self.name = well_formed(path.name)
+        self.notes: Sequence[str] = ()
         self.n_bytes = sum(header.file_bytes for header in layout.headers)
         self.n_experts = layout.n_experts
         self.sha256 = _hash(layout.headers)

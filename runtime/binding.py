@@ -7,6 +7,7 @@ Owns the native model and the memory that llama.cpp points into while it loads. 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ def config_of(
         slot_bytes=slots.slot_bytes,
         header_bytes=len(stream.header),
         stream_bytes=stream.n_bytes,
-        paths=(ctypes.c_char_p * len(layout.files))(*(str(f).encode() for f in layout.files)),
+        paths=(ctypes.c_char_p * len(layout.files))(*map(os.fsencode, layout.files)),
         trunk_tensors=(TrunkTensor * len(trunk))(
             *(
                 TrunkTensor(t.name.encode(), t.offset, t.n_bytes, t.file, t.name in repacked)

@@ -1,4 +1,4 @@
-"""The two exceptions a user of moe-gguf meets, and how their sentences name options and quote the
+"""The exceptions a user of moe-gguf meets, and how their sentences name options and quote the
 system.
 """
 
@@ -44,6 +44,13 @@ class UserError(Exception):
 
     def spelled(self, spelling: Spelling) -> str:
         return spell(super().__str__(), spelling)
+
+
+class RequestError(UserError, ValueError):
+    """A request to an open model that cannot be computed as it is asked; the model stays usable.
+
+    Also a ValueError, as which llama_cpp's own methods raise what is wrong with arguments.
+    """
 
 
 class ExpertReadError(OSError):

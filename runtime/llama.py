@@ -13,13 +13,15 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import llama_cpp
+import llama_cpp._internals as internals
 import llama_cpp._logger
+import llama_cpp.llama_chat_format as llama_chat_format
 import llama_cpp.llama_cpp as bindings
 
 from ..policies.base import Phase
@@ -28,18 +30,25 @@ from . import arena as arenas
 from . import logs, opening
 from .arena import Arena, RouterReader
 from .controller import Recorder
-from .errors import UserError
-from .opening import Loaded
+from .errors import UserError, option
+from .grammar import Grammar, check_chat, longest_texts
+from .opening import Found, Loaded, check_adapter
 from .options import Options
 from .params import n_ctx_of
 from .progress import Report
+from .prompts import LateFormatter
 from .routers import read_routers
 from .stats import Meter, Step
 from .system import physical_cores
+from .vocab import check_bias, guard, metadata
 
 # llama_cpp.Llama has no hook for opening a model, so its loader function is replaced while one of
 # ours is constructed. Other threads' stock models go on through the original.
 _LOADER_LOCK = threading.Lock()
+
+# What a forked child must neither use nor free: threads are not forked, and freeing waits for them.
+_OPEN: weakref.WeakSet[Llama] = weakref.WeakSet()
+_ABANDONED: list[contextlib.ExitStack] = []
 
 
 class Llama(llama_cpp.Llama):
@@ -81,21 +90,38 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # so that close() works if opening fails
+        self._arguments = {
+            "model_path": model_path,
+            "make_policy": make_policy,
+            "routers": routers,
+            "recorder": recorder,
+            "n_ctx": n_ctx,
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads_batch,
+            "verbose": verbose,
+            **kwargs,
+        }
         options = Options.taken_from(kwargs)
         unknown = set(kwargs) - set(inspect.signature(llama_cpp.Llama.__init__).parameters)
         if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
             raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
+        if kwargs.get("vocab_only"):
+            raise UserError("vocab_only loads no experts: open the vocabulary with llama_cpp.Llama")
         llama_cpp._logger.set_verbose(verbose)
-        self.found = opening.find(Path(model_path), options)
-        if self.found.options.experts_used is not None:
-            key = f"{self.found.layout.architecture}.expert_used_count"
-            kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), key: self.found.n_used}
+        self.found, kwargs["kv_overrides"] = _found(
+            Path(model_path), options, kwargs.get("kv_overrides")
+        )
+        if lora := kwargs.get("lora_path"):
+            check_adapter(Path(lora), self.found.layout)
+            kwargs["lora_path"] = _FilePath(os.fspath(lora))
         n_threads = n_threads or physical_cores()
         self._sampled: int | None = None
+        self._grammar: Grammar | None = None
+        self._longest: list[str] | None = None  # texts of tokens, once a grammar asks
         try:
             with self._loader(progress) as loaded, logs.capture():
                 super().__init__(
-                    str(model_path),
+                    _FilePath(os.fspath(model_path)),
                     n_ctx=n_ctx_of(self.found.layout, n_ctx),
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
@@ -110,19 +136,36 @@ class Llama(llama_cpp.Llama):
                 recorder=recorder,
                 progress=progress,
             )
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if isinstance(error, jinja2.TemplateError):
-                raise UserError(
-                    f"{model_path}: the chat template is damaged ({error}); convert the model again"
-                ) from None
             raise
+        self._vocabulary = guard(self._model)
+        _OPEN.add(self)
         loaded.after.append(self.arena.close)
         self.found = self.arena.found
         self._steps = _Steps(self.arena, self._ctx)
         self._finalizer = weakref.finalize(self, self._stack.close)  # lanes are joined at exit
         if verbose:
             print(self.mode_line, file=sys.stderr)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was opened with: a copy, or what is unpickled, opens the model once more."""
+        return dict(self._arguments)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def abandon(self) -> None:
+        """In a forked child: forget how to free anything. ``close`` and exit then do nothing, and
+        computing raises UserError."""
+        self._finalizer.detach()
+        for stack in (
+            self._stack,
+            self._model._exit_stack,
+            self._ctx._exit_stack,
+            self._batch._exit_stack,
+        ):
+            _ABANDONED.append(stack.pop_all())
 
     @contextlib.contextmanager
     def _loader(self, progress: Report | None) -> Iterator[_Opening]:
@@ -143,12 +186,18 @@ class Llama(llama_cpp.Llama):
             opened.model = opening.load(measured, binding, params, progress)
             return opened.model.model
 
-        with _LOADER_LOCK:
-            bindings.llama_model_load_from_file = load
-            try:
-                yield opened
-            finally:
-                bindings.llama_model_load_from_file = original
+        def tell(model: Any) -> dict[str, str]:
+            return metadata(model.model)
+
+        with _LOADER_LOCK, contextlib.ExitStack() as replaced:
+            for owner, name, ours in (
+                (bindings, "llama_model_load_from_file", load),
+                (internals.LlamaModel, "metadata", tell),
+                (llama_chat_format, "Jinja2ChatFormatter", LateFormatter),
+            ):
+                replaced.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, ours)
+            yield opened
 
     def _limit_outputs(self) -> int:
         """Rows of logits that the base class keeps; llama.cpp is told where it is only one."""
@@ -168,20 +217,33 @@ class Llama(llama_cpp.Llama):
         return params
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """The base class's, which would end the process over a grammar that does not parse."""
-        grammar = kwargs.get("grammar")
-        if grammar is not None:
-            texts = grammar._grammar.encode(), grammar._root.encode()
-            with logs.capture() as log:
-                sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, *texts)
-            if not sampler:
-                raise ValueError(f"the grammar cannot be used: {log.reason()}")
-            llama_cpp.llama_sampler_free(sampler)
+        """The base class's; a grammar is applied by ours, which masks the same candidates."""
+        given, self._grammar = kwargs.pop("grammar", None), None
+        if given is not None:
+            if self._longest is None:
+                self._longest = longest_texts(self._vocabulary)
+            self._grammar = Grammar(
+                self._model.vocab, self._vocabulary, self._longest, given._grammar, given._root
+            )
+            processors = [*(kwargs.get("logits_processor") or ()), self._grammar]
+            kwargs["logits_processor"] = llama_cpp.LogitsProcessorList(processors)
         return super()._init_sampler(*args, **kwargs)
+
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's."""
+        check_bias(self._vocabulary, kwargs.get("logit_bias"))
+        return super().create_completion(*args, **kwargs)
+
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's."""
+        check_chat(kwargs)
+        return super().create_chat_completion(*args, **kwargs)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """The base class's."""
         self._sampled = int(super().sample(*args, **kwargs))
+        if self._grammar is not None:
+            self._grammar.accept(self._sampled)
         return self._sampled
 
     def eval(self, tokens: Sequence[int], phase: Phase | None = None) -> None:
@@ -190,6 +252,7 @@ class Llama(llama_cpp.Llama):
         Left out, they are a continuation if they begin with what ``sample`` returned last, and a
         prompt otherwise.
         """
+        self._vocabulary.check(tokens)
         sampled, self._sampled = self._sampled, None
         if phase is None:
             continues = sampled is not None and len(tokens) > 0 and tokens[0] == sampled
@@ -220,6 +283,41 @@ class Llama(llama_cpp.Llama):
     def mode_line(self) -> str:
         """One line on what is in force: model, budget, reads, policy, device."""
         return self.arena.mode_line()
+
+
+class _FilePath(str):
+    """A path for C, of any bytes: the base class would have it in UTF-8."""
+
+    def encode(self, *_: object) -> bytes:
+        return os.fsencode(str(self))
+
+
+def _abandon_all() -> None:
+    for llama in list(_OPEN):
+        llama.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _found(
+    path: Path, options: Options, overrides: Mapping[str, Any] | None
+) -> tuple[Found, dict[str, Any] | None]:
+    """The model, and the overrides of its metadata; experts per token are the same in both."""
+    found = opening.find(path, options)
+    key = f"{found.layout.architecture}.expert_used_count"
+    overrides = dict(overrides or {})
+    asked = overrides.get(key)
+    if type(asked) is int and asked != found.n_used:
+        if options.experts_used is not None:
+            raise UserError(
+                f"{option('experts_used', options.experts_used)} and kv_overrides ask for "
+                "different numbers of experts: give one of them"
+            )
+        found = opening.find(path, replace(options, experts_used=asked))
+    if found.options.experts_used is not None:
+        overrides[key] = found.n_used
+    return found, overrides or None
 
 
 class _Opening:

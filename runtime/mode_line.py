@@ -8,14 +8,16 @@ from .budget import Budget
 from .formats.ggml_types import GGML_TYPES
 from .opening import Found
 from .sizes import format_size
+from .text import shown
 
 
 def mode_line(found: Found, budget: Budget, is_blind: bool) -> str:
     """One line: model, budget, reads, policy, device; ``is_blind``: no guesses are made."""
     layout, needs = found.layout, budget.needs
     lossy = ", ".join(_losses(found))
+    named = f"{shown(layout.path.name)} ({shown(layout.architecture)}"
     return (
-        f"moe-gguf: {layout.path.name} ({layout.architecture}, {len(layout.layers)} MoE layers "
+        f"moe-gguf: {named}, {len(layout.layers)} MoE layers "
         f"x {layout.n_experts} experts, top-{found.n_used}); {format_size(budget.total)} = "
         f"trunk {format_size(needs.trunk)} + KV {format_size(needs.kv)} + compute "
         f"{format_size(needs.compute)} + experts {format_size(budget.experts)} "
@@ -42,7 +44,7 @@ def _kernels(found: Found) -> str:
     return (
         f"; its experts are laid out for another processor ({', '.join(found.kernels.foreign)}) "
         f"and each is converted after reading, which is slow: rebuild the bundle here with "
-        f"moe-gguf convert {source} DST"
+        f"moe-gguf convert {shown(source)} DST"
     )
 
 

@@ -20,6 +20,7 @@ from . import disk, history, logs, sizes, system
 from .binding import Binding
 from .budget import Budget, Needs
 from .errors import UserError, option
+from .formats.gguf_header import read_header
 from .formats.layout import ModelLayout
 from .formats.open import read_layout
 from .formats.slots import SlotLayout, slot_layout
@@ -82,8 +83,9 @@ def find(path: Path, options: Options) -> Found:
     if options.warm:
         statistics = history.load(history.routing_path(path), _identity(layout, n_used))
     _check_low_copies(layout, options)
+    system.check_room(_reserved(layout))
     total = (
-        system.auto_size()
+        system.auto_size(reserved=_reserved(layout))
         if options.memory == "auto"
         else options.memory
         if isinstance(options.memory, int)
@@ -182,7 +184,11 @@ def load(
     ``progress`` counts bytes.
     """
     found = measured.found
-    of_all = found.load_bytes(measured.divide().n_slots)
+    budget = measured.divide()
+    _, kv, compute, _ = budget.needs
+    growth = found.layout.trunk_bytes + kv + compute + budget.experts + budgets.MARGIN_BYTES
+    system.check_room(_reserved(found.layout), growth)
+    of_all = found.load_bytes(budget.n_slots)
     params = binding.model_params(model_params)
 
     @llama_cpp.llama_progress_callback
@@ -202,6 +208,11 @@ def load(
     return Loaded(measured, binding, model)
 
 
+def _reserved(layout: ModelLayout) -> int:
+    """Bytes of addresses without memory: llama.cpp's mapping of our stream, and the experts'."""
+    return layout.trunk_bytes + 2 * layout.expert_bytes
+
+
 def _identity(layout: ModelLayout, n_used: int) -> Identity:
     layers = tuple(layer.layer for layer in layout.layers)
     return Identity(layout.architecture, layers, layout.n_experts, n_used)
@@ -216,6 +227,18 @@ def _experts_used(layout: ModelLayout, override: int | None) -> int:
             f"{layout.n_experts} experts"
         )
     return override
+
+
+def check_adapter(path: Path, layout: ModelLayout) -> None:
+    """UserError for a LoRA adapter that changes routed experts, whose weights llama.cpp never
+    sees."""
+    experts = {t.name for layer in layout.layers for t in layer.tensors}
+    for info in read_header(path).tensors:
+        if info.name.rpartition(".lora_")[0] in experts:
+            raise UserError(
+                f"{path} changes routed experts ({info.name}), which only llama.cpp itself can: "
+                "merge it into the model, or use an adapter of other tensors"
+            )
 
 
 def _check_low_copies(layout: ModelLayout, options: Options) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .text import shown
+
 Report = Callable[[float, float], None]  # (done, of all)
 _LINE_SECONDS = 5.0
 
@@ -18,6 +20,7 @@ def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
     Work that is ``in_bytes`` shows its speed as well. Where it first reports is where it starts:
     what was done before does not count for the time that is left.
     """
+    what = shown(what)
     start = time.monotonic()
     if not sys.stderr.isatty():
         last = start
@@ -49,7 +52,11 @@ def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
     )
 
     console = Console(stderr=True)
-    columns: list[ProgressColumn] = [TextColumn(what), BarColumn(), TaskProgressColumn()]
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+    ]
     if in_bytes:
         columns += [DownloadColumn(), TransferSpeedColumn()]
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:

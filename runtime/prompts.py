@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jinja2
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from .errors import UserError, option
+from .errors import RequestError, UserError, option
+from .text import shown
 
 
 def encode(llama: llama_cpp.Llama, text: str) -> list[int]:
-    """Tokens of a plain prompt, with the model's own start token if it has one."""
-    return check_length(llama, llama.tokenize(text.encode(), add_bos=True, special=False))
+    """Tokens of a plain prompt, with the model's own start token if it has one.
+
+    Control tokens may be written in it, as for llama.cpp's own tools.
+    """
+    return check_length(llama, llama.tokenize(text.encode(), add_bos=True, special=True))
+
+
+def compiled(**arguments: Any) -> Jinja2ChatFormatter:
+    """A model's template, ready for use. RequestError for one that Jinja cannot compile."""
+    try:
+        return Jinja2ChatFormatter(**arguments)
+    except Exception as error:  # the compiler's own, and whatever its parser meets in the text
+        raise RequestError(
+            f"the model's chat template cannot be used ({shown(error)}): give plain prompts, which "
+            "need none"
+        ) from error
+
+
+class LateFormatter:
+    """Takes the place of Jinja2ChatFormatter where llama_cpp makes a handler of every template of a
+    model: a template is compiled when it is used."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self._arguments = arguments
+        self._handler: Any = None
+
+    def to_chat_handler(self) -> Callable[..., Any]:
+        def handle(**request: Any) -> Any:
+            if self._handler is None:
+                self._handler = compiled(**self._arguments).to_chat_handler()
+            return self._handler(**request)
+
+        return handle
 
 
 class Chat:
@@ -26,7 +61,7 @@ class Chat:
         def special(token: int) -> str:
             return llama._model.token_get_text(token) if token >= 0 else ""
 
-        self._formatter = Jinja2ChatFormatter(
+        self._formatter = compiled(
             template=template,
             eos_token=special(llama.token_eos()),
             bos_token=special(llama.token_bos()),

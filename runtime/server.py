@@ -22,6 +22,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import get_chat_completion_handler
 
 from .errors import UserError, option, reason
+from .grammar import check_chat
 from .llama import Llama
 
 try:
@@ -238,6 +239,7 @@ class _Served:
         )
 
         def handle(**kwargs: Any) -> Any:
+            check_chat(kwargs)
             kwargs["model"] = kwargs.get("model") or _alias(llama)
             return _with_failures(handler(**{**kwargs, "llama": llama}))
 

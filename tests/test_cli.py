@@ -192,7 +192,10 @@ def test_a_chat_template_that_refuses(moe_gguf: Command, model: Path, tmp_path: 
 
 def test_a_chat_template_that_is_none(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
     path = with_template(model, tmp_path / "m.gguf", b"{% endfor %}", b"{% end")
-    assert "chat template is damaged" in moe_gguf("run", path, *ONE, "-p", "x").error(2)
+    assert moe_gguf("run", path, *ONE, "-p", "x", "-n", 1).code == 0
+    result = moe_gguf("run", path, *ONE, "-p", "x", "--chat")
+    assert result.code == 2
+    assert "chat template cannot be used" in result.err.splitlines()[-1]
 
 
 def test_an_empty_prompt_begins_a_text(moe_gguf: Command, model: Path) -> None:
@@ -299,9 +302,9 @@ def test_a_prompt_longer_than_the_context(moe_gguf: Command, model: Path) -> Non
 
 def test_a_prompt_that_is_not_text(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt"
-    file.write_bytes(b"\xff\xfe")
+    file.write_bytes(b"caf\xe9")
     assert "is not text in UTF-8" in moe_gguf("run", model, "-f", file).error(2)
-    assert "is not text in UTF-8" in moe_gguf("run", model, stdin=b"\xff\xfe").error(2)
+    assert "is not text in UTF-8" in moe_gguf("run", model, stdin=b"caf\xe9").error(2)
 
 
 def test_an_expert_that_cannot_be_read(

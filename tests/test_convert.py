@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -479,13 +480,17 @@ def test_another_source_starts_again(
     assert hashes(tmp_path / "b") == expected
 
 
+def write_imatrix(path: Path, value: float) -> Path:
+    """For a matrix that no model has."""
+    data = np.full(256, value, np.float32).tobytes()
+    path.write_bytes(b"\x01\0\0\0" + b"\x01\0\0\0x" + b"\x01\0\0\0" + b"\0\x01\0\0" + data)
+    return path
+
+
 def test_another_imatrix_starts_again(source: Path, tmp_path: Path) -> None:
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        data = np.full(256, value, np.float32).tobytes()
-        entry = b"\x01\0\0\0" + b"\x01\0\0\0x" + b"\x01\0\0\0" + b"\0\x01\0\0" + data
-        (tmp_path / name).write_bytes(entry)
-    half_way(source, tmp_path / "c", ConvertOptions(quant="q8_0", imatrix=tmp_path / "a"))
-    (said,) = make(source, tmp_path / "c", ConvertOptions(quant="q8_0", imatrix=tmp_path / "b"))
+    one, two = (write_imatrix(tmp_path / str(value), value) for value in (1.0, 2.0))
+    half_way(source, tmp_path / "c", ConvertOptions(quant="q8_0", imatrix=one))
+    (said,) = make(source, tmp_path / "c", ConvertOptions(quant="q8_0", imatrix=two))
     assert "discarded" in said
 
 
@@ -697,6 +702,69 @@ def test_a_bundle_is_never_written_over(source: Path, tmp_path: Path) -> None:
     assert hashes(tmp_path / "b") == before
     with pytest.raises(UserError, match="is a bundle already"):
         open_source(tmp_path / "b")
+
+
+def no_entry(*_: object) -> None:
+    raise AssertionError("a complete bundle was written again")
+
+
+def test_a_complete_bundle_is_not_made_again(source: Path, tmp_path: Path) -> None:
+    options = ConvertOptions(quant="q4_0", low_quant="q4_0", layout="plain", shard_bytes=100_000)
+    assert summary(source, tmp_path / "b", options).is_new
+    before = hashes(tmp_path / "b")
+    (tmp_path / "b" / "routing.gguf").write_bytes(b"what a trace added")
+    again = dataclasses.replace(options, threads=1)
+    assert not summary(source, tmp_path / "b", again).is_new
+    assert make(source, tmp_path / "b", options, no_entry) == []
+    assert hashes(tmp_path / "b").items() >= before.items()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quant": "q5_0"},
+        {"low_quant": None},
+        {"low_quant": "q5_0"},
+        {"shard_bytes": None},
+        {"imatrix": "imatrix.dat"},
+    ],
+    ids=str,
+)
+def test_a_complete_bundle_of_other_options_is_refused(
+    change: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    options = ConvertOptions(quant="q4_0", low_quant="q4_0", layout="plain", shard_bytes=100_000)
+    make(source, tmp_path / "b", options)
+    if "imatrix" in change:
+        change = {"imatrix": write_imatrix(tmp_path / "imatrix.dat", 1.0)}
+    with pytest.raises(UserError, match="holds a bundle already"):
+        make(source, tmp_path / "b", dataclasses.replace(options, **change))
+
+
+def test_a_complete_bundle_with_an_imatrix(source: Path, tmp_path: Path) -> None:
+    """Of another one it is another bundle, though all sizes and the source are the same."""
+    one, two = (write_imatrix(tmp_path / str(value), value) for value in (1.0, 2.0))
+    options = ConvertOptions(quant="q4_0", layout="plain", imatrix=one)
+    make(source, tmp_path / "bundle", options)
+    assert not summary(source, tmp_path / "bundle", options).is_new
+    with pytest.raises(UserError, match="holds a bundle already"):
+        make(source, tmp_path / "bundle", dataclasses.replace(options, imatrix=two))
+
+
+@pytest.mark.parametrize("harm", ["cut short", "missing", "another header"])
+def test_a_bundle_that_is_not_whole_is_not_called_complete(
+    harm: str, source: Path, tmp_path: Path
+) -> None:
+    make(source, tmp_path / "b")
+    file = tmp_path / "b" / table(tmp_path / "b").experts.files[0]
+    if harm == "cut short":
+        os.truncate(file, file.stat().st_size - 1)
+    elif harm == "missing":
+        file.unlink()
+    else:
+        flip(file, 100)
+    with pytest.raises(UserError, match="holds a bundle already"):
+        make(source, tmp_path / "b")
 
 
 def test_two_conversions_into_one_folder(source: Path, tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ def test_rules_of_cutting(steps: list[Any], name: str | None, folder: Path) -> N
     writer = GGUFWriter(path=None, arch="qwen3moe")
     if name is None:
         with pytest.raises(UserError, match="cuts text by a rule"):
-            add_tokenizer(folder, Config(folder), writer)
+            add_tokenizer(folder, Config(folder), writer, [])
     else:
-        add_tokenizer(folder, Config(folder), writer)
+        add_tokenizer(folder, Config(folder), writer, [])
         assert writer.kv_data[0]["tokenizer.ggml.pre"].value == name
 
 

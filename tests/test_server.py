@@ -166,6 +166,39 @@ def test_bad_requests_are_the_client_s_fault(client: httpx.Client, body: dict[st
     assert complete(client).status_code == 200
 
 
+@pytest.mark.parametrize("token", [305, -5, 99_999_999, 2**40])
+def test_ids_outside_the_vocabulary(client: httpx.Client, token: int) -> None:
+    """Each ended the process."""
+    says = f"token {token} is not in this model's vocabulary of 305"
+    answer = client.post("/extras/detokenize", json={"tokens": [1, token]})
+    assert says in error(answer, 400)["message"]
+    assert says in error(complete(client, logit_bias={str(token): 1}), 400)["message"]
+    assert complete(client).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000,
+        "root ::= " + '"a"?' * 6000,
+        "root ::= [z-a]",
+    ],
+    ids=["nested", "endless", "dead"],
+)
+def test_grammars_that_ended_the_process(client: httpx.Client, grammar: str) -> None:
+    assert "the grammar cannot be used" in error(complete(client, grammar=grammar), 400)["message"]
+    (chunk,) = events(complete(client, grammar=grammar, stream=True))
+    assert "the grammar cannot be used" in chunk["error"]["message"]
+    assert complete(client).status_code == 200
+
+
+def test_a_schema_that_counts_too_far(client: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 100_000}}}
+    answer = chat(client, "Hello", response_format={"type": "json_object", "schema": schema})
+    assert "maxLength 100000 of x" in error(answer, 400)["message"]
+    assert complete(client).status_code == 200
+
+
 def test_what_is_no_json_or_no_endpoint(client: httpx.Client) -> None:
     error(client.post("/v1/completions", content=b"{"), 400)
     error(client.get("/v1/completions"), 405)

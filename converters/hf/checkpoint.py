@@ -188,6 +188,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_optional(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The same of a file that nothing depends on: nothing and a note if it is unusable."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except UserError as error:
+        notes.append(f"{error}; it is left out")
+        return {}
+
+
 def _header(path: Path, fd: int, size: int) -> bytes:
     """The JSON text before the data."""
     start = os.pread(fd, 8, 0)

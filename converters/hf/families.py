@@ -23,7 +23,7 @@ SUPPORTED = "Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-MoE, DeepSeek-V2, OLMoE and
 def _mixtral(config: Config) -> Wants:
     p = Wants(config, MODEL_ARCH.LLAMA)
     p.only(hidden_act="silu", attention_bias=False)
-    p.keys(ff="intermediate_size", eps=1e-5)
+    p.keys(ff="intermediate_size")
     p.writer.add_vocab_size(config.count("vocab_size"))
     p.writer.add_rope_dimension_count(config.head_dim)
     for layer, at in p.layers():
@@ -51,7 +51,7 @@ def _qwen2_moe(config: Config) -> Wants:
     p.writer.add_expert_feed_forward_length(p.ff)
     p.writer.add_expert_shared_feed_forward_length(shared)
     for layer, at in p.layers():
-        p.attention(at, ("q", "k", "v") if config.get("qkv_bias", True) else ())
+        p.attention(at, ("q", "k", "v") if config.get("qkv_bias") else ())
         p.moe(layer)
         p.swiglu(f"{at}.mlp.shared_expert", shared)
         p.tensor(f"{at}.mlp.shared_expert_gate.weight", 1, p.hidden, as_f32=True)
@@ -81,7 +81,7 @@ def _qwen3_moe(config: Config) -> Wants:
 def _olmoe(config: Config) -> Wants:
     p = Wants(config, MODEL_ARCH.OLMOE)
     p.only(hidden_act="silu", norm_topk_prob=False, attention_bias=False, clip_qkv=None)
-    p.keys(ff="intermediate_size", eps=1e-5)
+    p.keys(ff="intermediate_size")
     p.only(num_key_value_heads=config.count("num_attention_heads"))
     for layer, at in p.layers():
         p.attention(at)
@@ -95,7 +95,7 @@ def _olmoe(config: Config) -> Wants:
 def _gpt_oss(config: Config) -> Wants:
     p = Wants(config, MODEL_ARCH.GPT_OSS, alternating=True)
     p.only(attention_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
-    p.keys(ff="intermediate_size", eps=1e-5)
+    p.keys(ff="intermediate_size")
     turns = ["sliding_attention", "full_attention"]
     p.only(layer_types=[turns[layer % 2] for layer in range(p.n_layers)])
     p.writer.add_sliding_window(config.count("sliding_window"))
@@ -211,7 +211,7 @@ def _deepseek_v2(config: Config) -> Wants:
     w.add_expert_weights_scale(config.number("routed_scaling_factor", 1.0))
     if config.get("norm_topk_prob", False):
         w.add_expert_weights_norm(True)
-    if config.get("n_group") is not None:
+    if config.get("n_group") is not None and config.get("topk_method") != "greedy":
         w.add_expert_group_count(config.count("n_group"))
         w.add_expert_group_used_count(config.count("topk_group"))
     w.add_rope_dimension_count(rope)

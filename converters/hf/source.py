@@ -8,6 +8,7 @@ vectors, norms and routers become F32, as in every GGUF, and gpt-oss experts sta
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,13 +21,14 @@ from gguf import (
     GGUFType,
     GGUFWriter,
     LlamaFileType,
-    Metadata,
     size_label,
 )
 
 from ...runtime.errors import UserError
+from ...runtime.text import well_formed
 from ..source import Bytes, ExpertStack, Pair, SourceTensor, forget
 from . import families, tokenizer
+from .about import CARD, GENERATION, about
 from .checkpoint import INDEX, Array, Checkpoint, Stored, floats
 from .wants import OTHER_WAY, Config, Want, WantExperts, Wants
 
@@ -37,7 +39,7 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 BLOCK_ROWS = 256  # of a matrix that lies the other way round
 
 # Files besides the tokenizer's and the weights that shape the result.
-_DESCRIBING = ("config.json", INDEX, "generation_config.json", "README.md")
+_DESCRIBING = ("config.json", INDEX, GENERATION, CARD)
 
 _FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
@@ -56,6 +58,7 @@ class HfSource:
     """A checkpoint of one of the supported families; see `Source`."""
 
     name: str
+    notes: Sequence[str]
     n_bytes: int
     sha256: str
     n_experts: int
@@ -76,19 +79,40 @@ class HfSource:
             self.trunk = [binder.trunk(want) for want in wants.trunk]
             self.experts = [stack for want in wants.experts for stack in binder.stacks(want)]
             binder.check_leftovers()
-            tokenizer.add_tokenizer(path, config, wants.writer)
-            self.metadata = _metadata(self.name, path, wants.writer, self.trunk, self.experts)
+            notes: list[str] = []
+            tokenizer.add_tokenizer(path, config, wants.writer, notes)
+            self.metadata = self._metadata(path, wants, notes)
+            self.notes = notes
         except BaseException:
             self.close()
             raise
         digest = self._checkpoint.headers
         self.n_bytes = self._checkpoint.n_bytes
-        for file in (path / name for name in (*_DESCRIBING, *tokenizer.FILES)):
-            if file.exists():
+        for pattern in (*_DESCRIBING, *tokenizer.FILES):
+            for file in sorted(path.glob(pattern)):
+                if not file.is_file():
+                    continue
                 content = file.read_bytes()
-                digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+                digest.update(os.fsencode(file.name) + f"\0{len(content)}\0".encode() + content)
                 self.n_bytes += len(content)
         self.sha256 = digest.hexdigest()
+
+    def _metadata(self, path: Path, wants: Wants, notes: list[str]) -> dict[str, Pair]:
+        """General keys, then what the plan's writer collected: the architecture's and the
+        tokenizer's."""
+        writer = wants.writer
+        general = GGUFWriter(path=None, arch=writer.arch)
+        general.add_type(GGUFType.MODEL)
+        expert = sum(math.prod(stack.ne) for stack in self.experts)
+        shared = sum(math.prod(tensor.ne) for tensor in self.trunk)
+        total = shared + expert * self.n_experts
+        known = about(path, self.name, wants.config, total, notes)
+        known.size_label = known.size_label or size_label(total, shared, expert, self.n_experts)
+        known.set_gguf_meta_model(general)
+        general.add_file_type(_FILE_TYPES[GGMLQuantizationType(self.experts[0].ggml_type)])
+        general.add_quantization_version(GGML_QUANT_VERSION)
+        collected = {**general.kv_data[0], **writer.kv_data[0]}
+        return {key: Pair(v.value, v.type, v.sub_type) for key, v in collected.items()}
 
     def forget(self) -> None:
         forget({stored.fd for stored in self._checkpoint.tensors.values()})
@@ -100,9 +124,8 @@ class HfSource:
 def _model_name(path: Path) -> str:
     """The folder's name, or the repository's where the folder is a hub cache's snapshot."""
     path = path.resolve()
-    if path.parent.name == "snapshots":
-        return path.parent.parent.name.split("--")[-1]
-    return path.name
+    name = path.parent.parent.name.split("--")[-1]
+    return well_formed(name if path.parent.name == "snapshots" else path.name)
 
 
 class _Binder:
@@ -321,37 +344,3 @@ def _mxfp4_rows(
     out[..., 1::2] = low[..., :8] | low[..., 8:] << 4
     out[..., 2::2] = high[..., :8] | high[..., 8:] << 4
     return out.reshape(-1)
-
-
-def _metadata(
-    name: str,
-    path: Path,
-    writer: GGUFWriter,
-    trunk: Sequence[SourceTensor],
-    experts: Sequence[ExpertStack],
-) -> dict[str, Pair]:
-    """General keys, then what `writer` collected: the architecture's and the tokenizer's."""
-    general = GGUFWriter(path=None, arch=writer.arch)
-    general.add_type(GGUFType.MODEL)
-    expert = sum(math.prod(stack.ne) for stack in experts)
-    shared = sum(math.prod(tensor.ne) for tensor in trunk)
-    n_experts = writer.kv_data[0][f"{writer.arch}.expert_count"].value
-    total = shared + expert * n_experts
-    try:
-        about = Metadata.load(None, path.resolve(), None, total)
-        if name != path.resolve().name:  # a snapshot's folder is named by its commit
-            card = Metadata.load_model_card(path)
-            named = Metadata.apply_metadata_heuristic(Metadata(), card, None, Path(name), total)
-            for key in ("name", "basename", "finetune", "version", "size_label"):
-                setattr(about, key, getattr(named, key))
-    except Exception as error:  # whatever hand-written YAML makes its parser raise
-        raise UserError(
-            f"{path / 'README.md'}: its metadata cannot be read; mend it or delete the file"
-        ) from error
-    about.size_label = about.size_label or size_label(total, shared, expert, n_experts)
-    about.set_gguf_meta_model(general)
-    kind = GGMLQuantizationType(experts[0].ggml_type)
-    general.add_file_type(_FILE_TYPES[kind])
-    general.add_quantization_version(GGML_QUANT_VERSION)
-    collected = {**general.kv_data[0], **writer.kv_data[0]}
-    return {key: Pair(v.value, v.type, v.sub_type) for key, v in collected.items()}

@@ -1,7 +1,7 @@
 """A Hugging Face folder's tokenizer as llama.cpp's metadata keys.
 
 Owns which of a folder's tokenizer files counts, and what tokens, scores and token types become of
-it. Knows nothing of weights. Merges, special tokens and chat template are gguf's SpecialVocab's.
+it. Knows nothing of weights. Merges, special tokens and chat template are special.py's.
 
 llama.cpp knows how text is split before byte-pair merging by name only; the name is found by the
 splitting rule that tokenizer.json spells out. An unknown rule is refused: text would be cut in
@@ -14,13 +14,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, SpecialVocab, TokenType
+from gguf import GGUFWriter, TokenType
 
 from ...runtime.errors import UserError
-from .checkpoint import read_json
+from ...runtime.text import shown, well_formed
+from .checkpoint import read_json, read_optional
+from .special import EXTRA_TEMPLATES, add_special, added_tokens, byte_level_merges
 from .wants import OTHER_WAY, Config
 
-# Files that shape the result, where they exist.
+# Patterns of the files that shape the result, where they exist.
 FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -28,6 +30,7 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    f"{EXTRA_TEMPLATES}/*.jinja",
 )
 
 # How a tokenizer.json cuts text before merging, and llama.cpp's name of that rule.
@@ -63,25 +66,50 @@ class _Vocab:
         self.tokens: list[str] = [f"[PAD{i}]" for i in range(size)]
         self.scores: list[float] = [_UNUSED_SCORE] * size
         self.types: list[TokenType] = [TokenType.UNUSED] * size
+        self.left_out = 0
 
-    def put(self, i: int, token: str, score: float, kind: TokenType) -> None:
-        if not 0 <= i < len(self.tokens):
-            raise ValueError(f"token {i} is outside the model's {len(self.tokens)}")
-        self.tokens[i], self.scores[i], self.types[i] = token, score, kind
+    def put(self, i: object, token: object, score: float, kind: TokenType) -> None:
+        """A token whose number the model has no embedding for has no place, and some models come
+        with such."""
+        if type(i) is int and 0 <= i < len(self.tokens) and isinstance(token, str):
+            self.tokens[i], self.scores[i], self.types[i] = well_formed(token), score, kind
+        else:
+            self.left_out += 1
 
-    def put_added(self, i: int, token: str, special: bool) -> None:
-        """A token that text is searched for before it is cut and merged.
-
-        One beyond the vocabulary has no embedding, and some models come with such.
-        """
-        if i >= len(self.tokens):
-            return
-        if special or _SPECIAL_LOOKS.fullmatch(token):
+    def put_added(self, i: object, token: object, special: object) -> None:
+        """A token that text is searched for before it is cut and merged."""
+        text = token if isinstance(token, str) else ""
+        if special is True or _SPECIAL_LOOKS.fullmatch(text):
             self.put(i, token, _ADDED_SCORE, TokenType.CONTROL)
         else:
-            self.put(i, token.replace("▁", " "), _ADDED_SCORE, TokenType.USER_DEFINED)
+            text = text.replace("▁", " ")
+            self.put(i, text or token, _ADDED_SCORE, TokenType.USER_DEFINED)
 
-    def add(self, writer: GGUFWriter, model: str, rule: str) -> None:
+    def _tell_apart(self) -> int:
+        """Give every token a text of its own, as llama.cpp demands; the number that got another.
+
+        It reads no further than a NUL. Of two alike the first stays; padding gives way to all.
+        """
+        seen: set[str] = set()
+        changed = 0
+        for i in sorted(range(len(self.tokens)), key=lambda i: self.types[i] is TokenType.UNUSED):
+            token = self.tokens[i].partition("\0")[0]
+            if token in seen:
+                changed += self.types[i] is not TokenType.UNUSED
+                token = f"[PAD{i}]"
+                while token in seen:
+                    token += "]"
+                self.scores[i], self.types[i] = _UNUSED_SCORE, TokenType.UNUSED
+            if token:  # one without text gets one from llama.cpp
+                seen.add(token)
+            self.tokens[i] = token
+        return changed
+
+    def add(self, writer: GGUFWriter, model: str, rule: str, notes: list[str]) -> None:
+        if n := self.left_out:
+            notes.append(f"{n} tokens have no place among the model's {len(self.tokens)}: left out")
+        if n := self._tell_apart():
+            notes.append(f"{n} tokens have the text of another one: they are left out")
         writer.add_tokenizer_model(model)
         writer.add_tokenizer_pre(rule)
         writer.add_token_list(self.tokens)
@@ -90,29 +118,34 @@ class _Vocab:
         writer.add_token_types(self.types)
 
 
-def add_tokenizer(folder: Path, config: Config, writer: GGUFWriter) -> None:
-    """Add the keys of this folder's tokenizer."""
+def add_tokenizer(folder: Path, config: Config, writer: GGUFWriter, notes: list[str]) -> None:
+    """Add the keys of this folder's tokenizer; what of its files was left out goes to ``notes``."""
     vocab = _Vocab(config.count("vocab_size"))
-    has_model, fast = (folder / "tokenizer.model").exists(), folder / "tokenizer.json"
-    if not has_model and not fast.exists():
+    pieces, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    if not pieces.exists() and not fast.exists():
         raise UserError(
             f"{folder} has neither tokenizer.json nor tokenizer.model; download the model's "
             "tokenizer files too"
         )
+    settings = read_optional(folder / "tokenizer_config.json", notes)
     try:
-        byte_level = not has_model and _add_fast(read_json(fast), vocab, writer)
-        if has_model:
-            _add_sentencepiece(folder, vocab, writer)
-        special = SpecialVocab(folder, load_merges=byte_level, n_vocab=len(vocab.tokens))
-        special.add_to_gguf(writer, quiet=True)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+        if pieces.exists() and _add_sentencepiece(folder, settings, vocab, writer, notes):
+            tokenizer, merges = read_optional(fast, notes), []
+        else:
+            tokenizer = read_json(fast)
+            merges = _add_fast(tokenizer, vocab, writer, notes)
+        add_special(folder, config, tokenizer, settings, merges, writer, notes)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise UserError(
             f"{folder}: its tokenizer files cannot be understood ({error}); download them again"
         ) from error
 
 
-def _add_sentencepiece(folder: Path, vocab: _Vocab, writer: GGUFWriter) -> None:
-    """tokenizer.model, and the tokens that other files add to it."""
+def _add_sentencepiece(
+    folder: Path, settings: dict[str, Any], vocab: _Vocab, writer: GGUFWriter, notes: list[str]
+) -> bool:
+    """tokenizer.model, and the tokens that other files add to it; False if it is damaged, and
+    tokenizer.json may stand in for it."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
@@ -122,9 +155,12 @@ def _add_sentencepiece(folder: Path, vocab: _Vocab, writer: GGUFWriter) -> None:
         ) from error
     pieces = SentencePieceProcessor()
     try:
-        pieces.LoadFromFile(str(folder / "tokenizer.model"))
+        pieces.LoadFromSerializedProto((folder / "tokenizer.model").read_bytes())
     except RuntimeError as error:
-        raise ValueError("tokenizer.model is damaged") from error
+        if not (folder / "tokenizer.json").exists():
+            raise ValueError("tokenizer.model is damaged") from error
+        notes.append("tokenizer.model is damaged: tokenizer.json is taken instead")
+        return False
     kinds = (
         (pieces.IsUnknown, TokenType.UNKNOWN),
         (pieces.IsControl, TokenType.CONTROL),
@@ -134,41 +170,48 @@ def _add_sentencepiece(folder: Path, vocab: _Vocab, writer: GGUFWriter) -> None:
     for i in range(min(pieces.vocab_size(), len(vocab.tokens))):
         kind = next((kind for test, kind in kinds if test(i)), TokenType.NORMAL)
         vocab.put(i, pieces.IdToPiece(i), pieces.GetScore(i), kind)
-    settings = _optional(folder / "tokenizer_config.json")
-    for token, i in _optional(folder / "added_tokens.json").items():
+    for token, i in read_optional(folder / "added_tokens.json", notes).items():
         vocab.put_added(i, token, special=False)
-    for i, token in settings.get("added_tokens_decoder", {}).items():
-        vocab.put_added(int(i), token["content"], token.get("special", False))
-    if settings.get("add_prefix_space") is not None:
+    decoder = settings.get("added_tokens_decoder")
+    for i, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict):
+            number = int(i) if i.isdecimal() and len(i) < 10 else None
+            vocab.put_added(number, entry.get("content"), entry.get("special"))
+    if isinstance(settings.get("add_prefix_space"), bool):
         writer.add_add_space_prefix(settings["add_prefix_space"])
-    vocab.add(writer, "llama", "default")
+    vocab.add(writer, "llama", "default", notes)
+    return True
 
 
-def _add_fast(tokenizer: dict[str, Any], vocab: _Vocab, writer: GGUFWriter) -> bool:
-    """tokenizer.json; True if it is byte-level, which llama.cpp merges by its list of merges."""
+def _add_fast(
+    tokenizer: dict[str, Any], vocab: _Vocab, writer: GGUFWriter, notes: list[str]
+) -> list[str]:
+    """tokenizer.json; the merges of one that is byte-level, which llama.cpp goes by."""
     model = tokenizer["model"]
-    if model["type"] != "BPE":
+    if model.get("type", "BPE") != "BPE":
         raise UserError(
-            f"this converter knows byte-pair tokenizers, not {model['type']}; {OTHER_WAY}"
+            f"this converter knows byte-pair tokenizers, not {shown(model['type'])}; {OTHER_WAY}"
         )
     byte_level = not model.get("byte_fallback", False)
     rule = _rule(tokenizer) if byte_level else "default"
+    merges = byte_level_merges(model, notes) if byte_level else []
     # Without byte level, llama.cpp merges by score: the earlier a merge, the higher.
     scores: dict[str, float] = {}
     for rank, pair in enumerate([] if byte_level else model["merges"]):
-        merged = "".join(pair) if isinstance(pair, list) else pair.replace(" ", "", 1)
-        scores.setdefault(merged, -float(rank))
+        parts = pair.split(" ", 1) if isinstance(pair, str) else pair
+        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+            scores.setdefault("".join(parts), -float(rank))
     for token, i in model["vocab"].items():
         kind = TokenType.NORMAL
         if not byte_level and _BYTE.fullmatch(token):
             kind = TokenType.BYTE
         vocab.put(i, token, scores.get(token, _ADDED_SCORE - len(scores)), kind)
-    for added in tokenizer.get("added_tokens", []):
-        vocab.put_added(added["id"], added["content"], added.get("special", False))
+    for added in added_tokens(tokenizer):
+        vocab.put_added(added["id"], added["content"], added.get("special"))
     if not byte_level and not _prepends_space(tokenizer):
         writer.add_add_space_prefix(False)
-    vocab.add(writer, "gpt2" if byte_level else "llama", rule)
-    return byte_level
+    vocab.add(writer, "gpt2" if byte_level else "llama", rule, notes)
+    return merges
 
 
 def _steps(part: dict[str, Any] | None, list_key: str) -> list[dict[str, Any]]:
@@ -216,7 +259,3 @@ def _prepends_space(tokenizer: dict[str, Any]) -> bool:
         step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
         for step in pre
     )
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

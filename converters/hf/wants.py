@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ...runtime.errors import UserError
 from .checkpoint import read_json
+from .defaults import DEFAULTS
 
 Array = NDArray[Any]
 
@@ -35,7 +36,11 @@ MAX_LAYERS = 512  # of llama.cpp
 
 
 class Config:
-    """config.json, asked for one value at a time."""
+    """config.json, asked for one value at a time.
+
+    A key it lacks means what transformers means by that; ``null`` is a value like others, for which
+    ``default`` stands.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.json"
@@ -44,9 +49,11 @@ class Config:
                 f"{folder} has no config.json; give the folder of a Hugging Face model, or a GGUF"
             )
         self.values = read_json(self.path)
+        family = self.values.get("model_type")
+        self.defaults = DEFAULTS.get(family, {}) if isinstance(family, str) else {}
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
+        value = self.values[key] if key in self.values else self.defaults.get(key)
         return default if value is None else value
 
     def count(self, key: str, default: int | None = None) -> int:
@@ -70,12 +77,13 @@ class Config:
     def n_experts(self) -> int:
         """Under the name of its family, or the one transformers 5 gave it."""
         names = ("num_experts", "num_local_experts", "n_routed_experts")
-        return self.count(next((name for name in names if name in self.values), names[0]))
+        known = (name for given in (self.values, self.defaults) for name in names if name in given)
+        return self.count(next(known, names[0]))
 
     @property
     def rope(self) -> dict[str, Any]:
         """Rotary parameters under one set of names; transformers 5 moved them."""
-        raw = self.get("rope_parameters", self.get("rope_scaling", {}))
+        raw = self.get("rope_scaling") or self.get("rope_parameters", {})
         if not isinstance(raw, dict):
             raise UserError(f"{self.path}: the rope parameters should be an object, not {raw!r}")
         rope = {key: value for key, value in raw.items() if value is not None}
@@ -210,7 +218,7 @@ class Wants:
         self.tensor(f"{at}.gate.weight", self.n_experts, self.hidden, as_f32=True)
         self.experts.append(WantExperts(layer, f"{at}.experts", f"{at}.experts"))
 
-    def keys(self, *, ff: str, eps: float = 1e-6) -> None:
+    def keys(self, *, ff: str) -> None:
         """The keys every architecture has; ``ff`` is config.json's name for an expert's width."""
         c, w = self.config, self.writer
         self.n_experts, self.ff = c.n_experts, c.count(ff)
@@ -222,7 +230,7 @@ class Wants:
         w.add_head_count(heads)
         w.add_head_count_kv(c.count("num_key_value_heads", heads))
         self._rope_keys()
-        w.add_layer_norm_rms_eps(c.number("rms_norm_eps", eps))
+        w.add_layer_norm_rms_eps(c.number("rms_norm_eps"))
         w.add_expert_count(self.n_experts)
         used = c.count("num_experts_per_tok")
         if used > self.n_experts:
@@ -260,9 +268,12 @@ class Wants:
             w.add_rope_freq_base(rope_number(c, rope, "rope_theta"))
 
     def only(self, **allowed: Any) -> None:
-        """Refuse a configuration that llama.cpp would compute differently; absent is fine."""
+        """Refuse a configuration that llama.cpp would compute differently.
+
+        What neither it nor the family's class names is fine.
+        """
         for key, value in allowed.items():
-            found = self.config.get(key, value)
+            found = self.config.get(key, self.config.defaults.get(key, value))
             if found != value:
                 raise UserError(
                     f"{self.config.path}: {key} is {found!r}, and llama.cpp's "

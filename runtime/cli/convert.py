@@ -57,7 +57,8 @@ def convert(
 ) -> None:
     """Make the bundle DST, a folder, from SRC: a GGUF, a Hugging Face folder or hf:owner/repo.
 
-    An interrupted conversion goes on where it stopped when the same command is given again.
+    An interrupted conversion goes on where it stopped when the same command is given again; over a
+    complete one that command does nothing.
     """
     from ...converters.choose import ConvertOptions
     from ...converters.convert import convert as run_convert
@@ -81,7 +82,7 @@ def convert(
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where this one stopped")
         sys.exit(130)
-    say(f"wrote {folder}")
+    say(f"wrote {folder}" if summary.is_new else f"{folder} is complete: there is nothing to do")
     for line in summary.lines():
         note(line)
     if verified and verify_bundle(folder):

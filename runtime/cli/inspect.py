@@ -20,6 +20,7 @@ from ..formats.ggml_types import GGML_TYPES
 from ..formats.layout import ModelLayout
 from ..formats.open import read_layout
 from ..sizes import format_size
+from ..text import shown
 from .model import resolve
 from .terminal import note
 
@@ -159,8 +160,8 @@ def describe_text(document: dict[str, Any]) -> str:
         "<",
     )
     rows = [
-        ("model", d["name"]),
-        ("architecture", d["architecture"]),
+        ("model", shown(d["name"])),
+        ("architecture", shown(d["architecture"])),
         ("size", format_size(total) + (f" in {len(files)} files" if len(files) > 1 else "")),
         ("context", f"{d['n_ctx_train']} tokens"),
         (
@@ -189,7 +190,7 @@ def _bundle_rows(bundle: dict[str, Any] | None) -> list[tuple[str, str]]:
     made = "regrouped" if bundle["quant"] == COPY else f"quantized to {bundle['quant']}"
     layouts = ", ".join(bundle["layouts"])
     rows = [
-        ("bundle of", f"{bundle['source']} ({format_size(bundle['source_bytes'])}), {made}"),
+        ("bundle of", f"{shown(bundle['source'])} ({format_size(bundle['source_bytes'])}), {made}"),
         ("layout", f"kernel-ready: {layouts}" if layouts else "plain"),
     ]
     if bundle["low_types"]:

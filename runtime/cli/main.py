@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import UserError
+from ..text import LINE_LIMIT, shown
 from .options import spelling_of
 from .terminal import note
 
@@ -75,6 +76,7 @@ def cli(debug: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command that ``sys.argv`` names; an exception becomes one sentence and a code."""
+    _open_streams()
     args = sys.argv[1:]
     if debug := "--debug" in args:  # anywhere, though click knows it in front only
         args = ["--debug", *(arg for arg in args if arg != "--debug")]
@@ -91,6 +93,20 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+def _open_streams() -> None:
+    """Stand-ins for standard streams that whoever started us has closed.
+
+    Else the next file opened, a model or a bundle, got its number, and what is printed went there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
 def _explain(error: BaseException) -> tuple[str, int]:
     """What to say about an error, and the exit code."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -98,11 +114,16 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.UsageError):
         text, code = error.format_message(), 2
     elif isinstance(error, UserError):
-        text, code = str(error), 2
+        text, code = shown(error, LINE_LIMIT), 2
+    elif isinstance(error, MemoryError):
+        from ..system import shell_limits
+
+        why = shell_limits() or str(error) or type(error).__name__
+        text, code = f"the system refuses this process more memory ({why})", 1
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         text, code = "interrupted", 130
-    elif isinstance(error, OSError | MemoryError | RuntimeError | ValueError):
-        text, code = str(error) or type(error).__name__, 1
+    elif isinstance(error, OSError | RuntimeError | ValueError):
+        text, code = shown(str(error) or type(error).__name__, LINE_LIMIT), 1
     else:
         text, code = f"{type(error).__name__}: {error}; this is a bug: --debug shows where", 1
     return f"moe-gguf: error: {text}", code

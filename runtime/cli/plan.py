@@ -19,6 +19,7 @@ from ..columns import columns
 from ..errors import UserError, spell
 from ..options import Options
 from ..sizes import MB, format_size
+from ..text import shown
 from .model import resolve
 from .options import as_flag, model_options
 from .terminal import quieten
@@ -143,7 +144,7 @@ def plan_text(document: dict[str, Any]) -> str:
     ]
     rows = [["", f"{-(-n_bytes // MB)} MB", what] for n_bytes, what in sizes]
     lines = [
-        f"{d['path']} ({d['architecture']}), {d['n_ctx']} tokens of context",
+        f"{shown(d['path'], 1000)} ({shown(d['architecture'])}), {d['n_ctx']} tokens of context",
         f"fits {format_size(d['budget_bytes'])}: "
         + ("yes" if d["fits"] else f"no, {named}; a smaller --ctx also helps"),
         budget.table(),

@@ -14,7 +14,7 @@ from ..errors import ExpertReadError, UserError
 from ..system import check_writable
 from .model import open_llama
 from .options import Number, model_options, prompt_options
-from .terminal import note, prompt_text, report_error
+from .terminal import argument_text, note, prompt_text, report_error
 
 if TYPE_CHECKING:
     from ..generate import Sampling
@@ -77,6 +77,8 @@ def run(
     text = prompt_text(prompt, prompt_file, wants_terminal=chat)
     if system is not None and not chat:
         raise UserError("--system belongs to --chat: give both or neither")
+    if system is not None:
+        argument_text(system, "--system")
     if text is None and as_json:
         raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
     if timeline_file is not None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from ..errors import UserError, reason, spell
+from ..text import LINE_LIMIT, decoded, printable, shown
 from .options import as_flag
 
 
 def note(text: str) -> None:
-    """A line on standard error."""
-    click.echo(text, err=True)
+    """A line on standard error; names from files in it are only data."""
+    click.echo(printable(text), err=True)
 
 
 def warn(text: str) -> None:
@@ -23,7 +24,7 @@ def warn(text: str) -> None:
 def report_error(error: Exception) -> None:
     """Tell of an error that does not end the command."""
     text = error.spelled(as_flag) if isinstance(error, UserError) else str(error)
-    note(f"moe-gguf: error: {text}")
+    note(f"moe-gguf: error: {shown(text, LINE_LIMIT)}")
 
 
 def debugging() -> bool:
@@ -45,7 +46,7 @@ def prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> s
     if prompt is not None and file is not None:
         raise UserError("-p and -f exclude each other: give the prompt once")
     if prompt is not None:
-        return prompt
+        return argument_text(prompt, "-p")
     if file is not None:
         try:
             return _decode(Path(file).read_bytes(), file)
@@ -62,6 +63,15 @@ def prompt_text(prompt: str | None, file: str | None, wants_terminal: bool) -> s
 def _decode(data: bytes, source: str) -> str:
     """Text without the line end that editors and ``echo`` put behind it."""
     try:
-        return data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError:
+        return decoded(data).removesuffix("\n")
+    except ValueError:
         raise UserError(f"{source} is not text in UTF-8: convert it first") from None
+
+
+def argument_text(text: str, option: str) -> str:
+    """An argument that is text; the system hands over bytes, and any."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"what {option} gives is not text in UTF-8: put it into a file") from None
+    return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def load() -> ctypes.CDLL:
     Every symbol of ggml is resolved through the libllama that llama_cpp has loaded: the wheel's
     library files are copies, and opening one by path would make a second registry.
     """
-    path = str(library_path()).encode()
+    path = os.fsencode(library_path())
     host = llama_cpp.llama_cpp._lib
     llama_cpp.llama_backend_init()
     host.ggml_backend_load.restype = ctypes.c_void_p
@@ -67,7 +68,7 @@ def load() -> ctypes.CDLL:
         loaded = host.ggml_backend_load(path)
     if not loaded:
         raise UserError(_refusal(path))
-    lib = ctypes.CDLL(path.decode())
+    lib = ctypes.CDLL(os.fsdecode(path))
     handle = ctypes.c_void_p
     for name, restype, argtypes in (
         ("moe_ggml_version", i32, []),
@@ -116,7 +117,7 @@ def load() -> ctypes.CDLL:
 def _refusal(path: bytes) -> str:
     """Why llama.cpp did not take the plugin, and what to do."""
     try:
-        version = int(ctypes.CDLL(path.decode()).moe_ggml_version())
+        version = int(ctypes.CDLL(os.fsdecode(path)).moe_ggml_version())
     except OSError:  # it does not even link with this llama.cpp
         version = GGML_NEWEST
     if GGML_OLDEST <= version <= GGML_NEWEST:
@@ -134,7 +135,7 @@ def _refusal(path: bytes) -> str:
 def probe_direct(path: Path) -> DirectProbe:
     """Try O_DIRECT on a file; the alignments are the smallest that worked."""
     probe = Probe()
-    load().moe_probe_direct(str(path).encode(), ctypes.byref(probe))
+    load().moe_probe_direct(os.fsencode(path), ctypes.byref(probe))
     return DirectProbe(bool(probe.direct), probe.offset_align, probe.memory_align)
 
 
@@ -144,5 +145,5 @@ def probe_speed(
     """Bytes per second of reads of ``n_bytes`` at 4096-aligned offsets with ``lanes`` threads."""
     array = (i64 * len(offsets))(*offsets)
     return float(
-        load().moe_probe_speed(str(path).encode(), array, len(offsets), n_bytes, lanes, direct)
+        load().moe_probe_speed(os.fsencode(path), array, len(offsets), n_bytes, lanes, direct)
     )

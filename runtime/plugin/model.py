@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ class PluginModel:
         self._handle = self._lib.moe_model_new(ctypes.byref(config), error, len(error))
         if not self._handle:
             raise UserError(error.value.decode(errors="replace"))
+        self._pid = os.getpid()
         self._bound: Any = None  # the ctypes thunks must outlive the binding
         self.n_slots = 0
         self.call: Call = self._lib.moe_model_call(self._handle).contents
@@ -29,6 +31,10 @@ class PluginModel:
     def _open(self) -> int:
         if not self._handle:
             raise RuntimeError("the model is closed")
+        if self._pid != os.getpid():  # its threads are the parent's
+            raise UserError(
+                "this model was opened before the process was forked: open it in this one"
+            )
         return int(self._handle)
 
     def expert_buffer_type(self) -> int:
@@ -132,6 +138,6 @@ class PluginModel:
         self._lib.moe_model_inject(self._open, skip, err)
 
     def close(self) -> None:
-        if self._handle:
+        if self._handle and self._pid == os.getpid():
             self._lib.moe_model_free(self._handle)
             self._handle = None
