@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import tiny
+import zoo
+from mutant import Mutant
 
 from moe_gguf.converters import convert
 from moe_gguf.converters.choose import ConvertOptions
@@ -27,6 +29,7 @@ from moe_gguf.runtime.plugin.library import probe_direct
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TinyFile = Callable[..., Path]
+ZooFile = Callable[[str], Path]
 MakeBundle = Callable[..., Path]
 
 
@@ -42,6 +45,26 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> TinyFile:
             name = "-".join([layout, *(f"{k}={v}" for k, v in sorted(flags.items()))])
             made[key] = tiny.write_tiny(layout, folder / f"{name}.gguf", **flags)
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tiny_file: TinyFile) -> zoo.Fields:
+    """Tokenizer keys for the models of the zoo."""
+    return Mutant.read(tiny_file("qwen3moe")).fields
+
+
+@pytest.fixture(scope="session")
+def zoo_file(tmp_path_factory: pytest.TempPathFactory, vocabulary: zoo.Fields) -> ZooFile:
+    """``zoo_file(architecture)``: the path of that model of the zoo, made once."""
+    folder = tmp_path_factory.mktemp("zoo")
+
+    def get(architecture: str) -> Path:
+        path = folder / f"{architecture}.gguf"
+        if not path.exists():
+            zoo.write(architecture, path, vocabulary)
+        return path
 
     return get
 
