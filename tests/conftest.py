@@ -29,7 +29,7 @@ from moe_gguf.runtime.plugin.library import probe_direct
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TinyFile = Callable[..., Path]
-ZooFile = Callable[[str], Path]
+ZooFile = Callable[..., Path]
 MakeBundle = Callable[..., Path]
 
 
@@ -57,13 +57,14 @@ def vocabulary(tiny_file: TinyFile) -> zoo.Fields:
 
 @pytest.fixture(scope="session")
 def zoo_file(tmp_path_factory: pytest.TempPathFactory, vocabulary: zoo.Fields) -> ZooFile:
-    """``zoo_file(architecture)``: the path of that model of the zoo, made once."""
+    """``zoo_file(architecture, **keys)``: the path of that model of the zoo, made once."""
     folder = tmp_path_factory.mktemp("zoo")
 
-    def get(architecture: str) -> Path:
-        path = folder / f"{architecture}.gguf"
+    def get(architecture: str, **keys: zoo.Value) -> Path:
+        name = "-".join([architecture, *(f"{k}={v}" for k, v in sorted(keys.items()))])
+        path = folder / f"{name}.gguf"
         if not path.exists():
-            zoo.write(architecture, path, vocabulary)
+            zoo.write(architecture, path, vocabulary, **keys)
         return path
 
     return get

@@ -320,9 +320,9 @@ class _Head(ctypes.Structure):
     _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4)]
 
 
-def write(architecture: str, path: Path, vocabulary: Fields) -> None:
-    """Make the model of this architecture, with these tokenizer keys."""
-    with _made(architecture, path, vocabulary) as (model, mutant):
+def write(architecture: str, path: Path, vocabulary: Fields, **more: Value) -> None:
+    """Make the model of this architecture, with these tokenizer keys and more of its own."""
+    with _made(architecture, path, vocabulary, more) as (model, mutant):
         if architecture in _UNSAVED:
             mutant.write(path)
         else:
@@ -337,10 +337,10 @@ def expert_tensors(architecture: str, path: Path, vocabulary: Fields) -> list[st
 
 @contextmanager
 def _made(
-    architecture: str, path: Path, vocabulary: Fields
+    architecture: str, path: Path, vocabulary: Fields, more: Keys | None = None
 ) -> Iterator[tuple[llama_cpp.llama_model_p, Mutant]]:
     """llama.cpp's model and the file that it would be; ``path`` is where metadata may lie."""
-    keys = COMMON | (MADE | DENSE).get(architecture, {})
+    keys = COMMON | (MADE | DENSE).get(architecture, {}) | (more or {})
     metadata = Mutant(_fields(architecture, keys, vocabulary), dict(_wanted_types()))
     made = Mutant(metadata.fields, {})
 
@@ -360,6 +360,7 @@ def _made(
         raw = str(metadata.write(path)).encode()
         context = _ggml().gguf_init_from_file(raw, _InitParams(True, None))
         params = llama_cpp.llama_model_default_params()
+        params.load_mtp = True  # draft layers, where keys ask for some
         model = llama_cpp.llama_model_init_from_user(context, fill, None, params)
         _ggml().gguf_free(context)
         if not model:
