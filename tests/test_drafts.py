@@ -74,7 +74,7 @@ def test_a_draft_layer_changes_no_plan(
     is_bundle: bool, plain: Path, drafted: Path, bundle: MakeBundle
 ) -> None:
     paths = [bundle(path) if is_bundle else path for path in (plain, drafted)]
-    same = "trunk_bytes kv_bytes compute_bytes slots slots_all working_set resident_share".split()
+    same = ["trunk_bytes", "kv_bytes", "compute_bytes", "slots", "slots_all", "working_set"]
     plans = [plan_document(path, memory="1GB", n_ctx=64) for path in paths]
     assert [plans[0][key] for key in same] == [plans[1][key] for key in same]
     said = [describe(path) for path in paths]
