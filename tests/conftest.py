@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import tiny
 import zoo
-from mutant import Mutant
+from mutant import Helper, Mutant
 
 from moe_gguf.converters import convert
 from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
-from moe_gguf.runtime import kernels
+from moe_gguf.runtime import kernels, trial
 from moe_gguf.runtime.bench import process, rounds
+from moe_gguf.runtime.cli.options import cache_dir
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin.library import probe_direct
 
@@ -47,6 +48,22 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> TinyFile:
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def helper() -> Iterator[Helper]:
+    with Helper() as helper:
+        yield helper
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trials(helper: Helper, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models are tried in forks of one helper, and verdicts are kept for this session only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_GGUF_CACHE", str(cache_dir()))  # the demo model's stays
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(trial, "send", helper.send)
+        yield
 
 
 @pytest.fixture(scope="session")
