@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import mmap
 import os
@@ -28,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +48,7 @@ CPU_S_PER_GB = 10
 WALL_S_PER_CPU_S = 10  # for a machine that is busy with other things
 MEMORY_BYTES = 4 << 30  # a child's own; the zeros take none
 
+SMALL_BYTES = 1 << 30  # up to here several tokens are computed at once, too
 N_CTX, N_BATCH = 64, 16  # enough for every graph there is, and little memory
 _TEXT = bytes(range(1, 256)) + " Hello wörld 1234 \U0001f600 <|eos|></s>\n".encode()
 
@@ -187,6 +191,19 @@ def main() -> None:
     os._exit(0)
 
 
+def bindings() -> Any:
+    """llama_cpp's low level, without the package around it: half of the time until it is there."""
+    if "llama_cpp" not in sys.modules:
+        spec = importlib.util.find_spec("llama_cpp")
+        assert spec is not None
+        package = types.ModuleType("llama_cpp")
+        package.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules["llama_cpp"] = package
+        low = importlib.import_module("llama_cpp.llama_cpp")
+        vars(package).update({k: v for k, v in vars(low).items() if not k.startswith("__")})
+    return sys.modules["llama_cpp"]
+
+
 def limit(cpu_s: int) -> None:
     """Bound what this process may take, and offer it first where memory runs out."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -200,8 +217,7 @@ def limit(cpu_s: int) -> None:
 
 def meet(header: bytes, stream_bytes: int) -> bool:
     """Load, tokenize and compute, if llama.cpp does not object; whether all of it was done."""
-    import llama_cpp as lc
-
+    lc = bindings()
     from .plugin.abi import ABI, Config
     from .plugin.model import PluginModel
 
@@ -228,23 +244,24 @@ def meet(header: bytes, stream_bytes: int) -> bool:
         return False
     context_params = lc.llama_context_default_params()
     context_params.n_ctx, context_params.n_batch, context_params.n_ubatch = N_CTX, N_BATCH, N_BATCH
+    context_params.n_threads = context_params.n_threads_batch = (
+        1  # more wait for each other, busily
+    )
     context = lc.llama_init_from_model(model, context_params)
     vocab = lc.llama_model_get_vocab(model)
     if lc.llama_vocab_type(vocab) != lc.LLAMA_VOCAB_TYPE_NONE:
-        _speak(vocab)
+        _speak(lc, vocab)
     codes = []
     if context:
-        for n in (4, 1):
+        for n in (4, 1) if stream_bytes <= SMALL_BYTES else (1,):
             tokens = (lc.llama_token * n)(*range(n))
             codes.append(lc.llama_decode(context, lc.llama_batch_get_one(tokens, n)))
         lc.llama_free(context)
     lc.llama_model_free(model)
-    return codes == [0, 0]
+    return bool(codes) and not any(codes)
 
 
-def _speak(vocab: Any) -> None:
-    import llama_cpp as lc
-
+def _speak(lc: Any, vocab: Any) -> None:
     tokens = (lc.llama_token * 1024)()
     lc.llama_tokenize(vocab, _TEXT, len(_TEXT), tokens, len(tokens), True, True)
     piece = ctypes.create_string_buffer(256)

@@ -316,6 +316,7 @@ class Helper:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.sent = 0  # trials
+        self.has_computed = False  # in the last one llama.cpp objected to nothing
         self.log = Path()
 
     def __enter__(self) -> Helper:
@@ -351,12 +352,9 @@ class Helper:
             task = {"header": file.name, "stream_bytes": stream_bytes, "cpu_s": int(cpu_s)}
             number = self._do(task)
         self.sent += 1
+        self.has_computed = self.log.read_bytes().endswith(COMPUTED)
         with self.log.open("rb") as said:
             return trial.verdict_of(number, said)
-
-    def has_computed(self) -> bool:
-        """Whether the last trial came to its end, where llama.cpp objected to nothing."""
-        return self.log.read_bytes().endswith(COMPUTED)
 
     def _do(self, task: dict[str, str | int]) -> int:
         """The signal that ended the child of this task."""

@@ -3,6 +3,7 @@
 1. Logits (of an embedder: embeddings) equal stock's to the last bit, in prefill and in decode, with
    a slot for every expert, for a third and with the fewest, under every policy. Each model meets
    three policies, which rotate; ``make zoo`` has each meet all.
+   Each goes through a trial, once, and computes there too.
 2. Nothing is refused, and nothing is left out: an architecture of the library is made, or dense,
    or stands in UNMADE with its reason.
 3. The README names them.
@@ -19,6 +20,7 @@ import pytest
 import zoo
 from conftest import ZooFile
 from harness import Logits, Model, Ours, ours, random_tokens, rows, stock
+from mutant import Helper
 
 from moe_gguf.policies import POLICIES
 from moe_gguf.runtime.budget import min_slots
@@ -49,19 +51,21 @@ def policies(architecture: str, place: int) -> list[str]:
 
 
 @pytest.mark.parametrize("architecture", zoo.MADE)
-def test_computes_what_stock_computes(architecture: str, zoo_file: ZooFile) -> None:
+def test_computes_what_stock_computes(architecture: str, zoo_file: ZooFile, helper: Helper) -> None:
     path = zoo_file(architecture)
     with stock(path) as model:
         expected = answers(model, architecture)
     assert np.isfinite(expected).all()
     assert expected.std() > 0.1
     n_all = len(read_layout(path).layers) * zoo.N_EXPERTS
-    reads = []
+    n_trials, reads = helper.sent, []
     for place, n_slots in enumerate((n_all, n_all // 3, min_slots(n_all))):
         for policy in policies(architecture, place):
             with ours(path, n_slots, policy=policy) as model:
                 same(answers(model, architecture), expected, policy, n_slots)
                 reads.append(check_ran(model, architecture))
+    assert helper.sent == n_trials + 1, "there was no trial, or a verdict was forgotten"
+    assert helper.has_computed
     assert architecture in zoo.IDLE or max(reads) > min(reads), "no expert was read twice"
 
 
