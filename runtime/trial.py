@@ -164,10 +164,12 @@ def _recall(place: Path | None) -> Verdict | None:
     if place is None:
         return None
     try:
-        number, said = json.loads(place.read_text())
-    except (OSError, ValueError):
-        return None
-    return Verdict(int(number), str(said))
+        match json.loads(place.read_text()):
+            case [int(number), str(said)]:
+                return Verdict(number, said)
+    except (OSError, ValueError):  # there is none, or it is damaged
+        pass
+    return None
 
 
 def _remember(place: Path | None, verdict: Verdict) -> None:

@@ -206,7 +206,8 @@ def _value(choose: Choose, kind: ValueType) -> Scalar:
 def mutate(mutant: Mutant, choose: Choose, keys: list[str]) -> str:
     """Change one thing about a file; says what."""
     action = choose(13)
-    arch = str(mutant.fields["general.architecture"].value) if mutant.fields else ""
+    named = mutant.fields.get("general.architecture")  # an earlier change may have taken it
+    arch = str(named.value) if named else ""
     names, weights = list(mutant.fields), list(mutant.weights)
     if action < 5 and names:
         key = names[choose(len(names))]

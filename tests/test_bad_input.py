@@ -316,8 +316,9 @@ N_MUTANTS = int(os.environ.get("MUTANTS", 150))
 
 
 @pytest.fixture(scope="module")
-def fuzzed(originals: dict[str, Mutant], zoo_file: ZooFile) -> list[Mutant]:
-    return [*originals.values(), *(Mutant.read(zoo_file(name)) for name in zoo.MADE)]
+def fuzzed(originals: dict[str, Mutant], zoo_file: ZooFile) -> dict[str, Mutant]:
+    zoo_files = {f"zoo {name}": Mutant.read(zoo_file(name)) for name in zoo.MADE}
+    return originals | zoo_files
 
 
 @settings(
@@ -328,9 +329,9 @@ def fuzzed(originals: dict[str, Mutant], zoo_file: ZooFile) -> list[Mutant]:
 )
 @given(data=st.data())
 def test_what_is_accepted_does_not_kill(
-    data: st.DataObject, fuzzed: list[Mutant], helper: Helper, tmp_path: Path
+    data: st.DataObject, fuzzed: dict[str, Mutant], helper: Helper, tmp_path: Path
 ) -> None:
-    mutant = fresh(data.draw(st.sampled_from(fuzzed)))
+    mutant = fresh(fuzzed[data.draw(st.sampled_from(list(fuzzed)))])
     keys = llama_keys()
 
     def choose(n: int) -> int:

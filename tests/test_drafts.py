@@ -62,9 +62,9 @@ def test_a_draft_layer_changes_no_slot_and_no_logit(
     for path in (plain, drafted):
         with ours(bundle(path) if is_bundle else path, 20, policy="fate") as model:
             assert np.array_equal(answers(model), expected)
-            opened = model.opened
-            assert not opened.is_blind, "the policy does not guess"
-            seen.append((opened.working_set, opened.n_all, opened.layout.trunk_bytes))
+            assert not model.arena.is_blind, "the policy does not guess"
+            found = model.found
+            seen.append((found.working_set, found.n_all, found.layout.trunk_bytes))
     assert seen[0] == seen[1]
     assert seen[0][1] == (zoo.N_LAYERS - 1) * zoo.N_EXPERTS
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import llama_cpp
@@ -19,10 +20,11 @@ import numpy as np
 import pytest
 import zoo
 from conftest import ZooFile
-from harness import Logits, Model, Ours, ours, random_tokens, rows, stock
+from harness import Context, Logits, Model, Ours, Row, ours, random_tokens, rows, stock
 from mutant import Helper
 
 from moe_gguf.policies import POLICIES
+from moe_gguf.policies.base import Phase
 from moe_gguf.runtime.budget import min_slots
 from moe_gguf.runtime.formats.open import read_layout
 
@@ -35,11 +37,24 @@ def answers(model: Model, architecture: str) -> Logits:
     embeds = architecture in zoo.EMBEDDERS
     params = {"embeddings": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_NONE}
     context = model.context(n_ctx=64, n_batch=16, n_ubatch=16, **(params if embeds else {}))
-    out = [context.decode(rows(random_tokens(N_PREFILL)))]
+    compute = embeddings if embeds else Context.decode
+    out = [compute(context, rows(random_tokens(N_PREFILL)))]
     for i in range(N_DECODE):
         token = int(out[-1][-1].argmax())
-        out.append(context.decode(rows([token], N_PREFILL + i)))
+        out.append(compute(context, rows([token], N_PREFILL + i)))
     return np.concatenate(out)
+
+
+def embeddings(context: Context, batch: Sequence[Row]) -> Logits:
+    """What a context that was made for embeddings computes instead of logits."""
+    tokens = (llama_cpp.llama_token * len(batch))(*(row.token for row in batch))
+    raw = llama_cpp.llama_batch_get_one(tokens, len(batch))
+    if context.arena is not None:
+        context.arena.say(Phase.PREFILL, 1)
+    assert llama_cpp.llama_decode(context.ctx, raw) == 0
+    n_embd = llama_cpp.llama_model_n_embd(llama_cpp.llama_get_model(context.ctx))
+    pointers = (llama_cpp.llama_get_embeddings_ith(context.ctx, i) for i in range(len(batch)))
+    return np.stack([np.ctypeslib.as_array(p, (n_embd,)).copy() for p in pointers])
 
 
 def policies(architecture: str, place: int) -> list[str]:
@@ -78,7 +93,7 @@ def same(got: Logits, expected: Logits, policy: str, n_slots: int) -> None:
 def check_ran(model: Ours, architecture: str) -> int:
     """The experts came through the plugin, in every layer and step; how many reads it took."""
     stats = model.stats()
-    n_events = 0 if architecture in zoo.IDLE else len(model.opened.layout.layers) * (1 + N_DECODE)
+    n_events = 0 if architecture in zoo.IDLE else len(model.found.layout.layers) * (1 + N_DECODE)
     assert stats.events == n_events
     return int(stats.reads)
 
