@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,6 +212,20 @@ def test_counts_and_types_that_memory_depends_on(
     edit(mutant)
     with pytest.raises(UserError, match=said):
         read_layout(mutant.write(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("expert", [-1, zoo.N_EXPERTS, 1 << 30])
+def test_a_table_that_names_an_expert_there_is_not(
+    expert: int, zoo_file: ZooFile, helper: Helper, tmp_path: Path
+) -> None:
+    """A trial cannot see this: it is in the weights, of which a trial has none."""
+    mutant = Mutant.read(zoo_file("deepseek4"))
+    table = mutant.weights[zoo.EXPERT_TABLE]
+    row = 4 * zoo.N_USED  # token 1's
+    table.data = table.data[:row] + struct.pack("<i", expert) + table.data[row + 4 :]
+    path = mutant.write(tmp_path / "m.gguf")
+    assert "names experts that do not exist" in refusal(path)
+    assert helper.open(path).signal
 
 
 # --- 2. faults that kill llama.cpp --------------------------------------------------------------

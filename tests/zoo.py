@@ -36,6 +36,7 @@ Fields = Mapping[str, Field]
 
 N_EXPERTS, N_USED = 16, 4
 N_LAYERS, N_EMBD, N_HEAD, N_FF = 3, 64, 2, 64
+EXPERT_TABLE = "blk.0.ffn_gate_tid2eid.weight"
 TYPES = {"gate": Quant.Q8_0, "up": Quant.Q8_0, "gate_up": Quant.Q8_0, "down": Quant.Q5_0}
 
 
@@ -154,7 +155,7 @@ MADE: dict[str, Keys] = {
         "attention.output_lora_rank": 32,
         "attention.compress_ratios": [0, 0, 4, 128],
         "attention.compress_rope_freq_base": 160000.0,
-        "hash_layer_count": 0,
+        "hash_layer_count": 1,  # the first layer's experts stand in a table of tokens
         "expert_gating_func": 4,  # the square root of softplus, and no other
     },
     "dots1": {},
@@ -400,12 +401,16 @@ def _wanted_types() -> Iterator[tuple[str, Weight]]:
         for part, quant in TYPES.items():
             data = random_weights(np.random.default_rng(0), quant, [32], 1.0).tobytes()
             yield f"blk.{layer}.ffn_{part}_exps.weight", Weight([32], int(quant), data)
+    yield EXPERT_TABLE, Weight([1], int(Quant.I32), bytes(4))
 
 
 def _values(name: str, ne: Sequence[int], quant: Quant) -> npt.NDArray[Any]:
     """Random, by the name alone: norms and scales about 1, decays of a state negative, and rows
     of matrices that keep the variance. A router's are steeper, so that it decides clearly."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name == EXPERT_TABLE:
+        ranked = rng.random((ne[1], N_EXPERTS)).argsort(axis=1)
+        return ranked[:, : ne[0]].astype(np.int32)
     if re.search(r"ssm_a\b", name):
         return -np.abs(random_weights(rng, Quant.F32, ne, 1.0))
     if "norm" in name or "scale" in name or len(ne) == 1:
