@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from moe_gguf import Llama
 from moe_gguf.runtime import trial
 from moe_gguf.runtime.formats.ggml_types import GGML_TYPES, pad_up, type_bytes
 from moe_gguf.runtime.formats.gguf_header import Scalar, ValueType, read_header
@@ -311,8 +312,9 @@ class Death(NamedTuple):
 
 
 class Helper:
-    """A process that has llama.cpp loaded and forks a child for each task: one in which stock
-    llama.cpp opens a file, its weights included, or one that meets a model as in a trial."""
+    """A process that has llama.cpp loaded and forks a child for each task: one that opens a file
+    and computes, by stock llama.cpp or by moe_gguf.Llama, or one that meets a model as in a trial.
+    """
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -339,7 +341,14 @@ class Helper:
 
     def open(self, path: Path) -> Death:
         """Stock: vocabulary, weights, context, one batch of four tokens."""
-        number = self._do({"path": str(path)})
+        return self._death({"stock": str(path)})
+
+    def open_ours(self, path: Path) -> Death:
+        """The same by moe_gguf.Llama; an exception is no death."""
+        return self._death({"ours": str(path)})
+
+    def _death(self, task: dict[str, str | int]) -> Death:
+        number = self._do(task)
         said = self.log.read_text(errors="replace")
         lines = [text for text in said.splitlines() if text.strip()]
         fatal = [text for text in lines if "GGML_ASSERT" in text or "GGML_ABORT" in text]
@@ -407,8 +416,22 @@ def _child(task: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(20)
-        _open(task["path"].encode())
+        if "stock" in task:
+            _open(task["stock"].encode())
+        else:
+            _open_ours(task["ours"])
     os._exit(0)
+
+
+def _open_ours(path: str) -> None:
+    try:
+        llm = Llama(path, memory="1GB", policy="lru", n_ctx=64, n_batch=8, n_threads=1)
+        llm.tokenize(b"Hello world 123 <|eos|>\n", special=True)
+        llm.eval([0, 1, 2, 3])
+        llm.detokenize([llm.sample(temp=0.0)])
+        llm.close()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
 
 
 def _open(path: bytes) -> None:
