@@ -10,8 +10,8 @@ No model is exempt. An architecture that the tests cover could be, if the presen
 what kills; but its value is, and a known architecture with a strange number in it is the common
 case of a damaged file.
 
-Knows nothing of slots, budgets and policies. As a program it is the child, which reads the header
-from its standard input and imports little, because everybody waits for it.
+Knows nothing of slots, budgets and policies. The child reads the header from its standard input
+and imports little, because everybody waits for it.
 """
 
 from __future__ import annotations
@@ -146,9 +146,13 @@ def _place(header: bytes, stream_bytes: int) -> Path | None:
     import llama_cpp
     import xxhash
 
+    try:
+        version = importlib.metadata.version("moe-gguf")
+    except importlib.metadata.PackageNotFoundError:  # the plugin will say so
+        return None
     who = (
         PROTOCOL,
-        importlib.metadata.version("moe-gguf"),
+        version,
         llama_cpp.__version__,
         llama_cpp.llama_print_system_info().decode(),
         stream_bytes,
@@ -241,14 +245,12 @@ def meet(header: bytes, stream_bytes: int) -> bool:
     params.devices = ctypes.cast(nothing, ctypes.c_void_p)  # none but the processor
     with plugin.stream() as stream:
         model = lc.llama_model_load_from_file_ptr(stream, params)
-        _blank(stream_bytes)
-    if not model:
+        is_blank = _blank()
+    if not model or not is_blank:
         return False
     context_params = lc.llama_context_default_params()
     context_params.n_ctx, context_params.n_batch, context_params.n_ubatch = N_CTX, N_BATCH, N_BATCH
-    context_params.n_threads = context_params.n_threads_batch = (
-        1  # more wait for each other, busily
-    )
+    context_params.n_threads = context_params.n_threads_batch = 1  # more would wait, and busily
     context = lc.llama_init_from_model(model, context_params)
     vocab = lc.llama_model_get_vocab(model)
     if lc.llama_vocab_type(vocab) != lc.LLAMA_VOCAB_TYPE_NONE:
@@ -272,8 +274,9 @@ def _speak(lc: Any, vocab: Any) -> None:
         lc.llama_token_to_piece(vocab, token, piece, len(piece), 0, True)
 
 
-def _blank(stream_bytes: int) -> None:
-    """Lay zeros over the plugin's empty mapping, where llama.cpp takes the weights to be.
+def _blank() -> bool:
+    """Lay zeros over the plugin's empty mapping, where llama.cpp takes the weights to be; whether
+    there is one.
 
     Pages of zeros that are only read are one page, shared by all.
     """
@@ -283,14 +286,11 @@ def _blank(stream_bytes: int) -> None:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     map_fixed = 0x10
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_fixed
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "memfd:moe-gguf" not in line:
-            continue
-        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [line.split()[0] for line in lines if "memfd:moe-gguf" in line]
+    for place in places:
+        start, end = (int(number, 16) for number in place.split("-"))
         placed = libc.mmap(start, end - start, mmap.PROT_READ, flags, -1, 0)
         assert placed == start, f"zeros cannot be mapped: {os.strerror(ctypes.get_errno())}"
         libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
-
-
-if __name__ == "__main__":
-    main()
+    return bool(places)
