@@ -10,8 +10,8 @@ No model is exempt. An architecture that the tests cover could be, if the presen
 what kills; but its value is, and a known architecture with a strange number in it is the common
 case of a damaged file.
 
-Knows nothing of slots, budgets and policies. The child reads the header from its standard input
-and imports little, because everybody waits for it.
+Knows nothing of slots, budgets and policies. Run as a module this is the child, which reads the
+header from its standard input and imports little, because everybody waits for it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ import types
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from . import child
 from .errors import UserError
 
 if TYPE_CHECKING:
     from .formats.layout import ModelLayout
+    from .formats.stream import Stream
 
 PROTOCOL = 1  # of what a child does: verdicts of others do not count
 
@@ -73,10 +75,13 @@ LIVED = Verdict(0, "")
 
 def check(layout: ModelLayout) -> None:
     """Raise a UserError if llama.cpp would not survive this model."""
-    place = _place(layout.header, layout.stream_bytes)
+    from .formats.stream import stream_of
+
+    stream = stream_of(layout)
+    place = _place(stream)
     verdict = _recall(place)
     if verdict is None:
-        verdict = send(layout.header, layout.stream_bytes)
+        verdict = send(*stream)
         if verdict.signal == 0 or verdict.signal in _DEADLY:
             _remember(place, verdict)
     if verdict.signal == signal.SIGXCPU:
@@ -95,27 +100,25 @@ def send(header: bytes, stream_bytes: int, cpu_s: float = CPU_S) -> Verdict:
     the model.
     """
     cpu_s += CPU_S_PER_GB * stream_bytes / 2**30
-    paths = [path for path in sys.path if path]
-    code = f"import sys; sys.path[:] = {paths!r}; from {__name__} import main; main()"
-    task = json.dumps({"stream_bytes": stream_bytes, "cpu_s": int(cpu_s) + 1})
-    with tempfile.TemporaryFile() as said:
-        try:
-            child = subprocess.run(
-                [sys.executable, "-c", code],
-                input=task.encode() + b"\n" + header,
+    command = child.command(__name__, str(stream_bytes), str(int(cpu_s) + 1))
+    try:
+        with tempfile.TemporaryFile() as said:
+            done = subprocess.run(
+                command,
+                input=header,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
-                cwd=sys.prefix,
+                cwd=child.FOLDER,
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},
                 start_new_session=True,  # Ctrl-C is for this process, which ends the child
                 timeout=cpu_s * WALL_S_PER_CPU_S,
                 check=False,
             )
-        except subprocess.TimeoutExpired:
-            return Verdict(signal.SIGXCPU, "")
-        except OSError:
-            return LIVED
-        return verdict_of(max(0, -child.returncode), said)
+            return verdict_of(max(0, -done.returncode), said)
+    except subprocess.TimeoutExpired:
+        return Verdict(signal.SIGXCPU, "")
+    except OSError:
+        return LIVED
 
 
 def verdict_of(number: int, said: IO[bytes]) -> Verdict:
@@ -141,8 +144,8 @@ def folder() -> Path:
     return Path(platformdirs.user_cache_dir("moe-gguf")) / "trials"
 
 
-def _place(header: bytes, stream_bytes: int) -> Path | None:
-    """The file of the verdict on this header here: by this llama.cpp, on this processor."""
+def _place(stream: Stream) -> Path | None:
+    """The file of the verdict on this stream here: by this llama.cpp, on this processor."""
     import llama_cpp
     import xxhash
 
@@ -155,9 +158,9 @@ def _place(header: bytes, stream_bytes: int) -> Path | None:
         version,
         llama_cpp.__version__,
         llama_cpp.llama_print_system_info().decode(),
-        stream_bytes,
+        stream.n_bytes,
     )
-    name = xxhash.xxh3_128_hexdigest(repr(who).encode() + header)
+    name = xxhash.xxh3_128_hexdigest(repr(who).encode() + stream.header)
     try:
         return folder() / name
     except RuntimeError:  # a user without a home
@@ -191,9 +194,9 @@ def _remember(place: Path | None, verdict: Verdict) -> None:
 
 
 def main() -> None:
-    task = json.loads(sys.stdin.buffer.readline())
-    limit(task["cpu_s"])
-    meet(sys.stdin.buffer.read(), task["stream_bytes"])
+    stream_bytes, cpu_s = map(int, sys.argv[1:])
+    limit(cpu_s)
+    meet(sys.stdin.buffer.read(), stream_bytes)
     os._exit(0)
 
 
@@ -294,3 +297,7 @@ def _blank() -> bool:
         assert placed == start, f"zeros cannot be mapped: {os.strerror(ctypes.get_errno())}"
         libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
     return bool(places)
+
+
+if __name__ == "__main__":
+    main()

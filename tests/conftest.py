@@ -22,7 +22,7 @@ from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
 from moe_gguf.runtime import kernels, trial
 from moe_gguf.runtime.bench import process, rounds
-from moe_gguf.runtime.cli.options import cache_dir
+from moe_gguf.runtime.cli.model import cache_dir
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin.library import probe_direct
 

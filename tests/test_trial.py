@@ -35,6 +35,7 @@ from moe_gguf.runtime.formats.gguf_header import TensorInfo, ValueType
 from moe_gguf.runtime.formats.gguf_writer import encode_header
 from moe_gguf.runtime.formats.layout import ModelLayout
 from moe_gguf.runtime.formats.open import read_layout
+from moe_gguf.runtime.formats.stream import stream_of
 
 REAL_SEND = trial.send  # conftest.py replaces it for everybody else
 
@@ -72,7 +73,7 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
 
 def test_a_real_child_survives_a_good_model(good: ModelLayout) -> None:
-    assert REAL_SEND(good.header, good.stream_bytes) == trial.LIVED
+    assert REAL_SEND(*stream_of(good)) == trial.LIVED
 
 
 def test_a_real_child_dies_and_this_process_says_why(
@@ -86,7 +87,7 @@ def test_a_real_child_dies_and_this_process_says_why(
 
 
 def test_a_child_computes(good: ModelLayout, helper: Helper) -> None:
-    helper.send(good.header, good.stream_bytes)
+    helper.send(*stream_of(good))
     assert helper.has_computed
 
 
@@ -94,7 +95,7 @@ def test_an_objection_of_llama_cpp_is_left_to_it(tiny_file: TinyFile, tmp_path: 
     mutant = Mutant.read(tiny_file("qwen3moe"))
     del mutant.weights["blk.1.attn_q.weight"]
     layout = read_layout(mutant.write(tmp_path / "m.gguf"))
-    assert REAL_SEND(layout.header, layout.stream_bytes) == trial.LIVED
+    assert REAL_SEND(*stream_of(layout)) == trial.LIVED
 
 
 def test_a_file_without_a_vocabulary_is_no_reason_to_die(
@@ -107,7 +108,7 @@ def test_a_file_without_a_vocabulary_is_no_reason_to_die(
     mutant.fields["tokenizer.ggml.model"] = Field(ValueType.STRING, "none")
     mutant.fields["qwen3moe.vocab_size"] = Field(ValueType.UINT32, n_vocab)
     layout = read_layout(mutant.write(tmp_path / "m.gguf"))
-    assert helper.send(layout.header, layout.stream_bytes) == trial.LIVED
+    assert helper.send(*stream_of(layout)) == trial.LIVED
     assert helper.has_computed
 
 
@@ -118,9 +119,10 @@ def test_a_child_reads_nothing_of_ours(good: ModelLayout, tmp_path: Path) -> Non
     code = (
         "import sys; from pathlib import Path; from moe_gguf.runtime import trial;"
         "from moe_gguf.runtime.formats.open import read_layout;"
-        "layout = read_layout(Path(sys.argv[1]));"
+        "from moe_gguf.runtime.formats.stream import stream_of;"
+        "stream = stream_of(read_layout(Path(sys.argv[1])));"
         "import os; os.chdir(sys.argv[2]); sys.path.insert(0, '');"
-        "print(trial.send(layout.header, layout.stream_bytes))"
+        "print(trial.send(*stream))"
     )
     command = [sys.executable, "-c", code, str(good.path), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, input="never read", check=True)
@@ -224,7 +226,7 @@ def test_a_child_that_sleeps_for_ever_is_not_waited_for(
     good: ModelLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "WALL_S_PER_CPU_S", 0.01)
-    verdict = REAL_SEND(good.header, 0, cpu_s=1)
+    verdict = REAL_SEND(stream_of(good).header, 0, cpu_s=1)
     assert verdict.signal == signal.SIGXCPU
 
 
@@ -242,7 +244,7 @@ def test_where_no_child_can_be_started_models_open(
     executable: str, good: ModelLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", executable)
-    assert REAL_SEND(good.header, good.stream_bytes) == trial.LIVED
+    assert REAL_SEND(*stream_of(good)) == trial.LIVED
 
 
 # --- 4. weights of zeros ------------------------------------------------------------------------
