@@ -3,7 +3,7 @@
 1. Logits (of an embedder: embeddings) equal stock's to the last bit, in prefill and in decode, with
    a slot for every expert, for a third and with the fewest, under every policy. Each model meets
    three policies, which rotate; ``make zoo`` has each meet all.
-   Each goes through a trial, once, and computes there too.
+   Each survives its trial and computes there too, once.
 2. Nothing is refused, and nothing is left out: an architecture of the library is made, or dense,
    or stands in UNMADE with its reason.
 3. The README names them.
@@ -25,8 +25,10 @@ from mutant import Helper
 
 from moe_gguf.policies import POLICIES
 from moe_gguf.policies.base import Phase
+from moe_gguf.runtime import trial
 from moe_gguf.runtime.budget import min_slots
 from moe_gguf.runtime.formats.open import read_layout
+from moe_gguf.runtime.formats.stream import stream_of
 
 N_PREFILL, N_DECODE = 12, 3
 ALL_POLICIES = bool(os.environ.get("ZOO_ALL_POLICIES"))
@@ -72,15 +74,18 @@ def test_computes_what_stock_computes(architecture: str, zoo_file: ZooFile, help
         expected = answers(model, architecture)
     assert np.isfinite(expected).all()
     assert expected.std() > 0.1
-    n_all = len(read_layout(path).layers) * zoo.N_EXPERTS
+    layout = read_layout(path)
+    helper.send(*stream_of(layout))
+    assert helper.has_computed
+    trial.check(layout)
     n_trials, reads = helper.sent, []
+    n_all = len(layout.layers) * zoo.N_EXPERTS
     for place, n_slots in enumerate((n_all, n_all // 3, min_slots(n_all))):
         for policy in policies(architecture, place):
             with ours(path, n_slots, policy=policy) as model:
                 same(answers(model, architecture), expected, policy, n_slots)
                 reads.append(check_ran(model, architecture))
-    assert helper.sent == n_trials + 1, "there was no trial, or a verdict was forgotten"
-    assert helper.has_computed
+    assert helper.sent == n_trials, "a verdict was forgotten"
     assert architecture in zoo.IDLE or max(reads) > min(reads), "no expert was read twice"
 
 

@@ -444,7 +444,7 @@ def with_list(readme: str) -> str:
     head, rest = readme.split(_BEGIN)
     tail = rest.split(_END)[1]
     names = ", ".join(sorted(MADE))
-    return f"{head}{_BEGIN}{len(MADE)} in all, {names}{_END}{tail}"
+    return f"{head}{_BEGIN}{names} ({len(MADE)} in all){_END}{tail}"
 
 
 if __name__ == "__main__":
