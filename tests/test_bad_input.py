@@ -341,7 +341,7 @@ def fuzzed(originals: dict[str, Mutant], zoo_file: ZooFile) -> dict[str, Mutant]
 @settings(
     max_examples=N_MUTANTS,
     deadline=None,
-    derandomize=True,
+    derandomize=N_MUTANTS <= FEW,  # a long run looks elsewhere each time
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
