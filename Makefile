@@ -9,7 +9,7 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
-.PHONY: demo check lint types native test stress tsan clean
+.PHONY: demo check lint types native test zoo mutants stress tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -44,6 +44,15 @@ native: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest
+
+# Every architecture under every policy, and the README's list of them; `make test` rotates.
+zoo: $(READY)
+	$(BIN)/python tests/zoo.py
+	ZOO_ALL_POLICIES=1 $(BIN)/pytest tests/test_zoo.py
+
+# Damaged headers: what is not refused must not kill llama.cpp; `make test` tries 150.
+mutants: $(READY)
+	MUTANTS=10000 $(BIN)/pytest tests/test_bad_input.py -k does_not_kill
 
 # Random schedules, long: the native reads and the slot table; `make test` runs a few of each.
 stress: build/stress $(READY)

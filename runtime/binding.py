@@ -21,8 +21,10 @@ from .formats.layout import ModelLayout, MoeLayer
 from .formats.slots import SlotLayout
 from .formats.stream import stream_of
 from .kernels import Kernels, Transforms
-from .plugin.abi import ABI, COPIES, PART, Config, Tensor, Transform, TrunkTensor
+from .plugin.abi import ABI, COPIES, Config, Part, Tensor, Transform, TrunkTensor
 from .plugin.model import PluginModel
+
+_PART = np.dtype(Part)  # tens of thousands of them are filled at once
 
 
 class BuftOverride(ctypes.Structure):
@@ -174,7 +176,7 @@ def _parts(layout: ModelLayout, slots: SlotLayout) -> NDArray[Any]:
             if c >= len(layer.copies):
                 continue
             pieces = layer.copies[c].pieces
-            table = np.zeros((n_experts, len(pieces)), PART)
+            table = np.zeros((n_experts, len(pieces)), _PART)
             first = (c * n_layers + layer.layer) * n_experts
             table["key"] = (first + np.arange(n_experts))[:, None]
             for i, piece in enumerate(pieces):

@@ -16,7 +16,7 @@ import psutil
 
 from ..policies.precision import Precision
 from . import budget as budgets
-from . import disk, history, logs, sizes, system
+from . import disk, history, logs, sizes, system, trial
 from .binding import Binding
 from .budget import Budget, Needs
 from .errors import UserError, option
@@ -78,6 +78,7 @@ class Found:
 def find(path: Path, options: Options) -> Found:
     """Read a model's headers and choose how it is held; UserError for what cannot be opened."""
     layout = read_layout(path)
+    trial.check(layout)
     n_used = _experts_used(layout, options.experts_used)
     statistics = None
     if options.warm:

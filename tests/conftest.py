@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import tiny
+import zoo
+from mutant import Helper, Mutant
 
 from moe_gguf.converters import convert
 from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
-from moe_gguf.runtime import kernels
+from moe_gguf.runtime import kernels, trial
 from moe_gguf.runtime.bench import process, rounds
+from moe_gguf.runtime.cli.model import cache_dir
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin.library import probe_direct
 
@@ -27,6 +30,7 @@ from moe_gguf.runtime.plugin.library import probe_direct
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TinyFile = Callable[..., Path]
+ZooFile = Callable[..., Path]
 MakeBundle = Callable[..., Path]
 
 
@@ -42,6 +46,43 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> TinyFile:
             name = "-".join([layout, *(f"{k}={v}" for k, v in sorted(flags.items()))])
             made[key] = tiny.write_tiny(layout, folder / f"{name}.gguf", **flags)
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def helper() -> Iterator[Helper]:
+    with Helper() as helper:
+        yield helper
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trials(helper: Helper, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models are tried in forks of one helper, and verdicts are kept for this session only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_GGUF_CACHE", str(cache_dir()))  # the demo model's stays
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(trial, "send", helper.send)
+        yield
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tiny_file: TinyFile) -> zoo.Fields:
+    """Tokenizer keys for the models of the zoo."""
+    return Mutant.read(tiny_file("qwen3moe")).fields
+
+
+@pytest.fixture(scope="session")
+def zoo_file(tmp_path_factory: pytest.TempPathFactory, vocabulary: zoo.Fields) -> ZooFile:
+    """``zoo_file(architecture, **keys)``: the path of that model of the zoo, made once."""
+    folder = tmp_path_factory.mktemp("zoo")
+
+    def get(architecture: str, **keys: zoo.Value) -> Path:
+        name = "-".join([architecture, *(f"{k}={v}" for k, v in sorted(keys.items()))])
+        path = folder / f"{name}.gguf"
+        if not path.exists():
+            zoo.write(architecture, path, vocabulary, **keys)
+        return path
 
     return get
 

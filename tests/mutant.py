@@ -1,8 +1,8 @@
 """GGUF files to be damaged on purpose, and a process in which llama.cpp may die of them.
 
 Mutant holds a file's fields as values, so that a test can change one and write the rest as it
-was. Autopsy opens files in stock llama.cpp, each in a child of one helper process, and tells how
-the child ended. Run as a script, this file is that helper.
+was. Helper gives each file a child of one process, to be opened by stock llama.cpp or to be tried,
+and tells how the child ended. Run as a script, this file is that process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from moe_gguf import Llama
+from moe_gguf.runtime import trial
 from moe_gguf.runtime.formats.ggml_types import GGML_TYPES, pad_up, type_bytes
 from moe_gguf.runtime.formats.gguf_header import Scalar, ValueType, read_header
+from moe_gguf.runtime.plugin import library
 
 T = ValueType
 _CODES = {T.UINT8: "B", T.INT8: "b", T.UINT16: "H", T.INT16: "h", T.UINT32: "I", T.INT32: "i"}
@@ -204,7 +207,8 @@ def _value(choose: Choose, kind: ValueType) -> Scalar:
 def mutate(mutant: Mutant, choose: Choose, keys: list[str]) -> str:
     """Change one thing about a file; says what."""
     action = choose(13)
-    arch = str(mutant.fields["general.architecture"].value) if mutant.fields else ""
+    named = mutant.fields.get("general.architecture")  # an earlier change may have taken it
+    arch = str(named.value) if named else ""
     names, weights = list(mutant.fields), list(mutant.weights)
     if action < 5 and names:
         key = names[choose(len(names))]
@@ -297,6 +301,9 @@ def _reshape(weight: Weight, choose: Choose) -> str:
 # --- opening a file in a process of its own -----------------------------------------------------
 
 
+COMPUTED = b"computed\n"
+
+
 class Death(NamedTuple):
     """How a child ended: its signal (0: it lived), and the last it said."""
 
@@ -304,22 +311,18 @@ class Death(NamedTuple):
     said: str
 
 
-class Autopsy:
-    """Opens files in stock llama.cpp: vocabulary, weights, context, one batch of four tokens."""
+class Helper:
+    """A process that has llama.cpp loaded and forks a child for each task: one that opens a file
+    and computes, by stock llama.cpp or by moe_gguf.Llama, or one that meets a model as in a trial.
+    """
 
     def __init__(self) -> None:
-        handle, log = tempfile.mkstemp(suffix=".log")
-        os.close(handle)
-        self.log = Path(log)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, log],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"GGML_NO_BACKTRACE": "1"},
-        )
+        self.process: subprocess.Popen[str] | None = None
+        self.sent = 0  # trials
+        self.has_computed = False  # in the last one llama.cpp objected to nothing
+        self.log = Path()
 
-    def __enter__(self) -> Autopsy:
+    def __enter__(self) -> Helper:
         return self
 
     def __exit__(
@@ -328,41 +331,107 @@ class Autopsy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.process.communicate()
-        self.log.unlink()
+        self.close()
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+            self.log.unlink()
+            self.process = None
 
     def open(self, path: Path) -> Death:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(str(path)) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the helper process itself died"
-        number = int(line)
+        """Stock: vocabulary, weights, context, one batch of four tokens."""
+        return self._death({"stock": str(path)})
+
+    def open_ours(self, path: Path) -> Death:
+        """The same by moe_gguf.Llama; an exception is no death."""
+        return self._death({"ours": str(path)})
+
+    def _death(self, task: dict[str, str | int]) -> Death:
+        number = self._do(task)
         said = self.log.read_text(errors="replace")
         lines = [text for text in said.splitlines() if text.strip()]
         fatal = [text for text in lines if "GGML_ASSERT" in text or "GGML_ABORT" in text]
         return Death(number, (fatal or lines or [""])[-1])
 
+    def send(self, header: bytes, stream_bytes: int, cpu_s: float = trial.CPU_S) -> trial.Verdict:
+        """In the place of trial.send, without the second that a fresh process takes."""
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(header)
+            file.flush()
+            task = {"header": file.name, "stream_bytes": stream_bytes, "cpu_s": int(cpu_s)}
+            number = self._do(task)
+        self.sent += 1
+        self.has_computed = self.log.read_bytes().endswith(COMPUTED)
+        with self.log.open("rb") as said:
+            return trial.verdict_of(number, said)
 
-def _helper(log: str) -> None:
-    """Fork a child per path read from stdin; print the signal that ended it."""
-    import llama_cpp
+    def _do(self, task: dict[str, str | int]) -> int:
+        """The signal that ended the child of this task."""
+        if self.process is None:
+            handle, log = tempfile.mkstemp(suffix=".log")
+            os.close(handle)
+            self.log = Path(log)
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, log],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+                start_new_session=True,  # a test's Ctrl-C is not for it
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, "the helper process itself died"
+        return int(line)
 
-    llama_cpp.llama_backend_init()
+
+def _serve(log: str) -> None:
+    """Fork a child per task read from stdin; print the signal that ended it."""
+    library.load()
     for line in sys.stdin:
+        task = json.loads(line)
         child = os.fork()
         if child == 0:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.alarm(20)
-            _open(json.loads(line).encode())
-            os._exit(0)
+            try:
+                _child(task)
+            finally:
+                os._exit(1)
         _, status = os.waitpid(child, 0)
         print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, flush=True)
+
+
+def _child(task: dict[str, Any]) -> None:
+    if "header" in task:
+        trial.limit(task["cpu_s"])
+        if trial.meet(Path(task["header"]).read_bytes(), task["stream_bytes"]):
+            os.write(1, COMPUTED)
+    else:
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.alarm(20)
+        if "stock" in task:
+            _open(task["stock"].encode())
+        else:
+            _open_ours(task["ours"])
+    os._exit(0)
+
+
+def _open_ours(path: str) -> None:
+    try:
+        llm = Llama(path, memory="1GB", policy="lru", n_ctx=64, n_batch=8, n_threads=1)
+        llm.tokenize(b"Hello world 123 <|eos|>\n", special=True)
+        llm.eval([0, 1, 2, 3])
+        llm.detokenize([llm.sample(temp=0.0)])
+        llm.close()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
 
 
 def _open(path: bytes) -> None:
@@ -399,4 +468,4 @@ def _open(path: bytes) -> None:
 
 
 if __name__ == "__main__":
-    _helper(sys.argv[1])
+    _serve(sys.argv[1])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from .bundle import BundleTable
+from .drafts import first_draft, is_draft
 from .ggml_types import type_bytes
 from .gguf_header import GgufHeader
 from .keys import Keys
@@ -158,13 +159,20 @@ class ModelLayout:
 
     @property
     def trunk_bytes(self) -> int:
-        """Everything that is not a routed expert."""
-        return sum(t.n_bytes for t in self.tensors) - self.expert_bytes
+        """Everything that llama.cpp keeps in memory: all but routed experts and draft layers."""
+        return sum(t.n_bytes for t in self.trunk)
 
     @property
     def trunk(self) -> list[PlacedTensor]:
         experts = {t.name for layer in self.layers for t in layer.tensors}
-        return [t for t in self.tensors if t.name not in experts]
+        drafts = {t.name for t in self.drafts}
+        return [t for t in self.tensors if t.name not in experts and t.name not in drafts]
+
+    @property
+    def drafts(self) -> list[PlacedTensor]:
+        """Tensors of draft layers, their experts too: in the file and not in the graph."""
+        first = first_draft(self.metadata, self.architecture, (t.name for t in self.tensors))
+        return [t for t in self.tensors if is_draft(t.name, first)]
 
 
 def architecture_of(header: GgufHeader) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import UserError, reason
 from .bundle import BLOB_ALIGNMENT, MEND, TRUNK, BlobSet, BundleTable, is_bundle
+from .drafts import first_draft
 from .ggml_types import GGML_TYPES
 from .gguf_header import MAX_NAME_BYTES, read_header
 from .keys import Keys
@@ -61,6 +62,9 @@ def read_bundle(path: Path) -> ModelLayout:
         for layer, (tensors, _) in zip(layers, blobs, strict=True):
             if [(t.name, t.ne) for t in tensors] != [(t.name, t.ne) for t in layer.tensors]:
                 raise keys.damaged(f"the copies of layer {layer.layer} differ in shape")
+    drafts_from = first_draft(trunk, architecture, (info.name for info in trunk.tensors))
+    if drafts_from is not None:  # bundles of 0.1.0 keep experts of drafts among the others
+        layers = tuple(layer for layer in layers if layer.layer < drafts_from)
     stacked = (
         PlacedTensor(t.name, (*t.ne, n_experts), t.ggml_type, NOWHERE, 0, n_experts * t.n_bytes)
         for t in table.experts.tensors

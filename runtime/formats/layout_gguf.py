@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from .bundle import PLAIN
+from .drafts import first_draft, is_draft
 from .gguf_header import GgufHeader, read_header
 from .keys import Keys
 from .layout import (
@@ -40,7 +41,8 @@ def read_gguf(path: Path) -> ModelLayout:
     first = headers[0]
     architecture = architecture_of(first)
     n_experts = first.get(f"{architecture}.expert_count")
-    layers = _find_experts(headers, n_experts if type(n_experts) is int else 0)
+    drafts_from = first_draft(first, architecture, (i.name for h in headers for i in h.tensors))
+    layers = _find_experts(headers, n_experts if type(n_experts) is int else 0, drafts_from)
     if not layers or type(n_experts) is not int:
         raise _no_experts(path, architecture, headers)
     return ModelLayout(
@@ -105,13 +107,17 @@ def _check_set(first: GgufHeader, headers: Sequence[GgufHeader]) -> None:
         )
 
 
-def _find_experts(headers: Sequence[GgufHeader], n_experts: int) -> tuple[MoeLayer, ...]:
+def _find_experts(
+    headers: Sequence[GgufHeader], n_experts: int, drafts_from: int | None
+) -> tuple[MoeLayer, ...]:
     found: dict[int, list[tuple[ExpertTensor, int, int]]] = {}
     for file, header in enumerate(headers):
         for info in header.tensors:
             match = EXPERT_NAME.fullmatch(info.name)
             shape = info.ne[:3] if info.ne[3:] in ((), (1,)) else ()
             if match is None or len(shape) != 3 or shape[2] != n_experts:
+                continue
+            if is_draft(info.name, drafts_from):
                 continue
             expert = expert_tensor(info.name, (shape[0], shape[1], shape[2]), info.ggml_type)
             place = (expert, file, header.data_start + info.offset)

@@ -15,7 +15,7 @@ from .validate import validate
 def read_layout(path: Path) -> ModelLayout:
     """Lay out the model that starts in this file, or is this bundle; every fault is a UserError.
 
-    What comes back was validated: llama.cpp can be given its stream.
+    What comes back was validated; whether llama.cpp survives it is for a trial to tell.
     """
     layout = read_bundle(path) if path.is_dir() else read_gguf(path)
     validate(layout)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 
-import numpy as np
-
 ABI = 5
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
@@ -42,9 +40,6 @@ class Part(ctypes.Structure):
         ("key", i32),
         ("file", i32),
     ]
-
-
-PART = np.dtype(Part)  # tens of thousands of them are filled at once
 
 
 class Transform(ctypes.Structure):
