@@ -225,7 +225,11 @@ def limit(cpu_s: int) -> None:
 
 
 def meet(header: bytes, stream_bytes: int) -> bool:
-    """Load, tokenize and compute, if llama.cpp does not object; whether all of it was done."""
+    """Load, tokenize and compute, if llama.cpp does not object; whether all of it was done.
+
+    Where it is not, for want of memory perhaps, a simulation goes on to the graph: opening starts
+    with one.
+    """
     lc = bindings()
     from .plugin.abi import ABI, Config
     from .plugin.model import PluginModel
@@ -249,18 +253,28 @@ def meet(header: bytes, stream_bytes: int) -> bool:
     with plugin.stream() as stream:
         model = lc.llama_model_load_from_file_ptr(stream, params)
         is_blank = _blank()
-    if not model or not is_blank:
-        return False
-    context_params = lc.llama_context_default_params()
-    context_params.n_ctx, context_params.n_batch, context_params.n_ubatch = N_CTX, N_BATCH, N_BATCH
-    context_params.n_threads = context_params.n_threads_batch = 1  # more would wait, and busily
-    context = lc.llama_init_from_model(model, context_params)
+    if model and is_blank and _compute(lc, model, (4, 1) if stream_bytes <= SMALL_BYTES else (1,)):
+        return True
+    params.no_alloc, params.load_mode = True, lc.LLAMA_LOAD_MODE_NONE
+    with plugin.stream() as stream:
+        model = lc.llama_model_load_from_file_ptr(stream, params)
+    if model:
+        _compute(lc, model, ())
+    return False
+
+
+def _compute(lc: Any, model: Any, batches: tuple[int, ...]) -> bool:
+    """Have a model tokenize, and compute batches of so many tokens; whether it did."""
+    params = lc.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = N_CTX, N_BATCH, N_BATCH
+    params.n_threads = params.n_threads_batch = 1  # more would wait, and busily
+    context = lc.llama_init_from_model(model, params)
     vocab = lc.llama_model_get_vocab(model)
     if lc.llama_vocab_type(vocab) != lc.LLAMA_VOCAB_TYPE_NONE:
         _speak(lc, vocab)
     codes = []
     if context:
-        for n in (4, 1) if stream_bytes <= SMALL_BYTES else (1,):
+        for n in batches:
             tokens = (lc.llama_token * n)(*range(n))
             codes.append(lc.llama_decode(context, lc.llama_batch_get_one(tokens, n)))
         lc.llama_free(context)

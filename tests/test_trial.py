@@ -98,6 +98,19 @@ def test_an_objection_of_llama_cpp_is_left_to_it(tiny_file: TinyFile, tmp_path: 
     assert REAL_SEND(*stream_of(layout)) == trial.LIVED
 
 
+def test_an_assertion_behind_a_want_of_memory_is_found(
+    zoo_file: ZooFile, tmp_path: Path, helper: Helper
+) -> None:
+    """Stock stops at a cache that is too big to be allocated; opening, which simulates it first,
+    went on to an assertion."""
+    mutant = Mutant.read(zoo_file("exaone-moe"))
+    mutant.fields["exaone-moe.attention.value_length_swa"].value = 0xF10020
+    path = mutant.write(tmp_path / "m.gguf")
+    assert not helper.open(path).signal
+    with pytest.raises(UserError, match="n_embd_head_v"):
+        trial.check(read_layout(path))
+
+
 def test_a_file_without_a_vocabulary_is_no_reason_to_die(
     tiny_file: TinyFile, tmp_path: Path, helper: Helper
 ) -> None:
