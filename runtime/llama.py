@@ -90,11 +90,14 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # so that close() works if opening fails
-        self._arguments = {
-            "model_path": model_path,
+        given: dict[str, Any] = {
             "make_policy": make_policy,
             "routers": routers,
             "recorder": recorder,
+        }
+        self._arguments = {
+            "model_path": model_path,
+            **given,
             "n_ctx": n_ctx,
             "n_threads": n_threads,
             "n_threads_batch": n_threads_batch,
@@ -102,11 +105,7 @@ class Llama(llama_cpp.Llama):
             **kwargs,
         }
         options = Options.taken_from(kwargs)
-        unknown = set(kwargs) - set(inspect.signature(llama_cpp.Llama.__init__).parameters)
-        if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
-            raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
-        if kwargs.get("vocab_only"):
-            raise UserError("vocab_only loads no experts: open the vocabulary with llama_cpp.Llama")
+        _check_arguments(kwargs)
         llama_cpp._logger.set_verbose(verbose)
         self.found, kwargs["kv_overrides"] = _found(
             Path(model_path), options, kwargs.get("kv_overrides")
@@ -114,28 +113,16 @@ class Llama(llama_cpp.Llama):
         if lora := kwargs.get("lora_path"):
             check_adapter(Path(lora), self.found.layout)
             kwargs["lora_path"] = _FilePath(os.fspath(lora))
-        n_threads = n_threads or physical_cores()
         self._sampled: int | None = None
         self._grammar: Grammar | None = None
         self._longest: list[str] | None = None  # texts of tokens, once a grammar asks
+        n_threads = n_threads or physical_cores()
+        kwargs["n_threads"], kwargs["n_threads_batch"] = n_threads, n_threads_batch or n_threads
+        kwargs["n_ctx"], kwargs["verbose"] = n_ctx_of(self.found.layout, n_ctx), verbose
         try:
             with self._loader(progress) as loaded, logs.capture():
-                super().__init__(
-                    _FilePath(os.fspath(model_path)),
-                    n_ctx=n_ctx_of(self.found.layout, n_ctx),
-                    n_threads=n_threads,
-                    n_threads_batch=n_threads_batch or n_threads,
-                    use_mmap=False,
-                    verbose=verbose,
-                    **kwargs,
-                )
-            self.arena = arenas.start(
-                loaded.model,
-                make_policy=make_policy,
-                routers=routers,
-                recorder=recorder,
-                progress=progress,
-            )
+                super().__init__(_FilePath(os.fspath(model_path)), use_mmap=False, **kwargs)
+            self.arena = arenas.start(loaded.model, progress=progress, **given)
         except BaseException:
             self.close()
             raise
@@ -318,6 +305,15 @@ def _found(
     if found.options.experts_used is not None:
         overrides[key] = found.n_used
     return found, overrides or None
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse what would be swallowed or have no meaning; the base class takes the rest."""
+    unknown = set(arguments) - set(inspect.signature(llama_cpp.Llama.__init__).parameters)
+    if unknown:  # the base class swallows these, and memmory="1GB" would mean auto
+        raise TypeError(f"Llama has no argument {', '.join(sorted(unknown))}")
+    if arguments.get("vocab_only"):
+        raise UserError("vocab_only loads no experts: open the vocabulary with llama_cpp.Llama")
 
 
 class _Opening:
