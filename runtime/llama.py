@@ -127,11 +127,11 @@ class Llama(llama_cpp.Llama):
             self.close()
             raise
         self._vocabulary = guard(self._model)
-        _OPEN.add(self)
         loaded.after.append(self.arena.close)
         self.found = self.arena.found
         self._steps = _Steps(self.arena, self._ctx)
         self._finalizer = weakref.finalize(self, self._stack.close)  # lanes are joined at exit
+        _OPEN.add(self)
         if verbose:
             print(self.mode_line, file=sys.stderr)
 
