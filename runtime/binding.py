@@ -67,6 +67,9 @@ class Binding:
         params.no_alloc = no_alloc
         # Nothing is mapped (see native/stream.h): the trunk is anonymous memory.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+        # Left to itself llama.cpp maps tables above 4 GiB, whatever the overrides say, and there is
+        # nothing in our stream to map.
+        params.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_OFF
         # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
         params.use_extra_bufts = False
         params.n_gpu_layers = 0
