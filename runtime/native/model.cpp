@@ -22,6 +22,7 @@ moe_model::moe_model(const moe_config & config, int api_version, ggml_backend_de
         options.finish = [this](int slot, int key) { arena->finish(slot, key); };
     }
     reads = std::make_unique<moe::reads>(std::vector<std::string>(config.paths, config.paths + config.n_files), options);
+    tables = std::make_unique<moe::tables>(api_version, device, *reads, failure);
 }
 
 moe_model::~moe_model() {
@@ -84,5 +85,10 @@ moe_stats moe_model::count() const {
     all.guess_loads     = count.guess_loads;
     all.guess_promoted  = count.guess_promoted;
     all.guess_cancelled = count.guess_cancelled;
+    const auto rows     = tables->counted();
+    all.table_rows      = rows.asked;
+    all.table_missed    = rows.missed;
+    all.table_ahead     = rows.ahead;
+    all.stall_ns += rows.stall_ns;
     return all;
 }

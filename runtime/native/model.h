@@ -13,6 +13,7 @@
 #include "failure.h"
 #include "moe.h"
 #include "reads.h"
+#include "table.h"
 #include "trunk.h"
 #include "weights.h"
 
@@ -46,6 +47,7 @@ struct moe_model {
     moe::trunk                  trunk;
     std::unique_ptr<moe::arena> arena;
     std::unique_ptr<moe::reads> reads;
+    std::unique_ptr<moe::tables> tables;
     moe::dialogue               dialogue;
     moe_stats                   stats{};  // those of steps
     std::mutex                  step;     // one context at a time computes on the slots
