@@ -6,7 +6,7 @@ is a hint that starts reads early; a wrong one costs time alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from .formats.layout import EMBEDDING, ModelLayout, PlacedTensor
 from .formats.tables import PER_LAYER
 
 Rows = NDArray[np.int32]
+_64_BITS = (1 << 64) - 1
 RowsOf = Callable[[Sequence[int], Sequence[int], Sequence[int]], Rows]
 
 
@@ -58,32 +59,31 @@ class NGrams:
         self._size = keys.integer(".ple.ngram_size")
         self._per_gram = keys.integer(".ple.heads_per_ngram")
         self._eos = keys.integer(".ple.eos_token_id")
-        n_heads = (self._size - 1) * self._per_gram
-        self._factors = np.array(keys.integers(".ple.layer_multipliers"), np.uint64)
-        self._first_rows = np.array(keys.integers(".ple.head_offsets")[:n_heads], np.uint64)
-        self._n_rows = np.array(keys.integers(".ple.head_vocab_sizes")[:n_heads], np.uint64)
+        self._factors = keys.integers(".ple.layer_multipliers")
+        self._first_rows = keys.integers(".ple.head_offsets")
+        self._n_rows = keys.integers(".ple.head_vocab_sizes")
         self._seen: dict[int, dict[int, int]] = {}  # by sequence: tokens by position
 
     def rows(self, tokens: Sequence[int], at: Sequence[int], sequences: Sequence[int]) -> Rows:
         for token, position, sequence in zip(tokens, at, sequences, strict=True):
             self._seen.setdefault(sequence, {})[position] = token
-        windows = np.array(
-            [
-                self._window(token, position, self._seen[sequence])
-                for token, position, sequence in zip(tokens, at, sequences, strict=True)
-            ],
-            np.uint64,
-        )
+        rows: list[int] = []
+        for token, position, sequence in zip(tokens, at, sequences, strict=True):
+            rows += self._hashed(self._window(token, position, self._seen[sequence]))
         for sequence, position in dict(zip(sequences, at, strict=True)).items():
             seen = self._seen[sequence]
             self._seen[sequence] = {p: t for p, t in seen.items() if p > position - self._size}
-        mixed = windows[:, 0] * self._factors[0]
-        hashes = []
-        for i in range(1, self._size):
-            mixed = mixed ^ windows[:, i] * self._factors[i]
-            hashes += [mixed] * self._per_gram
-        rows = np.stack(hashes, axis=1) % self._n_rows + self._first_rows
-        return rows.astype(np.int32).reshape(-1)
+        return np.array(rows, np.int32)
+
+    def _hashed(self, window: Sequence[int]) -> Iterator[int]:
+        """The rows of one token. Plain numbers: numpy takes longer for one, and most steps have
+        one."""
+        mixed, head = window[0] * self._factors[0], 0
+        for token, factor in zip(window[1:], self._factors[1:], strict=False):
+            mixed ^= token * factor
+            for _ in range(self._per_gram):
+                yield (mixed & _64_BITS) % self._n_rows[head] + self._first_rows[head]
+                head += 1
 
     def _window(self, token: int, position: int, seen: dict[int, int]) -> list[int]:
         """The token and those before it, newest first; what lies before an end of text is one."""

@@ -53,6 +53,7 @@ class Arena:
         self.found = found
         self.budget = budget
         self.tables = tables  # that are on disk
+        # Whoever calls llama_decode tells it the tokens first, so that their rows are on their way.
         self.ahead = Ahead(found.layout, tables, plugin.fetch_rows) if tables else None
         self.plugin = plugin
         self.controller = controller
@@ -70,11 +71,6 @@ class Arena:
     def say(self, phase: Phase, n_sequences: int) -> None:
         """What the next step is; whoever calls llama_decode says it first."""
         self.plugin.step(phase, n_sequences)
-
-    def announce(self, tokens: Sequence[int], at: Sequence[int], sequences: Sequence[int]) -> None:
-        """Which tokens the next step computes, at which positions: their rows are fetched now."""
-        if self.ahead is not None:
-            self.ahead.step(tokens, at, sequences)
 
     def recover(self) -> BaseException:
         """After a failed step: make the table true again and return the reason of the failure."""

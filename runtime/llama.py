@@ -362,9 +362,9 @@ class _Steps:
             raw = batch.batch
             sequences = [raw.seq_id[i][0] for i in range(raw.n_tokens)]
             tokens = Counter(sequences)
-            if raw.token:  # not where embeddings are given instead
-                n = raw.n_tokens
-                self._arena.announce(raw.token[:n], raw.pos[:n], sequences)
+            ahead, n = self._arena.ahead, raw.n_tokens
+            if ahead is not None and raw.token and raw.pos:  # no token: embeddings are given
+                ahead.step(raw.token[:n], raw.pos[:n], sequences)
             with self.meter.step(self.phase, tokens):
                 try:
                     compute(batch)

@@ -7,6 +7,7 @@ line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def load(
     budget = measured.divide()
     trunk, kv, compute, _, rows = budget.needs
     growth = trunk + kv + compute + rows + budget.experts + budgets.MARGIN_BYTES
-    system.check_room(_reserved(measured), growth)
+    system.check_room(_reserved(found.layout, measured.tables), growth)
     of_all = trunk + found.warm_bytes(budget.n_slots)
     binding.hold_tables(measured.tables, rows)
     params = binding.model_params(model_params, measured.tables)
@@ -237,11 +238,10 @@ def load(
     return Loaded(measured, binding, model)
 
 
-def _reserved(measured: Measured) -> int:
-    """Bytes of addresses without memory: llama.cpp's mapping of our stream, the experts' and the
-    tables'."""
-    layout, tables = measured.found.layout, sum(t.n_bytes for t in measured.tables)
-    return layout.trunk_bytes + 2 * layout.expert_bytes + tables
+def _reserved(layout: ModelLayout, tables: Sequence[PlacedTensor] = ()) -> int:
+    """Bytes of addresses without memory: llama.cpp's mapping of our stream, the experts' and those
+    of tables on disk."""
+    return layout.trunk_bytes + 2 * layout.expert_bytes + sum(t.n_bytes for t in tables)
 
 
 def _identity(layout: ModelLayout, n_used: int) -> Identity:

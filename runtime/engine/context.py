@@ -86,8 +86,8 @@ class Context:
         with nullcontext() if self.meter is None else self.meter.step(phase, tokens):
             if self.meter is None and self.arena is not None:
                 self.arena.say(phase, len(tokens))
-            if self.arena is not None:
-                self.arena.announce(*_columns(batch))
+            if self.arena is not None and self.arena.ahead is not None:
+                self.arena.ahead.step(*_columns(batch))
             code = llama_cpp.llama_decode(self.ctx, raw)
             if code != 0:
                 raise self._failure(code)

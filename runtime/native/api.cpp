@@ -49,7 +49,7 @@ int32_t moe_model_tables(moe_model * model, const moe_table * tables, int32_t n_
 void moe_model_fetch_rows(moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows) {
     model->tables->fetch(table, rows, n_rows);
 }
-void    moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
+void moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
     model->dialogue.route = route;
     model->dialogue.guess = guess;
 }

@@ -287,8 +287,8 @@ MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
 MOE_API int32_t moe_model_tables(struct moe_model * model, const struct moe_table * tables, int32_t n_tables, int64_t cache_bytes);
 // Starts reading rows of one of them that the next steps will look up. A hint: what does not exist or
 // does not fit is passed over.
-MOE_API void    moe_model_fetch_rows(struct moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows);
-MOE_API void    moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
+MOE_API void moe_model_fetch_rows(struct moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows);
+MOE_API void moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
 // From now on these gates guess for the model; NULL: none do. Not owned.
 MOE_API void moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
 // What the steps that follow do, and for how many sequences; said before each call of llama_decode.

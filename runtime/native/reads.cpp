@@ -260,7 +260,9 @@ void reads::send(const std::shared_ptr<errand> & e, bool urgent) {
             (urgent ? urgent_ : ahead_).emplace_back(e, i);
         }
     }
-    work_.notify_all();
+    for (size_t i = 0; i < std::min(e->ranges.size(), lanes_.size()); i++) {
+        work_.notify_one();  // a token's few rows do not need every lane
+    }
 }
 
 void reads::wait(const std::shared_ptr<errand> & e) {

@@ -163,7 +163,7 @@ class reads {
     std::mutex               mutex_;
     std::condition_variable  work_, done_;
     std::deque<chunk>        demand_, guess_;
-    ranges                   urgent_, ahead_;  // of errands: before demand_, and after it
+    ranges                   urgent_, ahead_;       // of errands: before demand_, and after it
     std::deque<slot_info>    slots_;                // deque: atomics do not move
     std::vector<int>         guessing_;             // slots that hold or await a guess nobody demanded
     int                      active_          = 0;  // lanes reading into slots

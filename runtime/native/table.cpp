@@ -45,7 +45,7 @@ void row_cache::insert_newest(int slot) {
 }
 
 void row_cache::remove(int slot) {
-    const link & l         = links_[slot];
+    const link & l        = links_[slot];
     links_[l.newer].older = l.older;
     links_[l.older].newer = l.newer;
 }
@@ -225,8 +225,8 @@ bool tables::read_rows(const ggml_tensor * node, const moe_table & table) {
     for (int64_t i = 0; i < ids->ne[0]; i++) {
         const int32_t row = *(const int32_t *)((const char *)ids->data + i * ids->nb[0]);
         if (row < 0 || row >= table.n_rows) {
-            why_.set(ERROR_OTHER, "row " + std::to_string(row) + " of " + table.name + " was asked for, which has " +
-                                      std::to_string(table.n_rows));
+            why_.set(ERROR_OTHER,
+                     "row " + std::to_string(row) + " of " + table.name + " was asked for, which has " + std::to_string(table.n_rows));
             return false;
         }
         rows_.push_back(row);
