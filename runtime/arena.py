@@ -6,7 +6,7 @@ their values; does not know how the model was found, nor who computes with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import psutil
@@ -18,9 +18,10 @@ from ..policies.predict import Gates, GatesMaker
 from ..policies.presets import Facts, Policy, PolicyMaker, policy
 from ..policies.residency import Residency
 from . import mode_line
+from .ahead import Ahead
 from .budget import Budget
 from .controller import Controller, Demands, Guessing, Recorder
-from .formats.layout import ModelLayout
+from .formats.layout import ModelLayout, PlacedTensor
 from .opening import Found, Loaded
 from .plugin.abi import CHUNK_BYTES, MAX_GUESSES
 from .plugin.callbacks import Callbacks
@@ -47,9 +48,13 @@ class Arena:
         controller: Controller,
         gates: NativeGates | None,
         is_blind: bool,
+        tables: Sequence[PlacedTensor],
     ) -> None:
         self.found = found
         self.budget = budget
+        self.tables = tables  # that are on disk
+        # Whoever calls llama_decode tells it the tokens first, so that their rows are on their way.
+        self.ahead = Ahead(found.layout, tables, plugin.fetch_rows) if tables else None
         self.plugin = plugin
         self.controller = controller
         self.gates = gates
@@ -88,7 +93,7 @@ class Arena:
         residency, slot_bytes = self.residency, self.found.slots.slot_bytes
         placed = sorted(residency.fill(keys))
         at_once = max(1, _FILL_BYTES // slot_bytes)
-        trunk_bytes = self.found.layout.trunk_bytes
+        trunk_bytes = self.budget.needs.trunk
         try:
             for i in range(0, len(placed), at_once):
                 step = placed[i : i + at_once]
@@ -130,7 +135,7 @@ class Arena:
 
     def mode_line(self) -> str:
         """The one line that says what is in force."""
-        return mode_line.mode_line(self.found, self.budget, self.is_blind)
+        return mode_line.mode_line(self.found, self.budget, self.tables, self.is_blind)
 
     def warm_line(self) -> str:
         """What came of starting warm."""
@@ -174,7 +179,7 @@ def start(
     controller = Controller(residency, layers, recorder, guessing)
     # The statistics may be large and have told the policy what they know.
     small = replace(found, statistics=None)
-    arena = Arena(small, budget, plugin, controller, gates.made, gates.is_blind)
+    arena = Arena(small, budget, plugin, controller, gates.made, gates.is_blind, measured.tables)
     if found.statistics is not None:
         # What is worth most is admitted last.
         keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import disk
-from .formats.layout import ModelLayout, MoeLayer
+from .formats.layout import ModelLayout, MoeLayer, PlacedTensor
 from .formats.slots import SlotLayout
 from .formats.stream import stream_of
+from .formats.tables import row_bytes
 from .kernels import Kernels, Transforms
-from .plugin.abi import ABI, COPIES, Config, Part, Tensor, Transform, TrunkTensor
+from .plugin.abi import ABI, COPIES, Config, Part, Table, Tensor, Transform, TrunkTensor
 from .plugin.model import PluginModel
 
 _PART = np.dtype(Part)  # tens of thousands of them are filled at once
@@ -43,30 +44,48 @@ class Binding:
         self, layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode, kernels: Kernels
     ) -> None:
         self.plugin = PluginModel(config_of(layout, slots, mode, kernels.transforms, kernels.trunk))
-        experts = patterns(t.name for layer in layout.layers for t in layer.tensors)
-        types = [(pattern, self.plugin.expert_buffer_type()) for pattern in experts]
-        rest = (".*", self.plugin.trunk_buffer_type())
-        # Repacked tensors take as much as plain ones, and buffers without memory cannot pose as
-        # ggml-cpu's own.
-        self._without_memory = _overrides([*types, rest])
-        types += [
-            (pattern, self.plugin.repack_buffer_type()) for pattern in patterns(kernels.trunk)
-        ]
-        self._with_memory = _overrides([*types, rest])
+        self._experts = [t.name for layer in layout.layers for t in layer.tensors]
+        self._repacked = kernels.trunk
+        self._overrides: list[ctypes.Array[BuftOverride]] = []  # llama.cpp points into them
+
+    def hold_tables(self, tables: Sequence[PlacedTensor], cache_bytes: int) -> None:
+        """Leave these on disk, with so much memory for rows of them; once, before loading."""
+        mirrors = [Table(t.name.encode(), t.offset, row_bytes(t), t.ne[1], t.file) for t in tables]
+        if tables:
+            self.plugin.hold_tables(mirrors, cache_bytes)
 
     def model_params(
-        self, params: llama_cpp.llama_model_params, no_alloc: bool = False
+        self,
+        params: llama_cpp.llama_model_params,
+        tables: Sequence[PlacedTensor],
+        no_alloc: bool = False,
     ) -> llama_cpp.llama_model_params:
-        """A copy of the caller's parameters with what the plugin needs.
+        """A copy of the caller's parameters with what the plugin needs, these tables on disk.
 
         ``no_alloc``: for a load that only tells what it would take.
         """
         params = llama_cpp.llama_model_params.from_buffer_copy(params)
-        overrides = self._without_memory if no_alloc else self._with_memory
+        plugin = self.plugin
+        types = [
+            *((pattern, plugin.expert_buffer_type()) for pattern in patterns(self._experts)),
+            *(
+                (pattern, plugin.table_buffer_type())
+                for pattern in patterns(t.name for t in tables)
+            ),
+        ]
+        # Repacked tensors take as much as plain ones, and buffers without memory cannot pose as
+        # ggml-cpu's own.
+        if not no_alloc:
+            types += [(p, plugin.repack_buffer_type()) for p in patterns(self._repacked)]
+        overrides = _overrides([*types, (".*", plugin.trunk_buffer_type())])
+        self._overrides.append(overrides)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
         params.no_alloc = no_alloc
         # Nothing is mapped (see native/stream.h): the trunk is anonymous memory.
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+        # Left to itself llama.cpp maps tables above 4 GiB, whatever the overrides say, and there is
+        # nothing in our stream to map.
+        params.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_OFF
         # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
         params.use_extra_bufts = False
         params.n_gpu_layers = 0

@@ -28,6 +28,7 @@ class Needs(NamedTuple):
     kv: int
     compute: int  # llama.cpp's graph buffers and the executor's own
     process: int  # Python, libraries, vocabulary, margin
+    rows: int = 0  # the cache of rows of tables on disk
 
     @property
     def total(self) -> int:
@@ -62,6 +63,7 @@ class Budget(NamedTuple):
         share = f"{self.n_slots} of {self.n_all} slots, {self.resident_share:.0%} of the experts"
         return [
             ("trunk", self.needs.trunk, "every weight that is not a routed expert"),
+            *([("rows", self.needs.rows, "of tables on disk")] if self.needs.rows else []),
             ("KV cache", self.needs.kv, ""),
             ("compute", self.needs.compute, "graph and work buffers"),
             ("process", self.needs.process, "Python, libraries, vocabulary, margin"),

@@ -58,7 +58,8 @@ class Llama(llama_cpp.Llama):
     size ("4GiB", bytes) or "auto", covers the whole process; ``policy`` names what stays in memory
     (see ``moe_gguf.policies.presets``); ``reads`` is auto, direct or buffered; ``lanes`` the number
     of reader threads (None: measured); ``experts_used`` overrides how many experts each token uses
-    (lossy); ``warm`` fills the slots before the first token with what was popular in the runs that
+    (lossy); ``table_rows`` says where embedding tables are: resident in memory, on disk, or auto;
+    ``warm`` fills the slots before the first token with what was popular in the runs that
     ``moe-gguf trace --save-routing`` recorded. Of a bundle with a low copy, ``low_share`` is the
     share of a prompt's votes whose experts, the least popular ones, are read low, and
     ``low_on_miss`` has generation read its misses low (both lossy, see
@@ -107,6 +108,8 @@ class Llama(llama_cpp.Llama):
         options = Options.taken_from(kwargs)
         _check_arguments(kwargs)
         llama_cpp._logger.set_verbose(verbose)
+        if kwargs.get("lora_path"):
+            options = _with_adapter(options)
         self.found, kwargs["kv_overrides"] = _found(
             Path(model_path), options, kwargs.get("kv_overrides")
         )
@@ -316,6 +319,16 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         raise UserError("vocab_only loads no experts: open the vocabulary with llama_cpp.Llama")
 
 
+def _with_adapter(options: Options) -> Options:
+    """An adapter's tensors go where those of the model are, and so cannot be a table's on disk."""
+    if options.table_rows == "disk":
+        raise UserError(
+            f"an adapter needs the model's tables in memory: leave out lora_path or "
+            f"{option('table_rows', 'disk')}"
+        )
+    return replace(options, table_rows="resident")
+
+
 class _Opening:
     """What the loader makes while the base class's constructor runs.
 
@@ -347,7 +360,11 @@ class _Steps:
     def _metered(self, compute: Callable[[Any], None]) -> Callable[[Any], None]:
         def step(batch: Any) -> None:
             raw = batch.batch
-            tokens = Counter(raw.seq_id[i][0] for i in range(raw.n_tokens))
+            sequences = [raw.seq_id[i][0] for i in range(raw.n_tokens)]
+            tokens = Counter(sequences)
+            ahead, n = self._arena.ahead, raw.n_tokens
+            if ahead is not None and raw.token and raw.pos:  # no token: embeddings are given
+                ahead.step(raw.token[:n], raw.pos[:n], sequences)
             with self.meter.step(self.phase, tokens):
                 try:
                     compute(batch)

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from .budget import Budget
+from .budget import Budget, Needs
 from .formats.ggml_types import GGML_TYPES
+from .formats.layout import PlacedTensor
 from .opening import Found
 from .sizes import format_size
 from .text import shown
 
 
-def mode_line(found: Found, budget: Budget, is_blind: bool) -> str:
-    """One line: model, budget, reads, policy, device; ``is_blind``: no guesses are made."""
+def mode_line(found: Found, budget: Budget, tables: Sequence[PlacedTensor], is_blind: bool) -> str:
+    """One line: model, budget, reads, policy, device; ``tables`` are on disk; ``is_blind``: no
+    guesses are made."""
     layout, needs = found.layout, budget.needs
     lossy = ", ".join(_losses(found))
     named = f"{shown(layout.path.name)} ({shown(layout.architecture)}"
     return (
         f"moe-gguf: {named}, {len(layout.layers)} MoE layers "
         f"x {layout.n_experts} experts, top-{found.n_used}); {format_size(budget.total)} = "
-        f"trunk {format_size(needs.trunk)} + KV {format_size(needs.kv)} + compute "
+        f"trunk {format_size(needs.trunk)}{_rows(needs)} + KV {format_size(needs.kv)} + compute "
         f"{format_size(needs.compute)} + experts {format_size(budget.experts)} "
         f"({budget.n_slots} slots, {budget.resident_share:.0%}) + process "
         f"{format_size(needs.process)}; reads {found.mode}; policy {_policy(found, is_blind)}; "
-        f"device {found.options.device}{_kernels(found)}{lossy and f', LOSSY: {lossy}'}"
+        f"device {found.options.device}{_tables(tables)}{_kernels(found)}"
+        f"{lossy and f', LOSSY: {lossy}'}"
     )
 
 
@@ -31,6 +34,17 @@ def _policy(found: Found, is_blind: bool) -> str:
     if is_blind:
         return f"{found.options.policy} without guesses (this model's routers are not understood)"
     return found.options.policy
+
+
+def _tables(tables: Sequence[PlacedTensor]) -> str:
+    if not tables:
+        return ""
+    names = ", ".join(f"{t.name} ({format_size(t.n_bytes)})" for t in tables)
+    return f"; on disk: {names}"
+
+
+def _rows(needs: Needs) -> str:
+    return f" + rows {format_size(needs.rows)}" if needs.rows else ""
 
 
 def _kernels(found: Found) -> str:

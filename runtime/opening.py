@@ -7,6 +7,7 @@ line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,19 @@ from .binding import Binding
 from .budget import Budget, Needs
 from .errors import UserError, option
 from .formats.gguf_header import read_header
-from .formats.layout import ModelLayout
+from .formats.layout import ModelLayout, PlacedTensor
 from .formats.open import read_layout
 from .formats.slots import SlotLayout, slot_layout
+from .formats.tables import tables_of
 from .history import Identity, Routing
 from .kernels import Kernels, kernels_of
 from .options import Options
 from .progress import Report
+
+# A smaller table stays in memory, unless it is asked to go.
+_LARGE_TABLE_BYTES = 64 << 20
+# For rows of all tables on disk: the tokens of a text repeat, and this holds thousands of them.
+_ROW_CACHE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,7 @@ class Found:
     mode: disk.ReadMode
     kernels: Kernels
     statistics: Routing | None  # of earlier runs, to start warm from
+    tables: tuple[PlacedTensor, ...]  # what may stay on disk
 
     @property
     def working_set(self) -> int:
@@ -65,10 +73,10 @@ class Found:
     def identity(self) -> Identity:
         return _identity(self.layout, self.n_used)
 
-    def load_bytes(self, n_slots: int) -> int:
-        """What opening reads: the trunk, and experts to start warm with."""
+    def warm_bytes(self, n_slots: int) -> int:
+        """What starting warm reads."""
         n = 0 if self.statistics is None else (self.statistics.popularity > 0).sum()
-        return self.layout.trunk_bytes + min(int(n), n_slots) * self.slots.slot_bytes
+        return min(int(n), n_slots) * self.slots.slot_bytes
 
     def bind(self) -> Binding:
         """The native model for it, the caller's to close."""
@@ -97,7 +105,8 @@ def find(path: Path, options: Options) -> Found:
     mode = disk.choose(layout, probe, options.reads, options.lanes, spare)
     layout, kernels = kernels_of(layout)
     slots = slot_layout(layout, probe.offset_align)
-    return Found(options, layout, n_used, total, slots, mode, kernels, statistics)
+    tables = () if options.table_rows == "resident" else tables_of(layout)
+    return Found(options, layout, n_used, total, slots, mode, kernels, statistics, tables)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +116,7 @@ class Measured:
     found: Found
     needs: Needs
     n_ctx: int
+    tables: tuple[PlacedTensor, ...] = ()  # that stay on disk
 
     def divide(self) -> Budget:
         """Give the slots what the needs leave of the budget; UserError when that is too little."""
@@ -136,7 +146,7 @@ def measure(
 
     ``n_outputs``: rows of logits that are kept outside llama.cpp.
     """
-    dry = binding.model_params(model_params, no_alloc=True)
+    dry = binding.model_params(model_params, found.tables, no_alloc=True)
     with logs.capture() as log, binding.plugin.stream() as stream:
         model = llama_cpp.llama_model_load_from_file_ptr(stream, dry)
         if not model:
@@ -158,7 +168,25 @@ def measure(
         compute=sizes_.compute + logits + work,
         process=rss + budgets.MARGIN_BYTES,
     )
-    return Measured(found, needs, int(context_params.n_ctx))
+    return place_tables(Measured(found, needs, int(context_params.n_ctx)))
+
+
+def place_tables(measured: Measured) -> Measured:
+    """Leave the model's tables on disk, where that is asked for or does some good.
+
+    Left to itself it does so where not every expert would find a slot beside them: a token needs a
+    few rows of a table and all of its experts, so that the same memory saves far more reads as
+    slots. Below ``_LARGE_TABLE_BYTES`` it is not worth a read.
+    """
+    found, needs = measured.found, measured.needs
+    tables = found.tables
+    if found.options.table_rows == "auto":
+        plenty = needs.with_slots(found.n_all, found.slots.slot_bytes) <= found.total
+        tables = () if plenty else tuple(t for t in tables if t.n_bytes > _LARGE_TABLE_BYTES)
+    n_bytes = sum(t.n_bytes for t in tables)
+    rows = min(_ROW_CACHE_BYTES, n_bytes)
+    needs = needs._replace(trunk=needs.trunk - n_bytes, rows=rows)
+    return replace(measured, needs=needs, tables=tables)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,16 +214,17 @@ def load(
     """
     found = measured.found
     budget = measured.divide()
-    _, kv, compute, _ = budget.needs
-    growth = found.layout.trunk_bytes + kv + compute + budget.experts + budgets.MARGIN_BYTES
-    system.check_room(_reserved(found.layout), growth)
-    of_all = found.load_bytes(budget.n_slots)
-    params = binding.model_params(model_params)
+    trunk, kv, compute, _, rows = budget.needs
+    growth = trunk + kv + compute + rows + budget.experts + budgets.MARGIN_BYTES
+    system.check_room(_reserved(found.layout, measured.tables), growth)
+    of_all = trunk + found.warm_bytes(budget.n_slots)
+    binding.hold_tables(measured.tables, rows)
+    params = binding.model_params(model_params, measured.tables)
 
     @llama_cpp.llama_progress_callback
     def report(done: float, _: Any) -> bool:
         if progress is not None:
-            progress(done * found.layout.trunk_bytes, of_all)
+            progress(done * trunk, of_all)
         return True
 
     params.progress_callback = report
@@ -209,9 +238,10 @@ def load(
     return Loaded(measured, binding, model)
 
 
-def _reserved(layout: ModelLayout) -> int:
-    """Bytes of addresses without memory: llama.cpp's mapping of our stream, and the experts'."""
-    return layout.trunk_bytes + 2 * layout.expert_bytes
+def _reserved(layout: ModelLayout, tables: Sequence[PlacedTensor] = ()) -> int:
+    """Bytes of addresses without memory: llama.cpp's mapping of our stream, the experts' and those
+    of tables on disk."""
+    return layout.trunk_bytes + 2 * layout.expert_bytes + sum(t.n_bytes for t in tables)
 
 
 def _identity(layout: ModelLayout, n_used: int) -> Identity:

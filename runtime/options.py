@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 READ_MODES = ("auto", "direct", "buffered")
 MOST_LANES = 64
+TABLE_ROWS = ("auto", "resident", "disk")
 DEVICES = ("cpu",)
 
 
@@ -56,6 +57,12 @@ class Options:
         "in generation read missing experts from the bundle's low copy (lossy)",
         lossy=True,
     )
+    table_rows: str = entry(
+        "auto",
+        "WHERE",
+        "where embedding tables are, of which a token needs a few rows: resident in memory, "
+        "on disk, or auto: on disk where memory is short and they are large",
+    )
     device: str = entry("cpu", "NAME", "where experts are computed (cpu)")
     warm: bool = entry(
         False, None, "fill memory first with what was popular in runs of trace --save-routing"
@@ -74,6 +81,10 @@ class Options:
             raise UserError(str(error)) from None
         if self.reads not in READ_MODES:
             raise UserError(f"{self.reads!r} is not a way to read: use {', '.join(READ_MODES)}")
+        if self.table_rows not in TABLE_ROWS:
+            raise UserError(
+                f"{self.table_rows!r} is no place for tables: use {', '.join(TABLE_ROWS)}"
+            )
         if self.lanes is not None and not 1 <= self.lanes <= MOST_LANES:
             raise UserError(f"{self.lanes} lanes make no sense: give 1 to {MOST_LANES}, or auto")
         if not 0.0 <= self.low_share <= 1.0:

@@ -145,6 +145,9 @@ class Meter:
             "guesses_used": demands.guesses_used,
             "guesses_late": late,
             "guess_bytes": native.guess_bytes,
+            "table_rows": native.table_rows,
+            "table_missed": native.table_missed,
+            "table_ahead": native.table_ahead,
             "recall": sum(recall.values()) / len(recall) if recall else None,
             "layers": [
                 {

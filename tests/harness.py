@@ -165,7 +165,8 @@ class Ours(Model):
         found = opening.find(path, Options(GB, policy, reads, lanes, **more))
         self.binding = found.bind()
         params = llama_cpp.llama_model_default_params()
-        loaded = opening.load(Measured(found, Needs(0, 0, 0, 0), 0), self.binding, params)
+        measured = opening.place_tables(Measured(found, Needs(0, 0, 0, 0), 0))
+        loaded = opening.load(measured, self.binding, params)
         super().__init__(loaded.model)
         self.arena = start(
             loaded,

@@ -38,6 +38,7 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "moe_part": abi.Part,
     "moe_transform": abi.Transform,
     "moe_trunk_tensor": abi.TrunkTensor,
+    "moe_table": abi.Table,
     "moe_config": abi.Config,
     "moe_call": abi.Call,
     "moe_router": abi.Router,

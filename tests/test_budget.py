@@ -221,7 +221,7 @@ N_CTX = 256
 def context_log(path: Path, no_alloc: bool, n_ubatch: int = 64) -> logs.Log:
     """What llama.cpp says while the model is opened through our stream and a context is made."""
     binding = find(path, Options(memory=GB)).bind()
-    model_params = binding.model_params(llama_cpp.llama_model_default_params(), no_alloc)
+    model_params = binding.model_params(llama_cpp.llama_model_default_params(), (), no_alloc)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = N_CTX, N_CTX, n_ubatch, 1
     with logs.capture() as log, binding.plugin.stream() as stream:

@@ -49,6 +49,7 @@ EXTRA_STATS = {
     *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "disk_s"),
     *("hit_rate_in_time", "guesses_late", "guess_bytes", "recall", "layers"),
     *("low_share", "low_bytes_read"),
+    *("table_rows", "table_missed", "table_ahead"),
 }
 
 

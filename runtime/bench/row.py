@@ -34,7 +34,7 @@ STATS = (
     *("hits", "misses", "hit_rate", "hit_rate_in_time", "bytes_read", "bytes_per_token"),
     *("low_share", "low_bytes_read"),
     *("guesses", "guesses_used", "guesses_late", "guess_bytes", "recall", "layers"),
-    *("disk_s", "guess_s"),
+    *("disk_s", "guess_s", "table_rows", "table_missed", "table_ahead"),
     *("stall_s", "route_s", "compute_s", "slots", "reads", "budget_bytes"),
 )
 

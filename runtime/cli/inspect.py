@@ -19,6 +19,7 @@ from ..formats.bundle import COPY, PLAIN, BundleTable
 from ..formats.ggml_types import GGML_TYPES
 from ..formats.layout import ModelLayout
 from ..formats.open import read_layout
+from ..formats.tables import tables_of
 from ..sizes import format_size
 from ..text import shown
 from .model import resolve
@@ -91,6 +92,7 @@ def describe(path: Path) -> dict[str, Any]:
         "blob_bytes": blobs,
         "expert_bytes": layout.expert_bytes,
         "trunk_bytes": layout.trunk_bytes,
+        "tables": [{"name": t.name, "bytes": t.n_bytes} for t in tables_of(layout)],
         "working_set": len(blobs) * layout.n_experts_used,
         "working_set_bytes": layout.n_experts_used * sum(blobs),
         "kv_bytes_per_token": _kv_bytes(layout),
@@ -174,6 +176,10 @@ def describe_text(document: dict[str, Any]) -> str:
         ("one expert", blob),
         ("all experts", format_size(d["expert_bytes"])),
         ("trunk", f"{format_size(d['trunk_bytes'])} (everything else)"),
+        *(
+            ("" if i else "tables", f"{t['name']}, {format_size(t['bytes'])} of the trunk")
+            for i, t in enumerate(d["tables"])
+        ),
         (
             "working set",
             f"{d['working_set']} experts per token, {format_size(d['working_set_bytes'])}",

@@ -69,6 +69,7 @@ def plan_document(
         "working_set_fits_bytes": needs.with_slots(found.working_set, slot_bytes),
         "everything_fits_bytes": needs.with_slots(found.n_all, slot_bytes),
         **{f"{name}_bytes": n_bytes for name, n_bytes in needs._asdict().items()},
+        "tables": [{"name": t.name, "bytes": t.n_bytes} for t in measured.tables],
         "slot_bytes": slot_bytes,
         "working_set": found.working_set,
         "slots_all": found.n_all,
@@ -150,6 +151,10 @@ def plan_text(document: dict[str, Any]) -> str:
         budget.table(),
         "budgets:",
         *columns(rows, "<><"),
+        *(
+            f"on disk: {t['name']} ({format_size(t['bytes'])}), looked up by row"
+            for t in d["tables"]
+        ),
         f"reads {d['reads']}; policy {d['policy']}; device {d['device']}",
     ]
     if d["predicted"] is not None:

@@ -43,6 +43,10 @@ class StepFailed(RuntimeError):
         self.code = code
 
 
+def _columns(batch: Sequence[Row]) -> tuple[list[int], list[int], list[int]]:
+    return [row.token for row in batch], [row.pos for row in batch], [row.seq for row in batch]
+
+
 class Context:
     """A context over ``model``, a llama_model that outlives it; ``params`` are llama.cpp's own.
 
@@ -82,6 +86,8 @@ class Context:
         with nullcontext() if self.meter is None else self.meter.step(phase, tokens):
             if self.meter is None and self.arena is not None:
                 self.arena.say(phase, len(tokens))
+            if self.arena is not None and self.arena.ahead is not None:
+                self.arena.ahead.step(*_columns(batch))
             code = llama_cpp.llama_decode(self.ctx, raw)
             if code != 0:
                 raise self._failure(code)

@@ -36,13 +36,20 @@ void         moe_model_free(moe_model * model) { delete model; }
 void *       moe_model_expert_buffer_type(moe_model * model) { return model->experts.ggml(); }
 void *       moe_model_trunk_buffer_type(moe_model * model) { return model->trunk.plain.ggml(); }
 void *       moe_model_repack_buffer_type(moe_model * model) { return moe::repack_type() ? model->trunk.repacked.ggml() : nullptr; }
+void *       moe_model_table_buffer_type(moe_model * model) { return model->tables->type.ggml(); }
 FILE *       moe_model_stream(moe_model * model) { return model->open_stream(); }
 const void * moe_model_trunk_data(moe_model * model, const char * name) { return model->trunk.data(name); }
 int64_t      moe_model_work_bytes(moe_model * model, int32_t n_used, int32_t n_ubatch) {
     return moe::executor::work_bytes(model->weights, n_used, n_ubatch);
 }
 int32_t moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate(n_slots) ? 0 : -1; }
-void    moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
+int32_t moe_model_tables(moe_model * model, const moe_table * tables, int32_t n_tables, int64_t cache_bytes) {
+    return model->tables->hold(tables, n_tables, cache_bytes) ? 0 : -1;
+}
+void moe_model_fetch_rows(moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows) {
+    model->tables->fetch(table, rows, n_rows);
+}
+void moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
     model->dialogue.route = route;
     model->dialogue.guess = guess;
 }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "table.h"
+
 namespace moe {
 
 // Limit on each of the two buffers that grow with pairs: ggml-cpu's table of rows
@@ -20,7 +22,25 @@ constexpr int64_t SLOT_TABLE_BYTES = 72;
 ggml_status executor::compute(ggml_cgraph * graph) {
     ggml_tensor ** nodes = ggml_graph_nodes(graph);
     const int      n     = ggml_graph_n_nodes(graph);
-    if (c_.recognise(nodes, n)) {
+    int            first = 0;
+    for (int i = 0; i < n; i++) {
+        if (!is_lookup(nodes[i])) {
+            continue;
+        }
+        const ggml_status status = run_nodes(nodes + first, i - first);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+        if (!tables::of(nodes[i]).compute(nodes[i])) {
+            return GGML_STATUS_FAILED;
+        }
+        first = i + 1;
+    }
+    return run_nodes(nodes + first, n - first);
+}
+
+ggml_status executor::run_nodes(ggml_tensor ** nodes, int n) {
+    if (n > 0 && c_.recognise(nodes, n)) {
         return run_chain();
     }
     // Node by node: slower (an event per matmul), correct for anything.

@@ -27,6 +27,7 @@ class executor {
     static int64_t work_bytes(const weights & w, int n_used, int n_tokens);
 
   private:
+    ggml_status run_nodes(ggml_tensor ** nodes, int n);
     ggml_status run_chain();
     ggml_status run_entries();
     ggml_status run_whole();

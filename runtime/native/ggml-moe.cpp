@@ -8,6 +8,7 @@
 #include "executor.h"
 #include "model.h"
 #include "os.h"
+#include "table.h"
 
 // ---- buffer: address space without memory; weights never arrive here
 
@@ -43,18 +44,19 @@ static const ggml_backend_buffer_i moe_buffer_iface = {
     /* .reset         = */ nullptr,
 };
 
-static ggml_backend_buffer_t moe_buffer_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
-    void * p = size == 0 ? (void *)64 : moe::os::reserve(size);
+ggml_backend_buffer_t moe::address_space(ggml_backend_buffer_type_t buft, size_t size) {
+    void * p = size == 0 ? (void *)64 : os::reserve(size);
     return p ? ggml_backend_buffer_init(buft, moe_buffer_iface, p, size) : nullptr;
 }
 
-static size_t moe_buffer_type_alignment(ggml_backend_buffer_type_t) { return 64; }
-static bool   moe_buffer_type_is_host(ggml_backend_buffer_type_t) { return false; }
+size_t moe::address_space_alignment(ggml_backend_buffer_type_t) { return 64; }
+
+static bool moe_buffer_type_is_host(ggml_backend_buffer_type_t) { return false; }
 
 const moe::buffer_type_functions moe::expert_type = {
     /* .get_name       = */ moe_buffer_type_name,
-    /* .alloc_buffer   = */ moe_buffer_type_alloc,
-    /* .get_alignment  = */ moe_buffer_type_alignment,
+    /* .alloc_buffer   = */ moe::address_space,
+    /* .get_alignment  = */ moe::address_space_alignment,
     /* .get_max_size   = */ nullptr,
     /* .get_alloc_size = */ nullptr,
     /* .is_host        = */ moe_buffer_type_is_host,
@@ -155,20 +157,24 @@ static bool is_scale(const ggml_tensor * t) {
 static bool moe_device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_NONE:
-            return moe::is_expert_weight(op);
+            return moe::is_expert_weight(op) || moe::is_table(op);
+        case GGML_OP_VIEW:
+            return moe::is_table(op);
+        case GGML_OP_CPY:
+            return moe::is_lookup(op);
         case GGML_OP_MUL_MAT_ID:
             return moe::is_expert_weight(op->src[0]);
         case GGML_OP_REPEAT:
             return is_scale(op->src[0]);
         case GGML_OP_GET_ROWS:
-            return op->src[0]->op == GGML_OP_REPEAT && is_scale(op->src[0]->src[0]);
+            return moe::is_lookup(op) || (op->src[0]->op == GGML_OP_REPEAT && is_scale(op->src[0]->src[0]));
         default:
             return moe::is_rowwise(op->op) && moe::chain_stage(op) == 1;
     }
 }
 
 static bool moe_device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
-    return is_moe_buffer_type(buft) || ggml_backend_buft_is_host(buft);
+    return is_moe_buffer_type(buft) || moe::is_table_type(buft) || ggml_backend_buft_is_host(buft);
 }
 
 static const ggml_backend_device_i moe_device_iface = {

@@ -12,5 +12,8 @@ int ggml_version();
 ggml_backend_dev_t device();
 // Of routed experts: address space without memory.
 extern const buffer_type_functions expert_type;
+// What buffer types of weights that never arrive have in common: a place for a tensor, without memory.
+ggml_backend_buffer_t address_space(ggml_backend_buffer_type_t buft, size_t size);
+size_t                address_space_alignment(ggml_backend_buffer_type_t buft);
 
 }  // namespace moe

@@ -21,7 +21,8 @@ moe_model::moe_model(const moe_config & config, int api_version, ggml_backend_de
     if (weights.has_transforms()) {
         options.finish = [this](int slot, int key) { arena->finish(slot, key); };
     }
-    reads = std::make_unique<moe::reads>(std::vector<std::string>(config.paths, config.paths + config.n_files), options);
+    reads  = std::make_unique<moe::reads>(std::vector<std::string>(config.paths, config.paths + config.n_files), options);
+    tables = std::make_unique<moe::tables>(api_version, device, *reads, failure);
 }
 
 moe_model::~moe_model() {
@@ -76,7 +77,7 @@ bool moe_model::fill(const int32_t * keys, const int32_t * slots, int n) {
 moe_stats moe_model::count() const {
     const auto & count  = reads->count;
     moe_stats    all    = stats;
-    all.read_bytes      = count.bytes;
+    all.read_bytes      = count.bytes + count.errand_bytes;
     all.guess_bytes     = count.guess_bytes;
     all.disk_ns         = reads->disk_ns();
     all.reads           = count.reads;
@@ -84,5 +85,10 @@ moe_stats moe_model::count() const {
     all.guess_loads     = count.guess_loads;
     all.guess_promoted  = count.guess_promoted;
     all.guess_cancelled = count.guess_cancelled;
+    const auto rows     = tables->counted();
+    all.table_rows      = rows.asked;
+    all.table_missed    = rows.missed;
+    all.table_ahead     = rows.ahead;
+    all.stall_ns += rows.stall_ns;
     return all;
 }

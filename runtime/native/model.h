@@ -13,6 +13,7 @@
 #include "failure.h"
 #include "moe.h"
 #include "reads.h"
+#include "table.h"
 #include "trunk.h"
 #include "weights.h"
 
@@ -40,15 +41,16 @@ struct moe_model {
     // The counters of all parts, since the model was opened.
     moe_stats count() const;
 
-    const moe::weights          weights;
-    moe::failure                failure;
-    moe::buffer_type            experts;  // what marks a tensor as ours
-    moe::trunk                  trunk;
-    std::unique_ptr<moe::arena> arena;
-    std::unique_ptr<moe::reads> reads;
-    moe::dialogue               dialogue;
-    moe_stats                   stats{};  // those of steps
-    std::mutex                  step;     // one context at a time computes on the slots
+    const moe::weights           weights;
+    moe::failure                 failure;
+    moe::buffer_type             experts;  // what marks a tensor as ours
+    moe::trunk                   trunk;
+    std::unique_ptr<moe::arena>  arena;
+    std::unique_ptr<moe::reads>  reads;
+    std::unique_ptr<moe::tables> tables;
+    moe::dialogue                dialogue;
+    moe_stats                    stats{};  // those of steps
+    std::mutex                   step;     // one context at a time computes on the slots
 
   private:
     std::vector<uint8_t>   header_;

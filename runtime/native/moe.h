@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 5
+#define MOE_ABI 6
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
@@ -75,6 +75,16 @@ struct moe_trunk_tensor {
     int64_t n_bytes;
     int32_t file;
     int32_t repacked;  // 1: llama.cpp computes on it in ggml-cpu's repacked layout
+};
+
+// A tensor of the trunk that stays on disk because only rows of it are looked up.
+struct moe_table {
+    char    name[64];
+    int64_t offset;
+    int64_t row_bytes;
+    int64_t n_rows;
+    int32_t file;
+    int32_t reserved;
 };
 
 struct moe_config {
@@ -174,6 +184,9 @@ struct moe_stats {
     int64_t guess_loads;
     int64_t guess_promoted;  // demanded while still being read
     int64_t guess_cancelled;
+    int64_t table_rows;     // looked up in tables on disk
+    int64_t table_missed;   // of them read while the model waited
+    int64_t table_ahead;    // rows fetched before they were asked for
     int64_t scratch_bytes;  // high-water mark of the rows that were kept and gathered
 };
 
@@ -256,6 +269,8 @@ MOE_API void * moe_model_expert_buffer_type(struct moe_model * model);
 MOE_API void * moe_model_trunk_buffer_type(struct moe_model * model);
 // For trunk tensors marked repacked. NULL where this machine's ggml-cpu repacks nothing.
 MOE_API void * moe_model_repack_buffer_type(struct moe_model * model);
+// For the tensors that moe_model_tables names.
+MOE_API void * moe_model_table_buffer_type(struct moe_model * model);
 // A FILE * that llama.cpp takes for the complete model: it reads the header from it and maps the
 // rest, of which nothing is ever touched. The caller closes it with fclose.
 MOE_API FILE * moe_model_stream(struct moe_model * model);
@@ -267,7 +282,13 @@ MOE_API const void * moe_model_trunk_data(struct moe_model * model, const char *
 MOE_API int64_t moe_model_work_bytes(struct moe_model * model, int32_t n_used, int32_t n_ubatch);
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
 MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
-MOE_API void    moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
+// Which tensors stay on disk, and the memory for rows of all of them together; once, before the model
+// is loaded. 0, or -1 when memory is refused.
+MOE_API int32_t moe_model_tables(struct moe_model * model, const struct moe_table * tables, int32_t n_tables, int64_t cache_bytes);
+// Starts reading rows of one of them that the next steps will look up. A hint: what does not exist or
+// does not fit is passed over.
+MOE_API void moe_model_fetch_rows(struct moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows);
+MOE_API void moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
 // From now on these gates guess for the model; NULL: none do. Not owned.
 MOE_API void moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
 // What the steps that follow do, and for how many sequences; said before each call of llama_decode.

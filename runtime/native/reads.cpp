@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 namespace moe {
@@ -249,101 +250,178 @@ void reads::finish_if_done(std::unique_lock<std::mutex> & lock, int slot) {
     s.state.store(s.failed ? slot_state::FAILED : slot_state::READY, std::memory_order_release);
 }
 
+// ---- errands
+
+void reads::send(const std::shared_ptr<errand> & e, bool urgent) {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        e->left.store((int)e->ranges.size(), std::memory_order_release);
+        for (int i = 0; i < (int)e->ranges.size(); i++) {
+            (urgent ? urgent_ : ahead_).emplace_back(e, i);
+        }
+    }
+    for (size_t i = 0; i < std::min(e->ranges.size(), lanes_.size()); i++) {
+        work_.notify_one();  // a token's few rows do not need every lane
+    }
+}
+
+void reads::wait(const std::shared_ptr<errand> & e) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto                   mine = [&e](const auto & r) { return r.first == e; };
+    std::copy_if(ahead_.begin(), ahead_.end(), std::back_inserter(urgent_), mine);
+    ahead_.erase(std::remove_if(ahead_.begin(), ahead_.end(), mine), ahead_.end());
+    done_.wait(lock, [&e] { return e->done(); });
+}
+
+// ---- lanes
+
 void reads::lane(int number) {
     char * bounce = nullptr;
+    char * memory = nullptr;  // for ranges; most models have none
     if (options_.direct) {
         bounce = (char *)os::aligned_alloc(4096, CHUNK_BYTES + 2 * (size_t)options_.offset_align);
     }
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-        work_.wait(lock, [this] { return stop_ || !demand_.empty() || !guess_.empty(); });
+        work_.wait(lock, [this] { return stop_ || !urgent_.empty() || !demand_.empty() || !ahead_.empty() || !guess_.empty(); });
         if (stop_) {
             break;
         }
-        auto &      queue = demand_.empty() ? guess_ : demand_;
-        const chunk c     = queue.front();
-        queue.pop_front();
-        slot_info & s = slots_[c.slot];
-        s.queued--;
-        s.in_flight++;
-        const bool skip  = s.failed;  // the job is lost already: do not spend disk time on its rest
-        const bool guess = s.guess;
-        const int  kind = guess ? MOE_EVENT_GUESS : MOE_EVENT_DEMAND, key = s.key;
-        if (active_++ == 0) {
-            active_since_ns_ = now_ns();
-        }
-        lock.unlock();
-        const int64_t     t0    = history.start();
-        const std::string error = skip ? std::string() : read_chunk(c, bounce);
-        history.add(kind, number, key, t0);
-        lock.lock();
-        s.in_flight--;
-        if (--active_ == 0) {
-            disk_ns_ += now_ns() - active_since_ns_;
-        }
-        if (!error.empty()) {
-            s.failed = true;
-            error_   = error;
-        } else if (guess && !skip) {
-            count.guess_bytes += c.bytes;
-        }
-        finish_if_done(lock, c.slot);
-        if (s.in_flight == 0) {
-            done_.notify_all();
+        if (!urgent_.empty() || (demand_.empty() && !ahead_.empty())) {
+            run_range(lock, urgent_.empty() ? ahead_ : urgent_, memory);
+        } else {
+            run_chunk(lock, number, bounce);
         }
     }
     lock.unlock();
     os::aligned_free(bounce);
+    os::aligned_free(memory);
 }
 
+// Both release the lock while they read.
+
+void reads::run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bounce) {
+    auto &      queue = demand_.empty() ? guess_ : demand_;
+    const chunk c     = queue.front();
+    queue.pop_front();
+    slot_info & s = slots_[c.slot];
+    s.queued--;
+    s.in_flight++;
+    const bool skip  = s.failed;  // the job is lost already: do not spend disk time on its rest
+    const bool guess = s.guess;
+    const int  kind = guess ? MOE_EVENT_GUESS : MOE_EVENT_DEMAND, key = s.key;
+    if (active_++ == 0) {
+        active_since_ns_ = now_ns();
+    }
+    lock.unlock();
+    const int64_t     t0    = history.start();
+    const std::string error = skip ? std::string() : read_chunk(c, bounce);
+    history.add(kind, number, key, t0);
+    lock.lock();
+    s.in_flight--;
+    if (--active_ == 0) {
+        disk_ns_ += now_ns() - active_since_ns_;
+    }
+    if (!error.empty()) {
+        s.failed = true;
+        error_   = error;
+    } else if (guess && !skip) {
+        count.guess_bytes += c.bytes;
+    }
+    finish_if_done(lock, c.slot);
+    if (s.in_flight == 0) {
+        done_.notify_all();
+    }
+}
+
+void reads::run_range(std::unique_lock<std::mutex> & lock, ranges & queue, char *& memory) {
+    const auto [e, i] = queue.front();
+    queue.pop_front();
+    const bool skip = !e->error.empty();  // lost already
+    lock.unlock();
+    if (memory == nullptr) {
+        memory = (char *)os::aligned_alloc(4096, RANGE_BYTES + 2 * (size_t)options_.offset_align);
+    }
+    const std::string error = skip ? std::string() : read_range(*e, e->ranges[i], memory);
+    lock.lock();
+    if (!error.empty()) {
+        e->error = error;
+    }
+    if (e->left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        done_.notify_all();
+    }
+}
+
+// ---- reading; each answers with a sentence if it cannot
+
 std::string reads::read_chunk(const chunk & c, char * bounce) {
-    const int     align = options_.direct ? options_.offset_align : 1;
-    const int64_t begin = round_down(c.offset, align);
-    const int64_t head  = c.offset - begin;
-    const int64_t want  = round_up(head + c.bytes, align);
+    const int64_t head = c.offset - round_down(c.offset, options_.direct ? options_.offset_align : 1);
     // The slot is padded by offset_align on both sides of a part, so an aligned read may spill
     // over its ends; where the device wants an alignment the slot cannot offer, bounce.
     const bool in_place = !options_.direct || (uintptr_t)(c.dest - head) % options_.memory_align == 0;
     if (!in_place && bounce == nullptr) {
         return "out of memory for a read buffer";
     }
-    char *  dest = in_place ? c.dest - head : bounce;
-    int64_t done = 0;
-    bool    cut  = false;
+    const std::string error = read_around(c.file, c.offset, c.bytes, in_place ? c.dest - head : bounce);
+    if (error.empty() && !in_place) {
+        memcpy(c.dest, bounce + head, c.bytes);
+        count.bounced++;
+    }
+    count.bytes += error.empty() ? c.bytes : 0;
+    return error;
+}
+
+std::string reads::read_range(const errand & e, const errand::range & r, char * memory) {
+    if (memory == nullptr) {
+        return "out of memory for a read buffer";
+    }
+    const std::string error = read_around(r.file, r.offset, r.bytes, memory);
+    const int64_t     begin = round_down(r.offset, options_.direct ? options_.offset_align : 1);
+    for (int i = r.first; i < r.end && error.empty(); i++) {
+        memcpy(e.pieces[i].dest, memory + (e.pieces[i].offset - begin), e.pieces[i].bytes);
+    }
+    count.errand_bytes += error.empty() ? r.bytes : 0;
+    return error;
+}
+
+// Direct reads start and end at multiples of offset_align, so up to offset_align - 1 bytes before and
+// behind those asked for come with them: `dest` takes all of it.
+std::string reads::read_around(int file, int64_t offset, int64_t bytes, char * dest) {
+    const int     align = options_.direct ? options_.offset_align : 1;
+    const int64_t begin = round_down(offset, align);
+    const int64_t need  = offset - begin + bytes;
+    const int64_t want  = round_up(need, align);
+    int64_t       done  = 0;
+    bool          cut   = false;
 
     if (inject_skip_.load(std::memory_order_relaxed) >= 0 && inject_skip_.fetch_sub(1) == 0) {
         const int err = inject_err_;
         if (err > 0) {
-            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + os::describe(err);
+            return "cannot read " + paths_[file] + " at " + std::to_string(offset) + ": " + os::describe(err);
         }
         if (err < 0) {
             std::this_thread::sleep_for(std::chrono::milliseconds(-err));
         }
         cut = err == 0;
     }
-    while (!cut && done < head + c.bytes) {
-        const int64_t n = os::read_at(files_[c.file], dest + done, want - done, begin + done);
+    while (!cut && done < need) {
+        const int64_t n = os::read_at(files_[file], dest + done, want - done, begin + done);
         if (n < 0) {
-            return "cannot read " + paths_[c.file] + " at " + std::to_string(c.offset) + ": " + os::describe((int)-n);
+            return "cannot read " + paths_[file] + " at " + std::to_string(offset) + ": " + os::describe((int)-n);
         }
         if (n == 0) {
             cut = true;
             break;
         }
         done += n;
-        if (options_.direct && done < head + c.bytes && done % align != 0) {
+        if (options_.direct && done < need && done % align != 0) {
             cut = true;  // a direct read stops unaligned only at the end of the file
         }
     }
     if (cut) {
-        return paths_[c.file] + " ended early: expected " + std::to_string(c.bytes) + " bytes at " + std::to_string(c.offset) +
+        return paths_[file] + " ended early: expected " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
                "; it was truncated or replaced since it was opened";
     }
-    if (!in_place) {
-        memcpy(c.dest, bounce + head, c.bytes);
-        count.bounced++;
-    }
-    count.bytes += c.bytes;
     count.reads++;
     return {};
 }

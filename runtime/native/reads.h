@@ -1,8 +1,9 @@
 // Reads expert parts from disk into slots with a few threads ("lanes").
 //
-// Owns: the files, the lanes, two queues (demand before guess) and the state of every slot.
+// Owns: the files, the lanes, their queues (demand before guess) and the state of every slot.
 // Does not know: experts, layers, policies, ggml. A slot is filled by one job at a time; a job is
-// a list of parts, cut into chunks so that one big expert uses all lanes.
+// a list of parts, cut into chunks so that one big expert uses all lanes. Errands are read besides
+// the slots, into memory of whoever sent them.
 #pragma once
 
 #include <atomic>
@@ -10,9 +11,11 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "os.h"
@@ -24,6 +27,8 @@ namespace moe {
 // can wait behind a guess that a lane has already started.
 constexpr int64_t CHUNK_BYTES       = 1 << 20;
 constexpr int64_t GUESS_CHUNK_BYTES = CHUNK_BYTES / 2;
+// The longest range of an errand: what a lane keeps in memory for it.
+constexpr int64_t RANGE_BYTES = 64 << 10;
 
 struct read_options {
     int  lanes        = 4;
@@ -39,6 +44,29 @@ struct part {
     int64_t offset;
     int64_t bytes;
     char *  dest;
+};
+
+// Small and scattered ranges of files, and the pieces of them that are wanted. A range passes through
+// the lane's own memory, so that nothing here need be aligned. Filled, sent once, and left alone until
+// it is done.
+struct errand {
+    struct piece {
+        int64_t offset;  // in the file
+        int64_t bytes;
+        char *  dest;
+    };
+    struct range {
+        int     file;
+        int64_t offset;
+        int64_t bytes;       // at most RANGE_BYTES
+        int     first, end;  // its pieces
+    };
+    std::vector<piece> pieces;
+    std::vector<range> ranges;
+    std::string        error;    // once it is done: of a range that failed
+    std::atomic<int>   left{0};  // ranges
+
+    bool done() const { return left.load(std::memory_order_acquire) == 0; }
 };
 
 enum class slot_state : uint8_t { EMPTY, LOADING, READY, FAILED };
@@ -65,7 +93,8 @@ class reads {
     void drop_guesses(const std::function<bool(int)> & is_wrong, std::vector<int32_t> & keys, size_t limit);
 
     // Any thread may ask these; the calls above and below that change slots are one thread's at a time.
-    // Time in which some lane was reading, up to now.
+    // Time in which some lane was reading into a slot, up to now. Like count.bytes without errands, whose
+    // small reads say nothing of how fast an expert comes.
     int64_t    disk_ns();
     int        key_of(int slot) const { return slots_[slot].key; }
     slot_state state(int slot) const { return slots_[slot].state.load(std::memory_order_acquire); }
@@ -81,11 +110,16 @@ class reads {
     void abandon(const std::vector<int> & wanted);
     void keys(int32_t * out);
 
+    // Starts reading; what nobody waits for yet comes after the experts that a layer waits for.
+    void send(const std::shared_ptr<errand> & e, bool urgent);
+    // Blocks until it is done; any number of threads may.
+    void wait(const std::shared_ptr<errand> & e);
+
     std::string last_error();
     void        inject(int skip, int err);
 
     struct counters {
-        std::atomic<int64_t> bytes{0}, guess_bytes{0}, reads{0}, bounced{0};
+        std::atomic<int64_t> bytes{0}, guess_bytes{0}, errand_bytes{0}, reads{0}, bounced{0};
         std::atomic<int64_t> guess_loads{0}, guess_promoted{0}, guess_cancelled{0};
     } count;
     timeline history;
@@ -111,8 +145,14 @@ class reads {
         bool                    finishing = false;  // a lane is in options.finish
     };
 
+    using ranges = std::deque<std::pair<std::shared_ptr<errand>, int>>;
+
     void        lane(int number);
+    void        run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bounce);
+    void        run_range(std::unique_lock<std::mutex> & lock, ranges & queue, char *& memory);
     std::string read_chunk(const chunk & c, char * bounce);
+    std::string read_range(const errand & e, const errand::range & r, char * memory);
+    std::string read_around(int file, int64_t offset, int64_t bytes, char * dest);
     void        cancel_locked(std::unique_lock<std::mutex> & lock, int slot);
     void        remove_queued(std::deque<chunk> & queue, int slot);
     void        finish_if_done(std::unique_lock<std::mutex> & lock, int slot);
@@ -123,9 +163,10 @@ class reads {
     std::mutex               mutex_;
     std::condition_variable  work_, done_;
     std::deque<chunk>        demand_, guess_;
+    ranges                   urgent_, ahead_;       // of errands: before demand_, and after it
     std::deque<slot_info>    slots_;                // deque: atomics do not move
     std::vector<int>         guessing_;             // slots that hold or await a guess nobody demanded
-    int                      active_          = 0;  // lanes reading
+    int                      active_          = 0;  // lanes reading into slots
     int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;
     std::string              error_;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 5
+ABI = 6
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
@@ -58,6 +58,17 @@ class TrunkTensor(ctypes.Structure):
         ("n_bytes", i64),
         ("file", i32),
         ("repacked", i32),
+    ]
+
+
+class Table(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 64),
+        ("offset", i64),
+        ("row_bytes", i64),
+        ("n_rows", i64),
+        ("file", i32),
+        ("reserved", i32),
     ]
 
 
@@ -184,6 +195,9 @@ class Stats(ctypes.Structure):
             "guess_loads",
             "guess_promoted",
             "guess_cancelled",
+            "table_rows",
+            "table_missed",
+            "table_ahead",
             "scratch_bytes",
         )
     ]

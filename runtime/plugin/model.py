@@ -8,8 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import ExpertReadError, UserError, option
-from .abi import ERROR_OTHER, ERROR_READ, ROUTE_FN, Call, Config, Event, Stats, i32
+from .abi import ERROR_OTHER, ERROR_READ, ROUTE_FN, Call, Config, Event, Stats, Table, i32
 from .library import load
 
 
@@ -46,6 +49,22 @@ class PluginModel:
     def repack_buffer_type(self) -> int:
         """Only where ``moe_repack_supported`` said yes to something."""
         return int(self._lib.moe_model_repack_buffer_type(self._open))
+
+    def table_buffer_type(self) -> int:
+        return int(self._lib.moe_model_table_buffer_type(self._open))
+
+    def hold_tables(self, tables: Sequence[Table], cache_bytes: int) -> None:
+        """Leave these tensors on disk, with so much memory for rows of all of them; once."""
+        array = (Table * len(tables))(*tables)
+        if self._lib.moe_model_tables(self._open, array, len(tables), cache_bytes) != 0:
+            raise UserError(
+                f"the system refuses {cache_bytes} bytes for rows of tables; give a smaller "
+                f"{option('memory')} or {option('table_rows', 'resident')}"
+            )
+
+    def fetch_rows(self, table: int, rows: NDArray[np.int32]) -> None:
+        """Start reading rows of a table that the next steps will look up."""
+        self._lib.moe_model_fetch_rows(self._open, table, rows.ctypes.data, len(rows))
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[int]:
