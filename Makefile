@@ -42,8 +42,9 @@ native: $(READY)
 		-DCMAKE_CXX_FLAGS=-Werror > /dev/null
 	cmake --build build/check
 
+# Two at a time; those of one file share what they make and stay together.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Every architecture under every policy, and the README's list of them; `make test` rotates.
 zoo: $(READY)

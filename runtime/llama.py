@@ -31,7 +31,7 @@ from . import logs, opening
 from .arena import Arena, RouterReader
 from .controller import Recorder
 from .errors import UserError, option
-from .grammar import Grammar, check_chat, longest_texts
+from .grammar.grammar import Grammar, check_chat, longest_texts
 from .opening import Found, Loaded, check_adapter
 from .options import Options
 from .params import n_ctx_of

@@ -22,7 +22,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import get_chat_completion_handler
 
 from .errors import UserError, option, reason
-from .grammar import check_chat
+from .grammar.grammar import check_chat
 from .llama import Llama
 
 try:

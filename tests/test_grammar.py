@@ -18,10 +18,11 @@ from mutant import Mutant
 from test_faults import SETTINGS, TOKENS, set_items
 
 import moe_gguf
-from moe_gguf.runtime import gbnf, logs
+from moe_gguf.runtime import logs
 from moe_gguf.runtime.errors import RequestError
-from moe_gguf.runtime.grammar import check_schema
-from moe_gguf.runtime.stacks import Machine
+from moe_gguf.runtime.grammar import gbnf
+from moe_gguf.runtime.grammar.grammar import check_schema
+from moe_gguf.runtime.grammar.stacks import Machine
 
 SECONDS = 10.0  # for a refusal, on a busy machine
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .errors import RequestError
-from .text import shown
+from ..errors import RequestError
+from ..text import shown
 
 MAX_BYTES = 256 << 10
 MAX_NESTING = 2000  # llama.cpp's parser takes half a kilobyte of the thread's stack for each

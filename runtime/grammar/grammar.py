@@ -17,12 +17,12 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from . import logs
-from .errors import RequestError
+from .. import logs
+from ..errors import RequestError
+from ..text import shown
+from ..vocab import Vocabulary
 from .gbnf import bad
 from .stacks import Machine
-from .text import shown
-from .vocab import Vocabulary
 
 MAX_COUNT = 1000  # characters or items that may follow: llama.cpp takes twice as many rules
 MAX_LEAST = 20_000  # that must be there: only the grammar's length counts
