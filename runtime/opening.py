@@ -158,14 +158,14 @@ def measure(
         llama_cpp.llama_model_free(model)
     if not context:
         raise UserError(f"llama.cpp cannot make a context for this model: {log.reason()}")
-    sizes_ = logs.context_sizes(log)
+    announced = logs.context_sizes(log)
     n_ubatch = min(context_params.n_ubatch, context_params.n_ctx)
     logits = n_outputs * found.layout.n_vocab * 4
     work = binding.plugin.work_bytes(found.n_used, n_ubatch)
     needs = Needs(
         trunk=found.layout.trunk_bytes,
-        kv=sizes_.kv,
-        compute=sizes_.compute + logits + work,
+        kv=announced.kv,
+        compute=announced.compute + logits + work,
         process=rss + budgets.MARGIN_BYTES,
     )
     return place_tables(Measured(found, needs, int(context_params.n_ctx)))
