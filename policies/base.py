@@ -10,7 +10,7 @@ times per token on the route callback, where a tuple costs three times as much.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -105,15 +105,17 @@ class Predictor(Protocol):
     def recall(self) -> Mapping[int, float]:
         """By layer: the share of the experts a token used that was guessed first, lately."""
 
-    def observe(self, event: RouteEvent, ids: Ids) -> None:
-        """What a layer really asked for, [n_tokens, n_used]; once per event, before ``guess``."""
+    def observe(self, event: RouteEvent, ids: Callable[[], Ids]) -> None:
+        """What a layer really asked for; once per event, before ``guess``.
 
-    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
-        """Keys worth reading ahead after ``event``, best first; may be empty.
-
-        ``x`` is the layer's gate input, [n_tokens, n_embd]; like ``ids`` it is valid during the
-        call only. A recording keeps none: replayed, n_embd is 0.
+        ``ids`` gives the experts, [n_tokens, n_used], and ``x`` of ``guess`` the layer's gate
+        input, [n_tokens, n_embd], both valid during the call only. They are asked for, since most
+        need none and the callback is waited for. A recording keeps no inputs: replayed, n_embd is
+        0.
         """
+
+    def guess(self, event: RouteEvent, x: Callable[[], Inputs]) -> Sequence[Guess]:
+        """Keys worth reading ahead after ``event``, best first; may be empty."""
 
 
 class LoadOrder(Protocol):

@@ -6,7 +6,7 @@ activated so far. Owns the counts; the cache and the predictor below read them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -144,7 +144,7 @@ class PathPredictor:
         self.recall: dict[int, float] = {}
         self._guessed: set[int] = set()
 
-    def observe(self, event: RouteEvent, ids: Ids) -> None:
+    def observe(self, event: RouteEvent, ids: Callable[[], Ids]) -> None:
         self.paths.observe(event)
         if self._guessed and event.phase == Phase.DECODE:
             base = event.layer * self.paths.n_experts
@@ -153,7 +153,7 @@ class PathPredictor:
             mean = self.recall.get(event.layer, now)
             self.recall[event.layer] = mean + (now - mean) / 256
 
-    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
+    def guess(self, event: RouteEvent, x: Callable[[], Inputs]) -> Sequence[Guess]:
         paths = self.paths
         uses = paths.next_uses()
         if uses is None:

@@ -14,7 +14,7 @@ many. A recording without guesses (of ``lru``, say) replays guessing policies by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from typing import NamedTuple
 
@@ -68,10 +68,10 @@ class RecordedOffers:
         self._left = iter(offers)
         self._now = Offers()
 
-    def observe(self, event: RouteEvent, ids: Ids) -> None:
+    def observe(self, event: RouteEvent, ids: Callable[[], Ids]) -> None:
         self._now = next(self._left)
 
-    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
+    def guess(self, event: RouteEvent, x: Callable[[], Inputs]) -> Sequence[Guess]:
         return list(map(Guess, self._now.keys, self._now.chances))
 
 
@@ -159,11 +159,11 @@ class Arena:
         """(key, slot) of what is read ahead after an event."""
         if self.predictor is None:
             return ()
-        self.predictor.observe(event, recorded.ids)  # a cache may go by what it learns
+        self.predictor.observe(event, lambda: recorded.ids)  # a cache may go by what it learns
         most = sum(recorded.offers.chosen)
         if not most:
             return ()
-        guesses = self.predictor.guess(event, _NO_INPUTS)
+        guesses = self.predictor.guess(event, lambda: _NO_INPUTS)
         read = set(compress(recorded.offers.keys, recorded.offers.chosen))
         missing = [guess for guess in guesses if guess.key not in self.residency.slot_of]
         missing.sort(key=lambda guess: guess.key not in read)  # stable

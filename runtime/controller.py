@@ -138,8 +138,8 @@ class Controller:
         assert self.guessing is not None
         predictor, pace, blob_bytes, most = self.guessing
         event, residency = self._event, self.residency
-        predictor.observe(event, ids())
-        guesses = predictor.guess(event, inputs())
+        predictor.observe(event, ids)
+        guesses = predictor.guess(event, inputs)
         missing = [guess for guess in guesses if guess.key not in residency.slot_of]
         chosen: Sequence[Guess] = ()
         if missing and self._pays:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -289,10 +289,10 @@ class Guesser:
 
     recall: Mapping[int, float] = {}
 
-    def observe(self, event: RouteEvent, ids: Ids) -> None:
+    def observe(self, event: RouteEvent, ids: Callable[[], Ids]) -> None:
         pass
 
-    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
+    def guess(self, event: RouteEvent, x: Callable[[], Inputs]) -> Sequence[Guess]:
         return [Guess(key, 1.0) for key in self.keys(event)]
 
     def keys(self, event: RouteEvent) -> Sequence[int]:

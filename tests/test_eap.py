@@ -30,8 +30,8 @@ def prompt(layer: int, n_tokens: int, counts: dict[int, int]) -> RouteEvent:
 
 def ask(predictor: PathPredictor, event: RouteEvent) -> list[int]:
     """Feed an event; the keys guessed after it."""
-    predictor.observe(event, NO_IDS)
-    return [guess.key for guess in predictor.guess(event, NO_INPUTS)]
+    predictor.observe(event, lambda: NO_IDS)
+    return [guess.key for guess in predictor.guess(event, lambda: NO_INPUTS)]
 
 
 def make() -> ExpertPaths:
@@ -191,7 +191,7 @@ def test_paths_beat_chance_on_a_predictable_model() -> None:
                 made += 2
             demanded = event(layer, *experts)
             residency.plan(demanded)
-            predictor.observe(demanded, NO_IDS)
+            predictor.observe(demanded, lambda: NO_IDS)
             guesses_made = predictor.guess(demanded, NO_INPUTS)
             residency.guess(demanded, guesses_made, [guess.key for guess in guesses_made])
             residency.check_integrity()

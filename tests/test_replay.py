@@ -330,8 +330,8 @@ def test_replay_counts_what_the_run_counted(name: str, n_slots: int, tmp_path: P
             misses += sum(plan.loads)
             if predictor is None:
                 continue
-            predictor.observe(event, ids)
-            offered = predictor.guess(event, np.zeros((1, 0), np.float32))
+            predictor.observe(event, lambda ids=ids: ids)
+            offered = predictor.guess(event, lambda: np.zeros((1, 0), np.float32))
             missing = [guess for guess in offered if guess.key not in residency.slot_of]
             chosen = [guess for guess in missing if rng.random() < 0.6]
             recorder.record_guesses(offered, chosen)
@@ -353,10 +353,10 @@ class RandomOffers:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    def observe(self, event: RouteEvent, ids: Ids) -> None:
+    def observe(self, event: RouteEvent, ids: Callable[[], Ids]) -> None:
         pass
 
-    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
+    def guess(self, event: RouteEvent, x: Callable[[], Inputs]) -> Sequence[Guess]:
         experts = self.rng.sample(range(10), 6) if event.layer < 2 else []
         return [Guess(10 * (event.layer + 1) + e, 0.5) for e in experts]
 

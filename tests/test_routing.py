@@ -270,8 +270,8 @@ def test_paths_guess_and_judge_from_the_first_token_on() -> None:
     assert worth[1].argmax() == 2
     predictor = PathPredictor(paths)
     event = RouteEvent(0, 1, [0, 1], [1, 1], Phase.DECODE, 1)
-    predictor.observe(event, np.array([[0, 1]], np.int32))
-    guesses = predictor.guess(event, np.zeros((1, 4), np.float32))
+    predictor.observe(event, lambda: np.array([[0, 1]], np.int32))
+    guesses = predictor.guess(event, lambda: np.zeros((1, 4), np.float32))
     assert {guess.key for guess in guesses} == {8 + 5, 8 + 6}
     paths.begin_sequence()
     assert paths.uses[1, 2] == np.float32(0.9)

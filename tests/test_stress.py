@@ -86,7 +86,7 @@ class Schedule:
             self._reconcile()
             return
         if self.predictor is not None:
-            self.predictor.observe(event, np.asarray([experts], np.int32))
+            self.predictor.observe(event, lambda: np.asarray([experts], np.int32))
         if rng.random() < 0.5:
             self._guess(event)
 
@@ -110,7 +110,9 @@ class Schedule:
         rng, residency = self.rng, self.residency
         keys = [rng.randrange(N_KEYS) for _ in range(rng.randrange(6))]
         if self.predictor is not None and rng.random() < 0.5:
-            keys = [key for key, _ in self.predictor.guess(event, np.zeros((1, 1), np.float32))]
+            keys = [
+                key for key, _ in self.predictor.guess(event, lambda: np.zeros((1, 1), np.float32))
+            ]
         pinned = {event.layer * N_EXPERTS + expert for expert in event.experts}
         kept = (pinned | set(keys) | residency.guessed) & residency.slot_of.keys()
         placed = residency.guess(event, [Guess(key, 0.5) for key in keys], keys)

@@ -121,17 +121,17 @@ class PluginGates:
     def recall(self) -> Mapping[int, float]:
         return self._gates.recall
 
-    def observe(self, event: RouteEvent, ids: Ids) -> None:
+    def observe(self, event: RouteEvent, ids: Callable[[], Ids]) -> None:
         if not self._is_inside:
-            self._gates.observe(event.layer, ids)
+            self._gates.observe(event.layer, ids())
 
-    def guess(self, event: RouteEvent, x: Inputs) -> Sequence[Guess]:
+    def guess(self, event: RouteEvent, x: Callable[[], Inputs]) -> Sequence[Guess]:
         if self._is_inside:
             n = self._call.n_predicted
             return list(map(_guess, zip(self._keys[:n], self._chances[:n], strict=True)))
         self._plugin.guess_with(self._gates.handle)
         self._is_inside = True
-        predicted = self._gates.predict(event.layer, x)
+        predicted = self._gates.predict(event.layer, x())
         return [Guess(p.layer * self._gates.n_experts + p.expert, p.chance) for p in predicted]
 
 
