@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_plan_and_run_print_the_same_numbers(tiny_file: TinyFile, more: list[str
     assert stats["slots"] == plan["slots"]
     assert stats["budget_bytes"] == plan["budget_bytes"]
     assert stats["reads"] == plan["reads"]
+
+
+def test_plan_names_the_budget_that_run_names(tiny_file: TinyFile) -> None:
+    """What it names must work: the process has the same size in both, to what it varies by."""
+    path = str(tiny_file("qwen3moe"))
+    plan = json.loads(command("plan", path, "--json", "--memory", "1GB").stdout)
+    argv = [sys.executable, "-m", "moe_gguf", "run", path, "-p", "a", "--memory", "2MB"]
+    refused = subprocess.run(argv, capture_output=True, text=True, cwd=sys.prefix, check=False)
+    named = re.search(r"smallest budget that works is (\d+)MB", refused.stderr)
+    assert named
+    assert int(named[1]) == pytest.approx(plan["smallest_bytes"] / MB, abs=2)
 
 
 def test_a_plan_leaves_nothing_open(tiny_file: TinyFile) -> None:

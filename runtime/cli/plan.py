@@ -97,7 +97,8 @@ def plan_document(
 
 def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
     """What ``run`` would find with the same options; no weight is read, nothing stays open."""
-    from .. import opening
+    # What ``run`` has imported by then is part of the process, and measured with it.
+    from .. import generate, llama, opening, timeline  # noqa: F401
     from ..params import ContextShape, ModelParams, n_ctx_of
 
     overrides = {}
