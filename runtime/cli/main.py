@@ -83,14 +83,23 @@ def main() -> NoReturn:
     try:
         sys.exit(cli.main(args, standalone_mode=False))
     except BrokenPipeError:  # the reader of our stdout left; nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritten()
         sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         text, code = _explain(error)
+    _drop_unwritten()
     note(text)
     sys.exit(code)
+
+
+def _drop_unwritten() -> None:
+    """What stdout does not take now it would not take at exit either, which then ends with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_streams() -> None:
