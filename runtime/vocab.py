@@ -44,6 +44,40 @@ class Vocabulary:
                 "of this model"
             )
 
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Tokens of a text; ``special``: control tokens may be written in it."""
+        self.check_texts()
+        size = len(text) + 8  # a token is at least a byte, but for those at both ends
+        while True:
+            tokens = (llama_cpp.llama_token * size)()
+            n = int(
+                llama_cpp.llama_tokenize(
+                    self._vocab, text, len(text), tokens, size, add_bos, special
+                )
+            )
+            if n >= 0:
+                return tokens[:n]
+            size = -n
+
+    def ends(self, token: int) -> bool:
+        """Whether a model says with it that its answer is complete."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    def name(self, token: int) -> str:
+        """How a token is written in the model's file; nothing for -1."""
+        if token < 0:
+            return ""
+        return str(llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
+
+    @property
+    def bos(self) -> int:
+        """-1 if there is none."""
+        return int(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> int:
+        return int(llama_cpp.llama_vocab_eos(self._vocab))
+
     def piece(self, token: int, special: bool = False) -> bytes:
         """The text of one token, which was checked."""
         size = _PIECE_BYTES
@@ -59,7 +93,7 @@ class Vocabulary:
         self.check_texts()
         self.check(tokens)
         text = b"".join(self.piece(token, special) for token in tokens)
-        begins = len(tokens) > 0 and tokens[0] == llama_cpp.llama_vocab_bos(self._vocab)
+        begins = len(tokens) > 0 and tokens[0] == self.bos
         return text[1:] if begins and text[:1] == b" " else text
 
 

@@ -145,3 +145,10 @@ Event = PromptScored | Token | Finished
 
 class Cancelled(Exception):
     """A request was cancelled; its events end with this."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine was closed before a request ended, or before it came."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is closed: nothing is computed any more")
