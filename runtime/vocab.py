@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import llama_cpp
@@ -23,7 +24,7 @@ class Vocabulary:
     """The vocabulary of a llama_model, which must outlive it."""
 
     def __init__(self, vocab: Any) -> None:
-        self._vocab = vocab
+        self.vocab = vocab
         self.n_tokens = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self.has_texts = llama_cpp.llama_vocab_type(vocab) != llama_cpp.LLAMA_VOCAB_TYPE_NONE
 
@@ -49,17 +50,35 @@ class Vocabulary:
         size = _PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = int(llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special))
+            n = int(llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special))
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    def beginning(self, token: int, special: bool = False) -> bytes:
+        """The text of a token with which a text begins: llama.cpp's detokenizer leaves out a space
+        that only marks the beginning, in a vocabulary that puts one there."""
+        size = len(self.piece(token, special))
+        buffer = ctypes.create_string_buffer(max(size, 1))
+        one = (llama_cpp.llama_token * 1)(token)
+        n = int(llama_cpp.llama_detokenize(self.vocab, one, 1, buffer, size, False, special))
+        return buffer.raw[:n]
+
+    def ends(self, token: int) -> bool:
+        """Whether the model says with it that it has ended."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    @cached_property
+    def ending_tokens(self) -> list[int]:
+        """All of those."""
+        return [token for token in range(self.n_tokens) if self.ends(token)]
 
     def text(self, tokens: Sequence[int], special: bool = False) -> bytes:
         """What tokens stand for. A space that only marks the beginning is left out."""
         self.check_texts()
         self.check(tokens)
         text = b"".join(self.piece(token, special) for token in tokens)
-        begins = len(tokens) > 0 and tokens[0] == llama_cpp.llama_vocab_bos(self._vocab)
+        begins = len(tokens) > 0 and tokens[0] == llama_cpp.llama_vocab_bos(self.vocab)
         return text[1:] if begins and text[:1] == b" " else text
 
 
