@@ -77,6 +77,8 @@ class Scheduler:
         most = self.limits.slots if schedule.quantum else schedule.group
         self._n_most = min(most, self.limits.slots)
         self._group = min(schedule.group, self.limits.slots, self.limits.outputs)
+        for sequence in self.running:
+            sequence.served = 0
 
     # -- coming and going
 
