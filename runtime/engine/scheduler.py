@@ -127,6 +127,8 @@ class Scheduler:
             decoding, pieces = [], self._equal_chunks(prompts)
         else:
             pieces = [_piece(s, 1) for s in decoding]
+        if self.limits.equal:  # some memories share a graph among numbers in a row only
+            pieces.sort(key=lambda piece: piece.sequence.slot)
         self._prompts_next = bool(decoding)
         if not decoding:
             return Step(pieces, Phase.PREFILL)
