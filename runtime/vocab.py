@@ -54,6 +54,42 @@ class Vocabulary:
                 return buffer.raw[:n]
             size = -n
 
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Tokens of a text; ``special``: control tokens may be written in it."""
+        self.check_texts()
+        size = len(text) + 8  # a token is at least a byte, but for those at both ends
+        while True:
+            tokens = (llama_cpp.llama_token * size)()
+            n = int(
+                llama_cpp.llama_tokenize(
+                    self._vocab, text, len(text), tokens, size, add_bos, special
+                )
+            )
+            if n >= 0:
+                return tokens[:n]
+            size = -n
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text begins with the start token, if it is asked for."""
+        return bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def adds_eos(self) -> bool:
+        return bool(llama_cpp.llama_vocab_get_add_eos(self._vocab))
+
+    @property
+    def bos_text(self) -> str:
+        """Of the start token; nothing if there is none."""
+        return self._shown(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_text(self) -> str:
+        return self._shown(llama_cpp.llama_vocab_eos(self._vocab))
+
+    def _shown(self, token: int) -> str:
+        return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
     def text(self, tokens: Sequence[int], special: bool = False) -> bytes:
         """What tokens stand for. A space that only marks the beginning is left out."""
         self.check_texts()
