@@ -4,7 +4,8 @@ llama.cpp's parsers read a text from its beginning; each time there is more, all
 again, which takes a millisecond for 25,000 characters. What an answer turns out to mean is told
 once: what was told is never taken back.
 
-An answer that is not what its template's format asks for is no error: its text is the content.
+An answer that is not what its template's format asks for is no error: what cannot be read of it is
+content as it is. White space between a thought, a content and a call belongs to the format.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import secrets
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..errors import RequestError
@@ -22,7 +23,8 @@ from .process import Process, ProcessEnded
 _ALPHABET = string.ascii_letters + string.digits
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """A tool call, or what is new of one: then ``id`` and ``name`` come once, with the first."""
 
     index: int
@@ -55,7 +57,7 @@ class Message:
                 self.calls.append(call)
             else:
                 old = self.calls[call.index]
-                self.calls[call.index] = old._replace(arguments=old.arguments + call.arguments)
+                self.calls[call.index] = replace(old, arguments=old.arguments + call.arguments)
 
 
 class Parser:
@@ -76,14 +78,15 @@ class Parser:
         if found is None:  # what follows may explain it
             return Delta()
         self._understood = len(self._text)
-        return self._told(found, whole=False)
+        return self._tell(found, whole=False)
 
-    def finish(self, cut: bool = False) -> Delta:
+    def finish(self, text: str = "", cut: bool = False) -> Delta:
         """What the end of the answer adds. ``cut``: it was not the model that ended it."""
+        self._text += well_formed(text)
         found = self._parse(partial=False)
         if found is None and cut:
             found = self._parse(partial=True)
-        return self._told(found, whole=not cut) if found is not None else self._raw()
+        return self._raw() if found is None else self._tell(found, whole=True)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -101,48 +104,58 @@ class Parser:
         return None if "error" in found or "unknown" in found else found
 
     def _raw(self) -> Delta:
-        """The answer as content, as far as it was not told."""
-        text, told = self._text, self.message
+        """The end of an answer that cannot be read as a whole: the rest of it is content."""
+        told = self.message
         if told.calls:
-            rest = text[self._understood :]
-        elif told.content:
-            rest = text[text.rfind(told.content) + len(told.content) :]
-        elif told.reasoning:
-            rest = text[text.rfind(told.reasoning) + len(told.reasoning) :]
-        else:
-            rest = text
-        return self._tell(Delta(content=rest))
+            return self._add(Delta(content=self._text[self._understood :]))
+        beginning = self._parse(partial=True) or {}
+        reasoning = _behind(told.reasoning, beginning.get("reasoning_content", ""))
+        content = told.content + _behind(told.content, beginning.get("content", ""))
+        rest = self._text
+        if told.reasoning + reasoning:
+            rest = _after(rest, told.reasoning + reasoning).lstrip()
+            for tag in self._state.get("thinking_end_tags", ()):
+                rest = rest.removeprefix(tag.strip())
+        if content.strip():
+            rest = content + _after(rest, content)
+        return self._add(Delta(reasoning, _behind(told.content, rest)))
 
     # --- telling --------------------------------------------------------------------------------
 
-    def _tell(self, delta: Delta) -> Delta:
+    def _add(self, delta: Delta) -> Delta:
         self.message.add(delta)
         return delta
 
-    def _told(self, found: Mapping[str, Any], whole: bool) -> Delta:
+    def _tell(self, found: Mapping[str, Any], whole: bool) -> Delta:
         """What of it is new."""
-        told = self.message
-        calls = found["tool_calls"]
+        told, calls, content = self.message, found["tool_calls"], found["content"]
+        if calls or not whole:  # what may follow is not white space of the content's
+            content = content.rstrip()
         new = []
         for i, call in enumerate(calls):
-            arguments, before = call["arguments"], ""
-            if i < len(told.calls):
-                before = told.calls[i].arguments
-            elif not call["name"] or not (arguments or whole or i + 1 < len(calls)):
-                break  # the name may grow
-            fresh = _behind(before, arguments)
-            if i == len(told.calls) + len([c for c in new if c.name is not None]):
-                id_ = call["id"] or "".join(secrets.choice(_ALPHABET) for _ in range(32))
-                new.append(Call(i, id_, call["name"], fresh))
+            begun = i < len(told.calls)
+            is_last = i + 1 == len(calls)
+            if not begun and (
+                not call["name"] or (is_last and not call["arguments"] and not whole)
+            ):
+                break  # its name may grow
+            fresh = _behind(told.calls[i].arguments if begun else "", call["arguments"])
+            if not begun:
+                new.append(Call(i, call["id"] or _new_id(), call["name"], fresh))
             elif fresh:
                 new.append(Call(i, None, None, fresh))
-        return self._tell(
-            Delta(
-                _behind(told.reasoning, found["reasoning_content"]),
-                _behind(told.content, found["content"]),
-                new,
-            )
-        )
+        reasoning = _behind(told.reasoning, found["reasoning_content"].rstrip())
+        return self._add(Delta(reasoning, _behind(told.content, content), new))
+
+
+def _new_id() -> str:
+    """As llama-server makes them."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(32))
+
+
+def _after(text: str, part: str) -> str:
+    """What stands behind the last place of ``part``; all of it where there is none."""
+    return text.rpartition(part)[2]
 
 
 def _behind(told: str, text: str) -> str:

@@ -107,7 +107,7 @@ class _Running:
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._popen = subprocess.Popen(
-            child.command(__name__, str(library)),
+            child.command(__name__, str(library), str(CPU_S)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -225,7 +225,9 @@ def main() -> None:
     if library is None:
         return
     for question in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)  # the default for SIGPROF is to end
+        signal.setitimer(
+            signal.ITIMER_PROF, float(sys.argv[2])
+        )  # the default for SIGPROF is to end
         answers.write(library.call(question) + b"\n")
         answers.flush()
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -66,14 +66,10 @@ class Templates:
         if not named:
             raise RequestError("this model has no chat template: give plain prompts")
         self._vocabulary = vocabulary
-        self._bos = vocabulary.bos_text if vocabulary.adds_bos else ""
-        self._eos = vocabulary.eos_text if vocabulary.adds_eos else ""
-        self._opening = {
-            "op": "open",
-            "templates": named,
-            "bos": vocabulary.bos_text,
-            "eos": vocabulary.eos_text,
-        }
+        bos, eos = (_shown(vocabulary, token) for token in (vocabulary.bos, vocabulary.eos))
+        self._bos = bos if vocabulary.adds_bos else ""
+        self._eos = eos if vocabulary.adds_eos else ""
+        self._opening = {"op": "open", "templates": named, "bos": bos, "eos": eos}
         self._lock = threading.Lock()
         self._facts: Json | None = None
         self._refused: RequestError | None = None
@@ -137,8 +133,7 @@ class Templates:
             "add_generation_prompt": add_generation_prompt and not continue_final,
         }
         written = self._ask(question)
-        answered = self._answering(question, given, written, held_to)
-        return self._prompt(written, answered, held_to)
+        return self._prompt(written, self._answering(question, given, written, held_to), held_to)
 
     def parser(self, prompt: Prompt) -> Parser:
         """A reader of the answer to one prompt."""
@@ -194,13 +189,20 @@ class Templates:
         """``written`` again, with what the answer is held to by tools, and by a schema where more
         than the schema's object may be in it."""
         more: Json = {}
-        if given.offered:
-            more = {"tool_choice": given.choice, "tools": [_countable(t) for t in given.offered]}
         if isinstance(held_to, Schema) and (given.offered or _may_think(question, written)):
             schema = {"type": "object"} if held_to.schema is True else dict(held_to.schema)
             check_schema(schema)
             more["json_schema"] = schema
-        return self._ask({**question, **more}) if more else written
+        if not given.offered:
+            return self._ask({**question, **more}) if more else written
+        more["tool_choice"] = given.choice
+        try:
+            answered = self._ask({**question, **more, "tools": [_held(t) for t in given.offered]})
+        except RequestError:  # a schema that llama.cpp makes no grammar of
+            answered = self._ask({**question, **more, "tools": [_free(t) for t in given.offered]})
+        if given.choice == "required" and not answered["grammar"]:
+            raise RequestError("this model's chat template has no form for calls", "tool_choice")
+        return answered
 
     # --- what llama.cpp answers -----------------------------------------------------------------
 
@@ -225,7 +227,7 @@ class Templates:
             preserved=frozenset(preserved),
             thinking=Thinking(start, ends, _begun(answered)) if ends else None,
             delimiters=[(d["role"], d["delimiter"]) for d in answered["message_delimiters"]],
-            parser_state=answered["state"],
+            parser_state=answered["state"] | {"thinking_end_tags": ends},
         )
 
     def _grammar(self, answered: Json, preserved: set[int]) -> GBNF:
@@ -274,6 +276,11 @@ def _templates(metadata: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
+def _shown(vocabulary: Vocabulary, token: int) -> str:
+    """How templates write a token; nothing for -1."""
+    return vocabulary.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+
 def _may_think(question: Json, written: Json) -> bool:
     return bool(written["supports_thinking"]) and (question["enable_thinking"] or _begun(written))
 
@@ -285,16 +292,23 @@ def _begun(written: Json) -> bool:
     return behind is not None and not any(tag in behind for tag in written["thinking_end_tags"])
 
 
-def _countable(tool: Json) -> Json:
-    """A tool whose schema counts no further than a grammar does: what it cannot count is not held.
-
-    The prompt shows the tool as it is."""
-    function = tool["function"]
+def _held(tool: Json) -> Json:
+    """A tool as calls of it are held to: what counts further than a grammar does is left out."""
+    parameters = tool["function"]["parameters"]
     try:
-        check_schema(function["parameters"])
+        check_schema(parameters)
     except RequestError:
-        return {**tool, "function": {**function, "parameters": _uncounted(function["parameters"])}}
+        return _with(tool, _uncounted(parameters))
     return tool
+
+
+def _free(tool: Json) -> Json:
+    """A tool whose calls may have any arguments."""
+    return _with(tool, {"type": "object", "additionalProperties": True})
+
+
+def _with(tool: Json, parameters: Json) -> Json:
+    return {**tool, "function": {**tool["function"], "parameters": parameters}}
 
 
 def _uncounted(node: Any) -> Any:
@@ -304,12 +318,16 @@ def _uncounted(node: Any) -> Any:
         return node
     out = {key: _uncounted(value) for key, value in node.items()}
     for least, most in (("minLength", "maxLength"), ("minItems", "maxItems")):
-        low = out.get(least) if type(out.get(least)) in (int, float) else 0
-        if type(out.get(most)) in (int, float) and out[most] - low > MAX_COUNT:
+        low, high = _number(out.get(least)), _number(out.get(most))
+        if high - low > MAX_COUNT:
             del out[most]
         if low > MAX_LEAST:
             del out[least]
     return out
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
 
 
 def _line(error: object) -> str:

@@ -84,7 +84,8 @@ common_chat_templates_inputs inputs_of(const json & request) {
     inputs.continue_final_message = common_chat_continuation_parse(request.value("continue_final_message", json()));
     inputs.enable_thinking        = request.value("enable_thinking", true);
     inputs.reasoning_format       = common_reasoning_format_from_name(request.value("reasoning_format", "deepseek"));
-    for (const auto & [name, value] : request.value("chat_template_kwargs", json::object()).items()) {
+    const json kwargs             = request.value("chat_template_kwargs", json::object());
+    for (const auto & [name, value] : kwargs.items()) {
         inputs.chat_template_kwargs[name] = value.dump();
     }
     return inputs;
