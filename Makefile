@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := $(wildcard runtime/native/*.cpp runtime/native/*.h)
+NATIVE := $(wildcard runtime/native/*.cpp runtime/native/*.h runtime/native/chat/*.cpp runtime/native/chat/*.h)
 # The reads know nothing of ggml, so their stress is built without it, and in seconds.
 STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cpp stream.cpp os_linux.cpp)
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
@@ -21,7 +21,7 @@ check: lint types native test
 
 # The build is isolated, so llama-cpp-python is compiled once (about four minutes) and its wheel
 # is then taken from pip's cache for the environment itself.
-$(READY): pyproject.toml runtime/native/CMakeLists.txt $(NATIVE)
+$(READY): pyproject.toml runtime/native/CMakeLists.txt runtime/native/chat/headers.cmake $(NATIVE)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
 	touch $@
