@@ -10,7 +10,7 @@ from conftest import missing
 
 from moe_gguf.runtime.chat.templates import KEY, Templates
 
-# What the build keeps of llama-cpp-python's source distribution (native/chat/headers.cmake).
+# What the build keeps of llama-cpp-python's source distribution (native/moe-chat.cmake).
 KEPT = Path(
     os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache",
     "moe-gguf",
