@@ -193,6 +193,11 @@ class Engine:
             self._template = Template(self.vocabulary, self._model.metadata)
         return self._template
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says of the model, by llama.cpp's keys."""
+        return self._model.metadata
+
     # -- what is known of it
 
     @property

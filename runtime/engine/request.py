@@ -6,7 +6,7 @@ the answer knows what the text means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -53,7 +53,7 @@ class Request:
     the prompt is only scored. ``top_logprobs`` N: the log probabilities of each generated token and
     of the N best beside it; ``prompt_logprobs`` the same of the prompt's tokens, the first left
     out. ``stop`` ends the answer where one of the texts would begin. ``special``: control tokens
-    appear in the text. Higher ``priority`` goes first. ``owner``: computed states of one owner are
+    appear in the text; else only those of them that are ``shown``. Higher ``priority`` goes first. ``owner``: computed states of one owner are
     never used for another.
     """
 
@@ -66,6 +66,7 @@ class Request:
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
     special: bool = False
+    shown: Set[int] = frozenset()
     priority: int = 0
     owner: str = ""
 
