@@ -1,15 +1,21 @@
 """What translating a body needs of an open model: tokens of texts, and texts of tokens.
 
-The one seam between OpenAI's bodies and a model: how a conversation becomes a prompt is decided
-behind ``conversation``.
+The one seam between clients' bodies and a model: how a conversation becomes a prompt, which parts
+of messages its model understands, and what its answer means is decided behind ``conversation`` and
+``reader``.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..chat.parser import Delta, Message
+from ..chat.templates import Prompt, Templates
+from ..engine.request import GBNF, Schema
 from ..errors import RequestError, option
 from .refusal import Refusal
 
@@ -20,6 +26,34 @@ if TYPE_CHECKING:
 _SHORT = 1 << 16
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A conversation that a model is to go on with, in OpenAI's terms, whichever protocol it came
+    by; nothing of it is checked."""
+
+    messages: object
+    tools: object = None
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
+    held_to: GBNF | Schema | None = None
+    thinking: bool | None = None
+    reasoning_effort: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    split_reasoning: bool = True
+    continue_final: bool = False
+    add_generation_prompt: bool = True
+
+
+class Reader(Protocol):
+    """What an answer means while it grows; ``message`` is the sum of what was told."""
+
+    message: Message
+
+    def push(self, text: str) -> Delta: ...
+
+    def finish(self, text: str = "", cut: bool = False) -> Delta: ...
+
+
 class Texts(Protocol):
     n_ctx: int  # the longest a sequence may get
     n_vocab: int
@@ -27,8 +61,11 @@ class Texts(Protocol):
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt. RequestError for one that is too long to be worth it."""
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Tokens of a conversation, up to where the model answers. Refusal, RequestError."""
+    def conversation(self, asked: Conversation) -> Prompt:
+        """What the model is to continue. RequestError with the field that it is about."""
+
+    def reader(self, prompt: Prompt) -> Reader:
+        """A reader of the answer to one prompt."""
 
     def piece(self, token: int, special: bool = True) -> bytes:
         """The text of a token, control tokens' too if ``special``."""
@@ -43,6 +80,8 @@ class EngineTexts:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._vocabulary = engine.vocabulary
+        self._lock = threading.Lock()
+        self._templates: Templates | None = None
         self.n_ctx = engine.n_ctx
         self.n_vocab = engine.vocabulary.n_tokens
 
@@ -60,14 +99,43 @@ class EngineTexts:
         """Bytes of the longest token."""
         return max(len(self.piece(token)) for token in range(self.n_vocab))
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return self._engine.template.encode(messages)
+    @property
+    def templates(self) -> Templates:
+        """RequestError for a model that has no template."""
+        with self._lock:
+            if self._templates is None:
+                self._templates = Templates(self._vocabulary, self._engine.metadata)
+            return self._templates
+
+    def conversation(self, asked: Conversation) -> Prompt:
+        return self.templates.apply(
+            asked.messages,
+            tools=asked.tools,
+            tool_choice=asked.tool_choice,
+            parallel_tool_calls=asked.parallel_tool_calls,
+            held_to=asked.held_to,
+            thinking=asked.thinking,
+            reasoning_effort=asked.reasoning_effort,
+            template_kwargs=asked.template_kwargs,
+            split_reasoning=asked.split_reasoning,
+            continue_final=asked.continue_final,
+            add_generation_prompt=asked.add_generation_prompt,
+        )
+
+    def reader(self, prompt: Prompt) -> Reader:
+        return self.templates.parser(prompt)
 
     def piece(self, token: int, special: bool = True) -> bytes:
         return self._vocabulary.piece(token, special)
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._engine.detokenize(tokens, special=True)
+
+    def close(self) -> None:
+        """End the processes of the templates."""
+        with self._lock:
+            if self._templates is not None:
+                self._templates.close()
 
 
 def check_length(param: str, tokens: Sequence[int], max_tokens: int | None, texts: Texts) -> None:

@@ -17,9 +17,9 @@ class Output:
 
     Of several ``stop`` texts that one ends it which is complete first, and of those the one that
     begins first; so it does not matter how tokens divide the text. ``special``: control tokens
-    appear, and may be part of a stop text; those in ``shown`` do in any case. ``begins``: there is no text before the answer, so a
-    space that only marks the beginning of a text is left out. Bytes that are no UTF-8 become
-    U+FFFD.
+    appear, and may be part of a stop text; those in ``shown`` do in any case. ``begins``: there is
+    no text before the answer, so a space that only marks the beginning of a text is left out. Bytes
+    that are no UTF-8 become U+FFFD.
     """
 
     def __init__(

@@ -53,8 +53,8 @@ class Request:
     the prompt is only scored. ``top_logprobs`` N: the log probabilities of each generated token and
     of the N best beside it; ``prompt_logprobs`` the same of the prompt's tokens, the first left
     out. ``stop`` ends the answer where one of the texts would begin. ``special``: control tokens
-    appear in the text; else only those of them that are ``shown``. Higher ``priority`` goes first. ``owner``: computed states of one owner are
-    never used for another.
+    appear in the text; else only those of them that are ``shown``. Higher ``priority`` goes first.
+    ``owner``: computed states of one owner are never used for another.
     """
 
     tokens: Sequence[int]
