@@ -55,6 +55,9 @@ class ByteTexts:
     def encode(self, text: str) -> list[int]:
         return [BOS, *text.encode()]
 
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        return self.encode(text)[not add_special :]
+
     def conversation(self, asked: Conversation) -> Prompt:
         tools = tools_of(asked.tools, asked.tool_choice)
         told = messages_of(_seen(asked.messages))
@@ -138,7 +141,7 @@ class ByteReader:
 
     def finish(self, text: str = "", cut: bool = False) -> Delta:
         self._text += text
-        return self._told(partial=cut)
+        return self._told(partial=False)
 
     def _told(self, partial: bool) -> Delta:
         rest, reasoning, calls = self._text, "", []
@@ -195,7 +198,14 @@ Script = Callable[[Request], bytes]
 class Scripted:
     """Answers with ``script``, in random order, a token at a time; what it raises is raised."""
 
-    def __init__(self, script: Script = echo, pause_s: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        script: Script = echo,
+        pause_s: float = 0.0,
+        seed: int = 0,
+        before: threading.Event | None = None,  # nothing is computed until it is set
+    ) -> None:
+        self._before = before
         self.requests: list[Request] = []
         self.most = 0  # at a time
         self._script, self._pause_s = script, pause_s
@@ -203,6 +213,14 @@ class Scripted:
         self._running: list[tuple[Generation, list[Event] | Exception]] = []
         self._wake = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
+
+    parallel = 4
+
+    def stats(self) -> dict[str, Any]:
+        return {"hits": 3, "misses": 1, "requests": {"running": len(self._running)}}
+
+    def sequences(self) -> list[dict[str, Any]]:
+        return []
 
     def submit(self, prompt: list[int], **settings: Any) -> Generation:
         request = Request(tokens=prompt, **settings)
@@ -227,7 +245,13 @@ class Scripted:
         if not generation.done:
             generation.fail(Cancelled())
 
+    @property
+    def running(self) -> list[Generation]:
+        return [generation for generation, _ in list(self._running)]
+
     def _run(self) -> None:
+        if self._before is not None:
+            self._before.wait()
         while True:
             with self._wake:
                 while not self._running:

@@ -232,6 +232,12 @@ class ResponseStream:
         return Piece({"type": name, "sequence_number": self._n - 1, **more}, name)
 
 
+def count_tokens(body: object, texts: Texts) -> Json:
+    """The response body of ``/v1/responses/input_tokens``."""
+    call = Responses(body, texts)
+    return {"object": "response.input_tokens", "input_tokens": call.turn.n_prompt}
+
+
 # --- what is answered ---------------------------------------------------------------------------
 
 

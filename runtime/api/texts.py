@@ -61,6 +61,10 @@ class Texts(Protocol):
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt. RequestError for one that is too long to be worth it."""
 
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """Tokens of any text: with what belongs to the beginning of one, and control tokens that
+        are written in it."""
+
     def conversation(self, asked: Conversation) -> Prompt:
         """What the model is to continue. RequestError with the field that it is about."""
 
@@ -93,6 +97,9 @@ class EngineTexts:
                 f"context can stand for: shorten it or raise {option('n_ctx')}"
             )
         return self._engine.tokenize(text)
+
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        return self._engine.tokenize(text, add_bos=add_special, special=parse_special)
 
     @cached_property
     def _longest(self) -> int:

@@ -218,6 +218,20 @@ class Engine:
         """The newest step that was computed, for a timeline of it."""
         return self._model.meter.last_step
 
+    def sequences(self) -> list[dict[str, Any]]:
+        """Those in memory now: how far each is, for whoever watches."""
+        return [
+            {
+                "slot": sequence.slot,
+                "number": sequence.number,
+                "prompt_tokens": sequence.n_prompt,
+                "computed": sequence.computed,
+                "generated": len(sequence.tokens) - sequence.n_prompt,
+                "max_tokens": sequence.request.max_tokens,
+            }
+            for sequence in list(self._loop.scheduler.running)
+        ]
+
     def stats(self) -> dict[str, Any]:
         """Counters since opening; the names are the same everywhere."""
         scheduler = self._loop.scheduler
