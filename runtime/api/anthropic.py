@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..chat.parser import Message
+from ..chat.parser import Call, Message
 from ..engine.generation import Result
 from ..engine.request import Event, Finished, PromptScored
 from . import settings
@@ -107,7 +107,7 @@ class MessageStream:
             pieces.append(self._delta("text_delta", text=delta.content))
         for call in delta.calls:
             if call.name is not None:
-                block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+                block = {**_use(call), "input": {}}
                 pieces += self._block(call.index, block)
             if call.arguments:
                 pieces.append(self._delta("input_json_delta", partial_json=call.arguments))
@@ -234,11 +234,13 @@ def _blocks(message: Message) -> list[Json]:
         blocks.append({"type": "thinking", "thinking": message.reasoning, "signature": _SIGNATURE})
     if message.content or not message.calls:
         blocks.append({"type": "text", "text": message.content, "citations": None})
-    for call in message.calls:
-        blocks.append(
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)}
-        )
+    blocks += [{**_use(call), "input": _input(call.arguments)} for call in message.calls]
     return blocks
+
+
+def _use(call: Call) -> Json:
+    """The block of a call, but for its input."""
+    return {"type": "tool_use", "id": call.id, "name": call.name, "caller": {"type": "direct"}}
 
 
 def _input(arguments: str) -> Json:

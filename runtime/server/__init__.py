@@ -7,8 +7,8 @@ from ..errors import UserError
 
 try:
     import fastapi as _fastapi  # noqa: F401
-    import python_multipart as _multipart  # noqa: F401
     import prometheus_client as _prometheus_client  # noqa: F401
+    import python_multipart as _multipart  # noqa: F401
     import uvicorn as _uvicorn  # noqa: F401
 except ImportError as missing:
     raise UserError(
