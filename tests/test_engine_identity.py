@@ -18,13 +18,11 @@ import contextlib
 import errno
 import itertools
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +42,7 @@ from moe_gguf.runtime.engine.model import context_shape
 from moe_gguf.runtime.engine.request import Cancelled
 from moe_gguf.runtime.engine.schedule import Schedule
 
-EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "4"))
 # One architecture for each kind of memory.
 KINDS = {
     "plain": "qwen3moe",
@@ -162,10 +160,8 @@ def perform(path: Path, play: Play) -> dict[str, Any]:
 
         play.tape.on_step = act
         while pending := [a for a in play.requests if a.generation is None]:
-            acted = threading.Event()
             step = min(a.arrives for a in pending)  # what should come after the last step comes now
-            engine._loop.post(lambda step=step, acted=acted: (act(step), acted.set()))
-            acted.wait()
+            engine._loop.post(lambda step=step: act(step)).result()
             for asked in play.requests:
                 wait(asked)
         for asked in play.requests:  # and those that came while others were waited for
@@ -278,10 +274,10 @@ def test_2_what_the_gate_is_about_happens(kind: str, models: Models) -> None:
     assert stats["misses"] > play.n_slots
     n_layers = len(stats["layers"])
     computed = [s for s in play.tape.steps if s.code == 0]
-    # Without outputs the last layer has nothing to compute.
-    n_events = sum(n_layers - (not any(s.columns[3])) for s in computed)
+    most = n_layers * len(computed)
+    silent = sum(not any(s.columns[3]) for s in computed)  # the last layer may compute nothing
     # A compressed memory takes sequences together only where their numbers follow on each other.
-    assert stats["events"] == n_events or kind == "compressed", "a step was more than one graph"
+    assert most - silent <= stats["events"] <= most or kind == "compressed", "more than one graph"
 
 
 # --- 3: alone ------------------------------------------------------------------------------------
@@ -317,15 +313,15 @@ def test_4_alone_and_in_a_batch_agree_as_often_as_in_stock(models: Models) -> No
         for tokens, n in requests:
             engine.submit(tokens, max_tokens=n, temp=0.0, ignore_eos=True).result()
     with engine_of(path, together) as engine:
-        begun: Queue[Generation] = Queue()
 
-        def begin() -> None:
-            for tokens, n in requests:
-                begun.put(engine.submit(tokens, max_tokens=n, temp=0.0, ignore_eos=True))
+        def begin() -> list[Generation]:
+            return [
+                engine.submit(tokens, max_tokens=n, temp=0.0, ignore_eos=True)
+                for tokens, n in requests
+            ]
 
-        engine._loop.post(begin)
-        for _ in requests:
-            begun.get().result()
+        for generation in engine._loop.post(begin).result():
+            generation.result()
     ours = agreement(alone.tape.steps, together.tape.steps, [len(t) for t, _ in requests])
     replayed = [replay(play.tape, stock.model, play.params()) for play in (alone, together)]
     assert ours == agreement(*replayed, [len(t) for t, _ in requests])
