@@ -174,6 +174,7 @@ def test_start_token_stands_once() -> None:
     prompt = made.apply(HI)
     assert prompt.text == "[user]hi[assistant]"
     assert prompt.tokens[0] == 256 and 256 not in prompt.tokens[1:]
+    assert made.encode(HI) == prompt.tokens
 
 
 def test_model_without_a_template() -> None:
