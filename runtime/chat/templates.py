@@ -135,6 +135,10 @@ class Templates:
         written = self._ask(question)
         return self._prompt(written, self._answering(question, given, written, held_to), held_to)
 
+    def encode(self, messages: object) -> Sequence[int]:
+        """Tokens of a conversation, up to where the model answers."""
+        return self.apply(messages).tokens
+
     def parser(self, prompt: Prompt) -> Parser:
         """A reader of the answer to one prompt."""
         return Parser(self._read, prompt.parser_state)
