@@ -24,7 +24,7 @@ from .texts import Texts, check_length
 from .turn import finished
 from .usage import Stamp, finish_reason, finite, head, timings, usage
 
-MOST_PROMPTS = 2048  # of one body, as OpenAI's
+MOST_PROMPTS = 2048  # of one body, as OpenAI's, and answers to all of them
 _DEFAULT_LENGTH = 16  # OpenAI's
 
 
@@ -46,8 +46,8 @@ class Completions:
         max_tokens = settings.length(fields, _DEFAULT_LENGTH)
         _refuse_others(fields, self._n)
         self._prompts = list(_prompts(fields, texts))
-        if self._n * len(self._prompts) > MOST_PROMPTS:
-            raise fields.wrong("n", f"such that there are at most {MOST_PROMPTS} answers")
+        if len(self._prompts) * self._n > MOST_PROMPTS:
+            raise Refusal(f"more than {MOST_PROMPTS} answers are asked for in all", "n")
         self.include_usage = settings.include_usage(fields)
         for prompt in self._prompts:
             check_length("prompt", prompt.tokens, max_tokens, texts)

@@ -176,7 +176,7 @@ class ResponseStream:
             self._items[-1]["content"] = [added]
         content = self._items[-1]["content"][0]
         self._items[-1]["content"] = [{**content, "text": content["text"] + text}]
-        more = {"logprobs": []} if part == "output_text" else {}
+        more: Json = {"logprobs": []} if part == "output_text" else {}
         return [*pieces, self._at(f"response.{part}.delta", content_index=0, delta=text, **more)]
 
     def _call_more(self, call: ToolCall) -> list[Piece]:
@@ -209,7 +209,7 @@ class ResponseStream:
             pieces.append(self._at(name, arguments=item["arguments"], name=item["name"]))
         else:
             (part,) = item["content"]
-            more = {"logprobs": []} if part["type"] == "output_text" else {}
+            more: Json = {"logprobs": []} if part["type"] == "output_text" else {}
             name = f"response.{part['type']}.done"
             pieces.append(self._at(name, content_index=0, text=part["text"], **more))
             pieces.append(self._at("response.content_part.done", content_index=0, part=part))
@@ -222,14 +222,14 @@ class ResponseStream:
     def _new_id(self, kind: str) -> str:
         return _id(kind, self._stamp, len(self._items))
 
-    def _at(self, name: str, **more: Any) -> Piece:
+    def _at(self, event: str, /, **more: Any) -> Piece:
         """An event of the open item."""
         index = len(self._items) - 1
-        return self._piece(name, item_id=self._items[-1]["id"], output_index=index, **more)
+        return self._piece(event, item_id=self._items[-1]["id"], output_index=index, **more)
 
-    def _piece(self, name: str, **more: Any) -> Piece:
+    def _piece(self, event: str, /, **more: Any) -> Piece:
         self._n += 1
-        return Piece({"type": name, "sequence_number": self._n - 1, **more}, name)
+        return Piece({"type": event, "sequence_number": self._n - 1, **more}, event)
 
 
 def count_tokens(body: object, texts: Texts) -> Json:
@@ -264,7 +264,8 @@ def _id(kind: str, stamp: Stamp, index: int) -> str:
 
 def _empty(kind: str, id_: str) -> Json:
     item: Json = {"id": id_, "type": kind, "status": "in_progress", "content": []}
-    return item | ({"summary": []} if kind == "reasoning" else {"role": "assistant"})
+    more: Json = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+    return item | more
 
 
 def _content(kind: str, text: str) -> Json:

@@ -8,7 +8,7 @@ of messages its model understands, and what its answer means is decided behind `
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..chat.parser import Delta, Message
 from ..chat.templates import Prompt, Templates
 from ..engine.request import GBNF, Schema
-from ..errors import RequestError, option
 from .refusal import Refusal
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Texts(Protocol):
     n_vocab: int
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a plain prompt. RequestError for one that is too long to be worth it."""
+        """Tokens of a plain prompt. Refusal, RequestError."""
 
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         """Tokens of any text: with what belongs to the beginning of one, and control tokens that
@@ -90,16 +89,18 @@ class EngineTexts:
         self.n_vocab = engine.vocabulary.n_tokens
 
     def encode(self, text: str) -> list[int]:
-        # Cutting up megabytes takes seconds, and a prompt that long cannot be computed anyway.
-        if len(text) > _SHORT and len(text.encode(errors="replace")) > self.n_ctx * self._longest:
-            raise RequestError(
-                f"the prompt has {len(text)} characters, more than the {self.n_ctx} tokens of the "
-                f"context can stand for: shorten it or raise {option('n_ctx')}"
-            )
+        self._check_size("prompt", [text])
         return self._engine.tokenize(text)
 
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         return self._engine.tokenize(text, add_bos=add_special, special=parse_special)
+
+    def _check_size(self, param: str, texts: Sequence[str]) -> None:
+        """Cutting up megabytes takes seconds, and what is that long cannot be computed anyway."""
+        if (n := sum(map(len, texts))) <= _SHORT:
+            return
+        if sum(len(text.encode(errors="replace")) for text in texts) > self.n_ctx * self._longest:
+            raise too_long(param, f"{n} characters", self.n_ctx)
 
     @cached_property
     def _longest(self) -> int:
@@ -115,6 +116,7 @@ class EngineTexts:
             return self._templates
 
     def conversation(self, asked: Conversation) -> Prompt:
+        self._check_size("messages", list(_strings(asked.messages)))
         return self.templates.apply(
             asked.messages,
             tools=asked.tools,
@@ -145,13 +147,28 @@ class EngineTexts:
                 self._templates.close()
 
 
+def _strings(value: object) -> Iterator[str]:
+    """The texts of messages, of whatever form the JSON is."""
+    for one in value if isinstance(value, list) else ():
+        content = one.get("content") if isinstance(one, dict) else None
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            text = part.get("text") if isinstance(part, dict) else None
+            if isinstance(text, str):
+                yield text
+
+
 def check_length(param: str, tokens: Sequence[int], max_tokens: int | None, texts: Texts) -> None:
-    """Refusal of a prompt that the model's context cannot hold, with the code that clients know."""
+    """Refusal of a prompt that the model's context cannot hold."""
     if not tokens:
         raise Refusal(f"{param} is empty: give some text", param)
     if len(tokens) > texts.n_ctx or (len(tokens) == texts.n_ctx and max_tokens != 0):
-        raise Refusal(
-            f"the prompt has {len(tokens)} tokens but the context holds {texts.n_ctx}: shorten it",
-            param,
-            code="context_length_exceeded",
-        )
+        raise too_long(param, f"{len(tokens)} tokens", texts.n_ctx)
+
+
+def too_long(param: str, length: str, n_ctx: int) -> Refusal:
+    """With the code that clients know it by."""
+    return Refusal(
+        f"the prompt has {length}, more than the {n_ctx} tokens that the context holds: shorten it",
+        param,
+        code="context_length_exceeded",
+    )

@@ -8,9 +8,9 @@ that has begun its own layer has told of it already (``answer``).
 from __future__ import annotations
 
 import time
-from typing import Any
 from urllib.parse import urlsplit
 
+from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,7 +26,7 @@ _OPEN = ("/health", "/v1/health", "/favicon.ico")
 _LEFT = 499  # as others log it
 
 
-def response_of(path: str, error: BaseException) -> Any:
+def response_of(path: str, error: BaseException) -> Response:
     """What is answered to a request that raised this."""
     refusal = _refusal(error)
     headers = {}

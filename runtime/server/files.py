@@ -229,7 +229,7 @@ class Store:
                 answerer,
                 batch.figures,
                 2 * served.engine.parallel,
-                lambda: None,
+                lambda n_synced: None,
             )
             asyncio.run(_until(job.run(), batch.cancelled))
         finally:
