@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,5 +163,6 @@ def _open(
     except RequestError as error:  # plain completions work
         warn(str(error))
         caps = {}
-    name = alias or engine.found.layout.name
+    # Of a split set's first file, without its number.
+    name = alias or re.sub(r"-\d{5}-of-\d{5}$", "", engine.found.layout.path.stem)
     return Served(engine=engine, texts=texts, name=name, facts=facts_of(engine, caps))

@@ -61,6 +61,7 @@ class Server:
         )
         self._thread = threading.Thread(target=self._run, name="moe-gguf http", daemon=True)
         self._failure: BaseException | None = None
+        self._ended = threading.Event()
         self._thread.start()
 
     def _run(self) -> None:
@@ -68,6 +69,8 @@ class Server:
             self._server.run(sockets=[self._listener])
         except BaseException as error:
             self._failure = error
+        finally:
+            self._ended.set()
 
     @property
     def url(self) -> str:
@@ -80,11 +83,12 @@ class Server:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return not self._ended.is_set()
 
     def wait(self, seconds: float) -> None:
         """Until it has ended, at most that long; raises what ended it."""
-        self._thread.join(seconds)
+        # Not join: one that a signal interrupts takes the thread for ended.
+        self._ended.wait(seconds)
         if self._failure is not None:
             raise self._failure
 
