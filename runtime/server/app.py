@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from ..api.refusal import Refusal
-from . import anthropic, files, native, openai, page
+from . import anthropic, files, front, native, openai
 from .door import Door, response_of
 from .house import House
 
@@ -19,7 +19,7 @@ def make_app(house: House) -> FastAPI:
     app = FastAPI(title="moe-gguf", docs_url=None, redoc_url=None)
     for routes in (openai, anthropic, native, files):
         app.include_router(routes.router(house))
-    open_paths = page.mount(app, house.settings.ui)
+    open_paths = front.mount(app, house.settings.ui)
 
     @app.exception_handler(HTTPException)
     async def answered(request: Request, error: HTTPException) -> Response:

@@ -8,9 +8,9 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 
-from ...errors import UserError
+from ..errors import UserError
 
-_OURS = Path(__file__).parent / "files"
+_OURS = Path(__file__).parent / "page"
 _HEADERS = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
 
 
