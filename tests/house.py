@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from scripted import ByteTexts, Script, Scripted, speak
+from scripted import ByteTexts, Scripted, speak
 
 from moe_gguf.runtime.server.house import House, Served
 from moe_gguf.runtime.server.serving import Server, listen
@@ -40,4 +41,14 @@ def house(
         found.close()
 
 
-__all__ = ["NAME", "SERVERS", "Script", "house"]
+def main() -> None:
+    """`house.py PORT [KEY]`: a scripted server for suites of others, until it is killed."""
+    found = House(Settings(keys=sys.argv[2:3], require_model=False, origins=("*",)))
+    found.open(Served(engine=Scripted(speak), texts=ByteTexts(), name=NAME))
+    server = Server(found, listen("127.0.0.1", int(sys.argv[1])))
+    while server.is_alive:
+        server.wait(1.0)
+
+
+if __name__ == "__main__":
+    main()

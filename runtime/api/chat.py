@@ -159,6 +159,14 @@ def conversation(fields: Fields) -> Conversation:
     if form not in (None, "none", "auto", "deepseek", "deepseek-legacy"):
         raise fields.wrong("reasoning_format", "none, auto or deepseek")
     messages = fields.value("messages")
+    continued = fields.optional_flag("continue_final_message")  # vLLM's way to ask for it
+    if continued and fields.value("add_generation_prompt"):
+        raise Refusal(
+            "continue_final_message and add_generation_prompt exclude each other",
+            "continue_final_message",
+        )
+    if continued is None:
+        continued = continues(messages)
     return Conversation(
         messages=messages,
         tools=fields.value("tools"),
@@ -168,9 +176,15 @@ def conversation(fields: Fields) -> Conversation:
         reasoning_effort=effort,
         template_kwargs=template_kwargs(fields),
         split_reasoning=form != "none",
-        continue_final=continues(messages),
+        continue_final=continued,
         add_generation_prompt=fields.flag("add_generation_prompt", default=True),
     )
+
+
+def count_tokens(body: object, texts: Texts) -> dict[str, Any]:
+    """The response body of ``/v1/chat/completions/input_tokens``."""
+    call = ChatCompletions(body, texts)
+    return {"object": "response.input_tokens", "input_tokens": call.turn.n_prompt}
 
 
 def _reason(end: Finished, calls: bool) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ..api import chat, responses
 from ..api.calls import KINDS
 from ..api.refusal import Refusal
-from ..api.responses import count_tokens
+from ..api.texts import Texts
 from .answer import answer, json_of, json_response, while_there
 from .documents import takes
 from .house import House
@@ -36,6 +38,15 @@ def router(house: House) -> APIRouter:
 def _call(house: House, path: str) -> Any:
     async def call(request: Request) -> Response:
         return await answer(request, house, KINDS[path])
+
+    return call
+
+
+def _counted(house: House, count: Callable[[object, Texts], dict[str, Any]]) -> Any:
+    async def call(request: Request) -> Response:
+        body = await json_of(request, house)
+        work = house.prepare(count, body, house.served.texts)
+        return json_response(await while_there(request, work))
 
     return call
 
@@ -97,11 +108,19 @@ def _others(routes: APIRouter, house: House) -> None:
             status=501,
         )
 
-    @routes.post("/v1/responses/input_tokens", openapi_extra=takes("/v1/responses"))
-    async def input_tokens(request: Request) -> Response:
-        body = await json_of(request, house)
-        work = house.prepare(count_tokens, body, house.served.texts)
-        return json_response(await while_there(request, work))
+    for path, count in (
+        ("/v1/responses", responses.count_tokens),
+        ("/v1/chat/completions", chat.count_tokens),
+    ):
+        for address in (path, path.removeprefix("/v1")):
+            routes.add_api_route(
+                f"{address}/input_tokens",
+                _counted(house, count),
+                methods=["POST"],
+                openapi_extra=takes(path),
+                include_in_schema=address == path,
+                name=f"{path}/input_tokens",
+            )
 
     @routes.get("/v1/responses/{name}")
     async def stored(name: str) -> Response:
