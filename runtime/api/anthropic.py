@@ -20,7 +20,7 @@ from .refusal import Refusal
 from .stream import Piece
 from .texts import Conversation, Reader, Texts
 from .turn import Turn, continues, finished, template_kwargs
-from .usage import Stamp, timings
+from .usage import Stamp
 
 Json = dict[str, Any]
 
@@ -57,7 +57,6 @@ class Messages:
             "stop_reason": self.stop_reason(answer.end, answer.message),
             "stop_sequence": answer.stop_text,
             "usage": usage(answer.end, self.turn.n_tokens(answer.message.reasoning)),
-            "timings": timings(answer.end),
         }
 
     def stream(self, stamp: Stamp) -> MessageStream:
@@ -167,7 +166,7 @@ class MessageStream:
         return [
             *pieces,
             *self._close(),
-            _piece("message_delta", delta=delta, usage=used, timings=timings(end)),
+            _piece("message_delta", delta=delta, usage=used),
         ]
 
 
