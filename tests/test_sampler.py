@@ -201,9 +201,9 @@ def test_a_bias_that_bans_every_token_is_refused(model: Model) -> None:
 def test_samplers_share_a_context_from_many_threads(model: Model) -> None:
     """Each gets its own tokens, whoever else samples from the same logits."""
     kinds = [
-        {"sampling": Sampling(seed=i, **HOT), "top_logprobs": i % 3}
-        | ({"constraint": GBNF(text="root ::= [0-9]+")} if i % 2 else {})
-        for i in range(8)
+        {"sampling": Sampling(seed=i, **HOT), "top_logprobs": i % 3, "constraint": constraint}
+        for constraint in (None, GBNF(text="root ::= [0-9]+"), Schema(schema={"type": "string"}))
+        for i in range(3)
     ]
     model.llama.reset()
     model.llama.eval(model.prompt)
@@ -245,6 +245,7 @@ def test_logprobs_of_any_number(model: Model) -> None:
     given = logprob(row, 3, 9)
     assert given.logprob == -math.inf
     assert [t for t, _ in given.top] == [1, 2, 0, 3]  # equals in the order of their numbers
+    assert [t for t, _ in logprob(row, 3, 1).top] == [1]
     assert logprob(row, 1, 0).top == []
     assert sum(math.exp(p) for _, p in given.top) == pytest.approx(1)
 
@@ -277,6 +278,46 @@ def masked_first(model: Model, text: str, n: int = N) -> list[int]:
 def test_checking_one_token_chooses_what_masking_all_does(text: str, model: Model) -> None:
     greedy = Sampling(temp=0.0)
     assert model.ours(sampling=greedy, constraint=GBNF(text=text)) == masked_first(model, text)
+
+
+def test_a_refusal_draws_once_more(model: Model) -> None:
+    """As llama.cpp's tools: the chain chooses, one token is checked, and the chain chooses again."""
+    lc, n = llama_cpp, model.vocabulary.n_tokens
+    sampling = Sampling(seed=3, repeat_penalty=1.2, **HOT)
+    chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
+    for sampler in by_hand(model, sampling):
+        lc.llama_sampler_chain_add(chain, sampler)
+    grammar = lc.llama_sampler_init_grammar(model.llama._model.vocab, b"root ::= [A-Z]+", b"root")
+    for token in model.prompt:
+        lc.llama_sampler_accept(chain, token)
+
+    def array(tokens: Sequence[int], logits: Sequence[float]) -> Any:
+        data = (lc.llama_token_data * len(tokens))(
+            *(lc.llama_token_data(t, x, 0.0) for t, x in zip(tokens, logits, strict=True))
+        )
+        return lc.llama_token_data_array(data, len(data), -1, False)
+
+    def choose() -> int:
+        logits = lc.llama_get_logits_ith(model.ctx, -1)[:n]
+        every = array(range(n), logits)
+        lc.llama_sampler_apply(chain, every)
+        token = every.data[every.selected].id
+        one = array([token], [1.0])
+        lc.llama_sampler_apply(grammar, one)
+        if one.data[0].logit == -math.inf:
+            every = array(range(n), logits)
+            lc.llama_sampler_apply(grammar, every)
+            lc.llama_sampler_apply(chain, every)
+            token = every.data[every.selected].id
+        lc.llama_sampler_accept(grammar, token)
+        lc.llama_sampler_accept(chain, token)
+        return int(token)
+
+    expected = model.generate(choose)
+    lc.llama_sampler_free(chain)
+    lc.llama_sampler_free(grammar)
+    asked = {"sampling": sampling, "constraint": GBNF(text="root ::= [A-Z]+")}
+    assert model.ours(**asked) == expected
 
 
 def test_a_grammar_masks_only_on_refusal(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,6 +486,7 @@ def test_a_schema_that_cannot_be_used_is_refused(judge: str, model: Model) -> No
         {"$ref": "https://example.com/schema.json"},
         nested(5000),
         {"$ref": "#"},
+        {"enum": ["v" * 100 + str(i) for i in range(3000)], "type": "\ud800"},
         {"x": object()},
     ]
     for schema in bad:

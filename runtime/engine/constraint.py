@@ -96,8 +96,8 @@ class Constraints:
             return llguidance.llamacpp.lltokenizer_from_vocab(
                 self.vocabulary.vocab, eos_token=self.vocabulary.ending_tokens or None
             )
-        except ValueError as error:
-            raise _bad_schema(str(error)) from None
+        except (OverflowError, ValueError) as error:  # a token of 16 kB, none that ends
+            raise _bad_schema(f"this model's vocabulary: {error}") from None
 
 
 class Lazy:
