@@ -281,7 +281,7 @@ def test_checking_one_token_chooses_what_masking_all_does(text: str, model: Mode
 
 
 def test_a_refusal_draws_once_more(model: Model) -> None:
-    """As llama.cpp's tools: the chain chooses, one token is checked, and the chain chooses again."""
+    """As in llama.cpp's tools: the chain chooses, one token is checked, the chain chooses again."""
     lc, n = llama_cpp, model.vocabulary.n_tokens
     sampling = Sampling(seed=3, repeat_penalty=1.2, **HOT)
     chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
