@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import TinyFile
 
+from moe_gguf.runtime.candidates import Candidates
 from moe_gguf.runtime.engine import constraint as constraints
 from moe_gguf.runtime.engine.constraint import Constraints
 from moe_gguf.runtime.engine.request import GBNF, Request, Sampling, Schema
@@ -402,6 +403,41 @@ def test_a_lazy_grammar_begins_inside_a_token(model: Model) -> None:
     grammar = GBNF(text='root ::= "he" [0-9]', lazy=True, trigger_patterns=["he"])
     held = forced(model, [*the], grammar)
     assert {chr(t) for t in allowed(model, held)} == set("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "grammar"),
+    [
+        (b"so I call: {12}", r"call: (\{)", CALL),
+        (b"so I call: {12", r"(x)?call: (y)?(\{)", CALL),
+        (b"so {1", r"^[\s\S]*(\{)$", CALL),
+        (b"all of the", "he", 'root ::= "he" [0-9]'),
+        (b"all of the expert", "(?=he)", "root ::= [a-z ]+"),
+        ("aé".encode(), "\u00e9", "root ::= [à-ü]+"),
+    ],
+)
+def test_a_lazy_grammar_is_llama_cpp_s(
+    text: bytes, pattern: str, grammar: str, model: Model
+) -> None:
+    """After every token the same may come next."""
+    patterns = (ctypes.c_char_p * 1)(pattern.encode())
+    stock = llama_cpp.llama_sampler_init_grammar_lazy_patterns(
+        model.llama._model.vocab, grammar.encode(), b"root", patterns, 1, None, 0
+    )
+    ours = model.constraints.make(GBNF(text=grammar, lazy=True, trigger_patterns=[pattern]))
+    every = Candidates(model.vocabulary.n_tokens)
+    held = 0
+    for token in model.llama.tokenize(text, add_bos=False):
+        llama_cpp.llama_sampler_accept(stock, token)
+        ours.accept(token)
+        every.fill(np.zeros(model.vocabulary.n_tokens, np.float32))
+        every.apply(stock)
+        expected = set(np.flatnonzero(np.isfinite(every.logits)))
+        assert allowed(model, ours) == expected
+        held += len(expected) < model.vocabulary.n_tokens
+    assert held
+    ours.close()
+    llama_cpp.llama_sampler_free(stock)
 
 
 def test_a_lazy_grammar_begins_at_a_token(model: Model) -> None:

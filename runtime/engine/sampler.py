@@ -25,6 +25,7 @@ from .request import Logprob, Request, Sampling
 Row = npt.NDArray[np.float32]
 
 _MIROSTAT_M = 100  # llama.cpp's tools'
+_MOST_REMEMBERED = 1 << 20  # tokens: penalties allocate room for as many as they may remember
 
 
 class Sampled(NamedTuple):
@@ -56,9 +57,8 @@ class Sampler:
         self._constraint: Constraint | None = None
         bias = _bias(self._vocabulary, request)
         self._banned = [token for token, value in bias.items() if value == -math.inf]
-        longest = len(request.tokens) + (
-            request.max_tokens or int(llama_cpp.llama_model_n_ctx_train(model))
-        )
+        to_come = request.max_tokens or int(llama_cpp.llama_model_n_ctx_train(model))
+        longest = min(len(request.tokens) + to_come, _MOST_REMEMBERED)
         _check(request.sampling)
         if request.constraint is not None:
             self._constraint = constraints.make(request.constraint)
