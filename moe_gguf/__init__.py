@@ -14,9 +14,10 @@ if not Path(__file__).with_name("runtime").is_dir():
 from .runtime.errors import ExpertReadError, UserError
 
 if TYPE_CHECKING:
+    from .runtime.engine.engine import Engine
     from .runtime.llama import Llama
 
-__all__ = ["ExpertReadError", "Llama", "UserError"]
+__all__ = ["Engine", "ExpertReadError", "Llama", "UserError"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from .runtime.llama import Llama
 
         return Llama
+    if name == "Engine":
+        from .runtime.engine.engine import Engine
+
+        return Engine
     raise AttributeError(f"module 'moe_gguf' has no attribute {name!r}")

@@ -40,6 +40,7 @@ class ContextShape:
     n_seq_max: int = 1
     kv_unified: bool = False
     flash_attn: bool = False
+    swa_full: bool = True  # a sliding window's cache holds whole sequences
 
     def params(self) -> llama_cpp.llama_context_params:
         params = llama_cpp.llama_context_default_params()
@@ -49,6 +50,7 @@ class ContextShape:
         params.n_threads = params.n_threads_batch = self.n_threads or physical_cores()
         params.n_seq_max = self.n_seq_max
         params.kv_unified = self.kv_unified
+        params.swa_full = self.swa_full
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
             if self.flash_attn

@@ -1,24 +1,27 @@
-"""Tokens from text: plain prompts and conversations in the model's own template."""
+"""Tokens from text: plain prompts and conversations in the model's own template.
+
+Needs of a model its vocabulary and its metadata; does not know how long a prompt may be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .errors import RequestError, UserError, option
 from .text import shown
+from .vocab import Vocabulary
 
 
-def encode(llama: llama_cpp.Llama, text: str) -> list[int]:
+def encode(vocabulary: Vocabulary, text: str) -> list[int]:
     """Tokens of a plain prompt, with the model's own start token if it has one.
 
     Control tokens may be written in it, as for llama.cpp's own tools.
     """
-    return check_length(llama, llama.tokenize(text.encode(), add_bos=True, special=True))
+    return vocabulary.tokenize(text.encode(), add_bos=True, special=True)
 
 
 def compiled(**arguments: Any) -> Jinja2ChatFormatter:
@@ -49,51 +52,27 @@ class LateFormatter:
         return handle
 
 
-class Chat:
-    """A conversation in the model's own template."""
+class Template:
+    """How a model writes a conversation."""
 
-    def __init__(self, llama: llama_cpp.Llama, system: str | None = None) -> None:
-        template = llama.metadata.get("tokenizer.chat_template")
-        if not template:
+    def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, str]) -> None:
+        text = metadata.get("tokenizer.chat_template")
+        if not text:
             raise UserError(f"this model has no chat template: run it without {option('chat')}")
-        self._llama = llama
-
-        def special(token: int) -> str:
-            return llama._model.token_get_text(token) if token >= 0 else ""
-
+        self._vocabulary = vocabulary
         self._formatter = compiled(
-            template=template,
-            eos_token=special(llama.token_eos()),
-            bos_token=special(llama.token_bos()),
+            template=text,
+            eos_token=vocabulary.name(vocabulary.eos),
+            bos_token=vocabulary.name(vocabulary.bos),
         )
-        self.messages: list[dict[str, str]] = []
-        if system:
-            self.messages.append({"role": "system", "content": system})
 
-    def ask(self, text: str) -> list[int]:
-        """Tokens of the conversation with one more user turn."""
-        self.messages.append({"role": "user", "content": text})
+    def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Tokens of a conversation, up to where the model answers."""
         try:
-            prompt = self._formatter(messages=self.messages).prompt
+            prompt = self._formatter(messages=list(messages)).prompt
         except (ValueError, TypeError, jinja2.TemplateError) as error:
-            raise UserError(
+            raise RequestError(
                 f"the model's chat template refuses this conversation ({error}): "
                 f"run it without {option('chat')} or without {option('system')}"
             ) from None
-        tokens = self._llama.tokenize(prompt.encode(), add_bos=False, special=True)
-        return check_length(self._llama, tokens)
-
-    def answer(self, text: str) -> None:
-        """Record what the model said."""
-        self.messages.append({"role": "assistant", "content": text})
-
-
-def check_length(llama: llama_cpp.Llama, tokens: list[int]) -> list[int]:
-    if not tokens:
-        raise UserError("the prompt is empty: give some text")
-    if len(tokens) >= llama.n_ctx():
-        raise UserError(
-            f"the prompt has {len(tokens)} tokens but the context holds {llama.n_ctx()}: "
-            f"shorten it or raise {option('n_ctx')}"
-        )
-    return tokens
+        return self._vocabulary.tokenize(prompt.encode(), add_bos=False, special=True)

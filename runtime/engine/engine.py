@@ -1,0 +1,257 @@
+"""``moe_gguf.Engine``: many requests through one model, its experts on disk and in slots.
+
+Owns nothing but the way in: opening a model for so many sequences, and what a request may say. A
+thread of its own computes (``loop``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+import llama_cpp._logger
+
+from ...policies.presets import PolicyMaker
+from .. import opening
+from ..arena import Arena, RouterReader
+from ..controller import Recorder
+from ..errors import RequestError, UserError, option
+from ..opening import Found
+from ..options import Options
+from ..params import n_ctx_of
+from ..progress import Report
+from ..prompts import Template, encode
+from ..routers import read_routers
+from ..stats import Step
+from ..text import well_formed
+from .context import Observer
+from .generation import Generation
+from .loop import Loop
+from .model import Model, context_shape
+from .request import Request, Sampling
+from .schedule import Schedule
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+# Of one that is told nothing: they take turns in the memory of one, since a small group decodes
+# slower than its sequences one after the other.
+_AUTO_PARALLEL, _AUTO_QUANTUM = 4, 16
+
+_SAMPLING = {field.name for field in fields(Sampling)}
+_REQUEST = {field.name for field in fields(Request)} - {"tokens", "sampling"}
+
+_OPEN: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class Engine:
+    """A Mixture-of-Experts GGUF inside a memory budget, for any number of requests.
+
+    Takes by name every field of ``Options`` (see ``moe_gguf.Llama``). ``n_ctx`` is the longest one
+    sequence may get; None: the model's own, at most 4096. ``parallel`` sequences are in memory at
+    once, the others wait. ``cells`` is how many tokens they hold together; left out, enough for all
+    of them, or with ``parallel`` "auto" for one. ``schedule`` says how they share the steps; left
+    out, all decode in every step, or with "auto" in turns. ``score_rows`` is how many tokens of
+    prompts are scored in a step; each costs the memory of a row of logits.
+
+    ``make_policy``, ``routers``, ``recorder`` and ``progress`` are as in ``moe_gguf.Llama``;
+    ``observer`` hears of each step and of all else that changes the context's memory.
+
+    Raises UserError for files and budgets that cannot work. Methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        n_ctx: int | None = None,
+        parallel: int | Literal["auto"] = "auto",
+        cells: int | None = None,
+        schedule: Schedule | None = None,
+        score_rows: int = 64,
+        n_threads: int | None = None,
+        make_policy: PolicyMaker | None = None,
+        routers: RouterReader = read_routers,
+        recorder: Recorder | None = None,
+        observer: Observer | None = None,
+        progress: Report | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        chosen = Options.taken_from(options)
+        if options:
+            raise TypeError(f"Engine has no argument {', '.join(sorted(options))}")
+        llama_cpp._logger.set_verbose(verbose)
+        found = opening.find(Path(model), chosen)
+        self.n_ctx = n_ctx_of(found.layout, n_ctx)
+        if parallel == "auto":
+            parallel, cells = _AUTO_PARALLEL, cells or self.n_ctx
+            schedule = schedule or Schedule(1, _AUTO_QUANTUM)
+        _check_parallel(parallel)
+        schedule = schedule or Schedule(parallel)
+        shape = context_shape(
+            self.n_ctx,
+            parallel,
+            cells=cells,
+            chunk=schedule.chunk,
+            score_rows=score_rows,
+            n_threads=n_threads,
+        )
+        self._model = Model(
+            found,
+            shape,
+            make_policy=make_policy,
+            routers=routers,
+            recorder=recorder,
+            observer=observer,
+            progress=progress,
+        )
+        self.vocabulary = self._model.vocabulary
+        self._template: Template | None = None
+        self._loop = Loop(self._model, schedule, self.n_ctx)
+        self._finalizer = weakref.finalize(self, self._loop.close)  # at exit too
+        _OPEN.add(self)
+        if verbose:
+            print(self.mode_line, file=sys.stderr)
+
+    # -- requests
+
+    def submit(self, prompt: Prompt, **settings: Any) -> Generation:
+        """Have this computed; its events come as they happen.
+
+        ``prompt`` is text, tokens, or the messages of a conversation. ``settings`` are the fields
+        of ``Request`` and of ``Sampling`` by name; ``stop`` may be one text. RequestError for what
+        cannot be computed as it is asked.
+        """
+        request = self._request(prompt, settings)
+        generation = Generation(len(request.tokens))
+        self._loop.submit(request, generation)
+        generation.engine = self  # which is not closed as long as someone reads
+        return generation
+
+    def _request(self, prompt: Prompt, settings: dict[str, Any]) -> Request:
+        if unknown := set(settings) - _SAMPLING - _REQUEST - {"sampling"}:
+            raise TypeError(f"a request has no setting {', '.join(sorted(unknown))}")
+        tokens = self._tokens(prompt)
+        asked = {name: settings.pop(name) for name in _SAMPLING & set(settings)}
+        sampling = settings.pop("sampling", None)
+        if sampling is not None and asked:
+            raise TypeError("sampling and its fields exclude each other")
+        if isinstance(settings.get("stop"), str):
+            settings["stop"] = (settings["stop"],)
+        request = Request(tokens=tokens, sampling=sampling or Sampling(**asked), **settings)
+        self._check(request)
+        return request
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return encode(self.vocabulary, well_formed(prompt))
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.template.encode(prompt)  # type: ignore[arg-type]
+        tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+        self.vocabulary.check(tokens)
+        return tokens
+
+    def _check(self, request: Request) -> None:
+        n, most = len(request.tokens), request.max_tokens
+        if n == 0:
+            raise RequestError("the prompt is empty: give some text")
+        if n > self.n_ctx or (n == self.n_ctx and most != 0):
+            raise RequestError(
+                f"the prompt has {n} tokens but the context holds {self.n_ctx}: "
+                f"shorten it or raise {option('n_ctx')}"
+            )
+        for name in ("max_tokens", "top_logprobs", "prompt_logprobs"):
+            value = getattr(request, name)
+            if value is not None and value < 0:
+                raise RequestError(f"{name} {value} makes no sense: give 0 or more, or None")
+        self.vocabulary.check(list(request.sampling.logit_bias))
+
+    # -- text
+
+    def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
+        """Tokens of a text; ``special``: control tokens may be written in it."""
+        return self.vocabulary.tokenize(well_formed(text).encode(), add_bos, special)
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of tokens; ``special``: control tokens appear in it."""
+        return self.vocabulary.text(tokens, special).decode("utf-8", "replace")
+
+    @property
+    def template(self) -> Template:
+        """How the model writes conversations; UserError for a model that has no template."""
+        if self._template is None:
+            self._template = Template(self.vocabulary, self._model.metadata)
+        return self._template
+
+    # -- what is known of it
+
+    @property
+    def arena(self) -> Arena:
+        return self._model.arena
+
+    @property
+    def found(self) -> Found:
+        return self._model.found
+
+    @property
+    def mode_line(self) -> str:
+        """One line on what is in force: model, budget, reads, policy, device."""
+        return self.arena.mode_line()
+
+    @property
+    def last_step(self) -> Step | None:
+        """The newest step that was computed, for a timeline of it."""
+        return self._model.meter.last_step
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since opening; the names are the same everywhere."""
+        scheduler = self._loop.scheduler
+        requests = {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            **asdict(self._loop.counts),
+            "preempted": scheduler.n_preempted,
+            "cells": scheduler.cells,
+            "cells_used": sum(s.computed for s in list(scheduler.running)),
+        }
+        return {**self._model.meter.table(), "requests": requests}
+
+    # -- the end
+
+    def close(self) -> None:
+        """End all requests with EngineClosed and free the model. Again: nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def abandon(self) -> None:
+        """In a forked child: nothing is computed or freed here, and waiting raises UserError."""
+        self._finalizer.detach()
+        self._loop.abandon()
+
+
+def _check_parallel(parallel: int) -> None:
+    most = int(llama_cpp.llama_max_parallel_sequences())
+    if not 1 <= parallel <= most:
+        raise UserError(
+            f"{option('parallel', parallel)} is out of range: give 1 to {most}, or auto"
+        )
+
+
+def _abandon_all() -> None:
+    for engine in list(_OPEN):
+        engine.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
