@@ -24,19 +24,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-import numpy as np
 import pytest
 from conftest import TinyFile, ZooFile
 from harness import Stock, fix_slots, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tape import Tape, check, replay
+from tape import Tape, check
 
 import moe_gguf
 from moe_gguf import Engine
 from moe_gguf.policies import POLICIES
-from moe_gguf.policies.base import Phase
 from moe_gguf.runtime.engine.generation import Generation
 from moe_gguf.runtime.engine.model import context_shape
 from moe_gguf.runtime.engine.request import Cancelled
