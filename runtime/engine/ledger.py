@@ -6,6 +6,7 @@ llama.cpp does not tell. Knows numbers of sequences and of tokens; touches no me
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -34,9 +35,13 @@ class Ledger:
     @property
     def used(self) -> int:
         """Cells of all sequences."""
+        return self.used_by(self._runs)
+
+    def used_by(self, seqs: Iterable[int]) -> int:
+        """Cells of these sequences."""
         spans: dict[int, tuple[int, int]] = {}
-        for runs in self._runs.values():
-            for name, start, end in runs:
+        for seq in seqs:
+            for name, start, end in self._runs.get(seq, ()):
                 spans[name] = start, max(end, spans.get(name, (0, 0))[1])
         return sum(end - start for start, end in spans.values())
 

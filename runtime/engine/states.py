@@ -2,9 +2,9 @@
 
 Owns which sequence number of a context holds whose tokens, and what becomes of one that has ended:
 it stays in the context's memory while its cells and its number are not needed, then as a copy on a
-shelf, then on disk. A sequence that enters gets the longest start that any of them can give. Nothing
-passes from one owner to another. Knows no requests and no steps; all of it happens between two
-steps, on the thread that computes.
+shelf, then on disk. A sequence that enters gets the longest start that any of them can give.
+Nothing passes from one owner to another. Knows no requests and no steps; all of it happens between
+two steps, on the thread that computes.
 
 What can be had depends on the kind of memory. Of a plain cache any start can be cut off and shared.
 Of a sliding window only one whose last window is still there, and it is shared by a copy: a cell of
@@ -88,8 +88,8 @@ class States:
     # -- coming and going
 
     def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place:
-        """A number of ``free`` for a sequence that begins to run, with as many of its first ``most``
-        tokens as can be had."""
+        """A number of ``free`` for a sequence that begins to run, with as many of its first
+        ``most`` tokens as can be had."""
         source, n = self._best(owner, tokens, most)
         copy, n_copy = self._best_copy(owner, tokens, most)
         if copy is not None and n_copy >= n + WORTH:
@@ -147,6 +147,10 @@ class States:
             size = self.memory.state_bytes(slot)
             self.shelf.add(held.owner, held.tokens, size, lambda: self.memory.save(slot), False)
         self._drop(slot)
+
+    def shared(self, slots: Collection[int]) -> int:
+        """How many cells these sequences would take more if they shared none."""
+        return sum(map(self.ledger.length, slots)) - self.ledger.used_by(slots)
 
     def evict_all(self) -> bool:
         """Whether anything was at rest."""
@@ -249,8 +253,8 @@ class States:
         return slot
 
     def _spot(self, source: int, n: int, free: Collection[int]) -> int:
-        """Where a sequence goes that begins with ``n`` tokens of ``source``: on in its place, unless
-        that would cost the rest of it and there is another place."""
+        """Where a sequence goes that begins with ``n`` tokens of ``source``: on in its place,
+        unless that would cost the rest of it and there is another place."""
         if source not in free:
             return self._vacate(free)
         others = [slot for slot in free if slot != source]
@@ -331,6 +335,13 @@ class States:
         self.held.pop(slot, None)
         self.memory.remove(slot)
         self.ledger.drop(slot)
+
+    def stats(self) -> dict[str, int]:
+        """For a table, from any thread."""
+        return {
+            "kept": sum(not held.running for held in list(self.held.values())),
+            "kept_bytes": self.shelf.n_bytes,
+        }
 
     def check_integrity(self) -> None:
         """Assert that the ledger and llama.cpp agree."""
