@@ -347,8 +347,9 @@ class Agreement(NamedTuple):
 
 
 def agreement(alone: list[Decoded], together: list[Decoded], prompts: list[int]) -> Agreement:
-    """Token by token, by place. Alone, every request has the same slot, one after another."""
-    rows, others = by_token(alone)[0], by_token(together)
+    """Token by token, by place. Alone, one request came after another."""
+    rows = [row for slot in by_token(alone).values() for row in slot]
+    others = by_token(together)
     bits, tokens = [], []
     for i, n_prompt in enumerate(prompts):
         for pos, logits in others[i]:

@@ -373,7 +373,7 @@ def test_4_a_full_disk_costs_a_state_and_leaves_nothing(
 
 def test_4_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot hold states .*cache_dir"):
+    with pytest.raises(UserError, match=r"cannot hold states .*cache_dir"):
         Store(tmp_path / "file", b"model", 1 << 20, print)
 
 
