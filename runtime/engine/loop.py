@@ -46,6 +46,8 @@ from .store import Store
 
 T = TypeVar("T")
 
+_STEP_SECONDS = 0.5  # that closing waits for a step; llama.cpp remarks on one that is interrupted
+
 _SAMPLING_THREADS = 4  # beside the loop's own; sampling takes a fraction of a millisecond each
 
 
@@ -177,11 +179,13 @@ class Loop:
             if self._end is None:
                 self._end = EngineClosed()
             self._wake.notify_all()
-        self.model.arena.interrupt(EngineClosed())
         if threading.current_thread() is self._thread:
             self._is_orphan = True  # its last reference went with a request's: see _run
             return
-        self._thread.join()
+        self._thread.join(_STEP_SECONDS)
+        if self._thread.is_alive():
+            self.model.arena.interrupt(EngineClosed())
+            self._thread.join()
         self._free()
 
     def _free(self) -> None:
