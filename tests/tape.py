@@ -33,6 +33,8 @@ class Tape:
     def __init__(self, on_step: Callable[[int], object] = lambda n: None) -> None:
         self.operations: list[Any] = []
         self.steps: list[Decoded] = []
+        self.saves: list[bytes] = []
+        self.stock: list[bytearray] = []  # what stock saves in their place
         self.on_step = on_step
 
     def decoded(self, context: Context, phase: Phase, code: int) -> None:
@@ -46,6 +48,20 @@ class Tape:
 
     def copied(self, source: int, target: int, end: int) -> None:
         self.operations.append(lambda memory: memory.copy(source, target, end))
+
+    def saved(self, seq: int, partial: bool, data: bytearray) -> None:
+        self.saves.append(bytes(data))
+        self.operations.append(lambda memory: self.stock.append(memory.save(seq, partial)))
+
+    def restored(self, seq: int, partial: bool, data: bytes | bytearray) -> None:
+        """Stock is given what stock itself saved then."""
+        index = max(i for i, saved in enumerate(self.saves) if saved == data)
+
+        def restore(memory: Memory) -> None:
+            assert self.stock[index] == data, "stock saves other bytes"
+            memory.restore(seq, self.stock[index], partial)
+
+        self.operations.append(restore)
 
     def cleared(self) -> None:
         self.operations.append(lambda memory: memory.clear())
@@ -69,6 +85,7 @@ def replay(tape: Tape, model: Any, params: llama_cpp.llama_context_params) -> li
     """
     context = Context(model, params)
     memory, steps = Memory(context.ctx), []
+    tape.stock.clear()
     try:
         for operation in tape.operations:
             if not isinstance(operation, Decoded):

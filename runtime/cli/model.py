@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import platformdirs
-
-from .. import child
+from .. import cache, child
 from ..errors import UserError
 from .terminal import debugging, note, quieten, warn
 
@@ -42,16 +39,11 @@ def checkpoint(source: str) -> Path:
 
 def _demo() -> Path:
     """The demo model, carved by a child: the memory that takes must not count in this process."""
-    command = child.command("moe_gguf", "carve-demo", str(cache_dir().absolute()))
+    command = child.command("moe_gguf", "carve-demo", str(cache.folder()))
     done = subprocess.run(command, cwd=child.FOLDER, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:  # it has told why
         sys.exit(done.returncode)
     return Path(done.stdout.rstrip("\n"))
-
-
-def cache_dir() -> Path:
-    """Where files made for the user are kept; MOE_GGUF_CACHE overrides it."""
-    return Path(os.environ.get("MOE_GGUF_CACHE") or platformdirs.user_cache_dir("moe-gguf"))
 
 
 def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Llama:

@@ -21,6 +21,7 @@ import llama_cpp
 from ..errors import UserError
 from .constraint import Constraints
 from .context import StepFailed
+from .copies import Shelf
 from .generation import Generation
 from .model import Model
 from .output import Output
@@ -40,6 +41,8 @@ from .sampler import Sampled, Sampler, logprob
 from .schedule import Schedule
 from .scheduler import Limits, Piece, Scheduler, Step
 from .sequence import Sequence
+from .states import Kind, States
+from .store import Store
 
 T = TypeVar("T")
 
@@ -58,7 +61,6 @@ class Part:
     submitted_s: float
     started_s: float | None = None
     first_s: float | None = None  # its first token, or that its prompt was scored
-    cached: int = 0  # tokens of the prompt that were not computed again
 
     def timings(self) -> Timings:
         now, start = time.perf_counter(), self.submitted_s
@@ -73,12 +75,20 @@ class Counts:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    cached_tokens: int = 0  # of prompts, not computed again
 
 
 class Loop:
     """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens."""
 
-    def __init__(self, model: Model, schedule: Schedule, n_ctx: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        n_ctx: int,
+        shelf: Shelf | None = None,
+        store: Store | None = None,
+    ) -> None:
         self.model = model
         self.n_ctx = n_ctx
         self.counts = Counts()
@@ -90,7 +100,10 @@ class Loop:
             context.n_outputs,
             model.wants_equal,
         )
-        self.scheduler = Scheduler(schedule, limits, self._drop)
+        self.states = States(
+            model.memory, Kind.of(model.model, model.memory), model.cells, shelf, store
+        )
+        self.scheduler = Scheduler(schedule, limits, self.states, self._drop)
         self._constraints = Constraints(model.vocabulary)
         self._alive: dict[Sequence, Part] = {}
         self._inbox: deque[Callable[[], None]] = deque()
@@ -181,6 +194,7 @@ class Loop:
                 self._wake.wait()
         if self._pool is not None:
             self._pool.shutdown()
+        self.states.close()
         self.model.close()
 
     def abandon(self) -> None:
@@ -333,7 +347,7 @@ class Loop:
         events: list[Event] = []
         if len(sequence.tokens) == sequence.n_prompt:
             part.first_s = time.perf_counter()
-            events.append(PromptScored(sequence.scored, part.cached))
+            events.append(PromptScored(sequence.scored, sequence.cached))
         if sampled is None:
             self._finish(sequence, "length", events)
             return
@@ -369,17 +383,18 @@ class Loop:
             stop,
             "" if stop is not None else part.output.flush(),
             sequence.n_prompt,
-            part.cached,
+            sequence.cached,
             len(sequence.tokens) - sequence.n_prompt,
             part.timings(),
         )
-        self._leave(sequence)
+        self._leave(sequence, keep=True)
         self.counts.finished += 1
+        self.counts.cached_tokens += sequence.cached
         part.generation.put(*(events or ()), finished)
 
     def _cancelled(self, sequence: Sequence) -> None:
         if sequence in self._alive:
-            self._leave(sequence)
+            self._leave(sequence, keep=True)
             self.counts.cancelled += 1
             sequence.part.generation.fail(Cancelled("the request was cancelled"))
 
@@ -388,11 +403,10 @@ class Loop:
         self.counts.failed += 1
         sequence.part.generation.fail(error)
 
-    def _leave(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
+    def _leave(self, sequence: Sequence, keep: bool = False) -> None:
+        self.scheduler.remove(sequence, keep)
         del self._alive[sequence]
         sequence.part.sampler.close()
 
     def _drop(self, sequence: Sequence) -> None:
-        self.model.memory.remove(sequence.slot)
         self.model.meter.forget(sequence.slot)
