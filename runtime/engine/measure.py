@@ -62,12 +62,22 @@ def measured(found: Found, n_threads: int | None, progress: Report | None = None
     return taken
 
 
-def measure(found: Found, n_threads: int | None, progress: Report | None = None) -> Measurements:
-    """Measure in a child; UserError where the budget is too small for it."""
+def measure(
+    found: Found,
+    n_threads: int | None,
+    progress: Report | None = None,
+    seconds: float = SECONDS,
+) -> Measurements:
+    """Measure in a child, for about so long; UserError where the budget is too small for it."""
     options = asdict(found.options)
     if found.options.memory != "auto":  # this process is in the budget too
         options["memory"] = max(MB, found.total - int(psutil.Process().memory_info().rss))
-    told = {"path": str(found.layout.path.absolute()), "options": options, "n_threads": n_threads}
+    told = {
+        "path": str(found.layout.path.absolute()),
+        "options": options,
+        "n_threads": n_threads,
+        "seconds": seconds,
+    }
     with subprocess.Popen(
         child.command(__name__, json.dumps(told)),
         stdin=subprocess.DEVNULL,
@@ -178,20 +188,20 @@ class _Routes:
 
 
 class _Measuring:
-    """A model being measured; ``n_most`` sequences fit its context."""
+    """A model being measured, for about so many seconds."""
 
-    def __init__(self, model: Model, n_most: int, report: Report) -> None:
-        self.model, self.n_most, self._report = model, n_most, report
+    def __init__(self, model: Model, seconds: float, report: Report) -> None:
+        self.model, self.seconds, self._report = model, seconds, report
         self.texts = _Texts(model)
         self.start = time.monotonic()
         self.sequences: list[_Sequence] = []
         self._random = np.random.default_rng(0)
 
     def report(self) -> None:
-        self._report(min(time.monotonic() - self.start, SECONDS * 0.99), SECONDS)
+        self._report(min(time.monotonic() - self.start, self.seconds * 0.99), self.seconds)
 
     def left_s(self) -> float:
-        return SECONDS - (time.monotonic() - self.start)
+        return self.seconds - (time.monotonic() - self.start)
 
     def step(self, rows: Sequence[Row], phase: Phase) -> tuple[_Reading, Logits]:
         arena = self.model.arena
@@ -256,9 +266,9 @@ class _Measuring:
         return reading
 
 
-def take(model: Model, n_most: int, report: Report) -> Measurements:
-    """Measure an open model."""
-    found, m = model.found, _Measuring(model, n_most, report)
+def take(model: Model, n_most: int, seconds: float, report: Report) -> Measurements:
+    """Measure an open model whose context has room for ``n_most`` sequences."""
+    found, m = model.found, _Measuring(model, seconds, report)
     speed = disk_speed(found)
     m.prompt(_FIRST)
     first, _ = m.decode(1, 5)
@@ -340,7 +350,9 @@ def main() -> None:
         found = opening.find(Path(told["path"]), Options(**told["options"]))
         model, n_most = _open(found, told["n_threads"])
         try:
-            taken = take(model, n_most, lambda done, of: say(done=float(done), of=float(of)))
+            taken = take(
+                model, n_most, told["seconds"], lambda done, of: say(done=done, of=float(of))
+            )
         finally:
             model.close()
         say(measured=taken.to_json())
