@@ -31,7 +31,7 @@ from . import logs, opening
 from .arena import Arena, RouterReader
 from .controller import Recorder
 from .errors import UserError, option
-from .grammar.grammar import Grammar, check_chat, longest_texts
+from .grammar.grammar import Grammar, Processor, check_chat, longest_texts
 from .opening import Found, Loaded, check_adapter
 from .options import Options
 from .params import n_ctx_of
@@ -117,7 +117,7 @@ class Llama(llama_cpp.Llama):
             check_adapter(Path(lora), self.found.layout)
             kwargs["lora_path"] = _FilePath(os.fspath(lora))
         self._sampled: int | None = None
-        self._grammar: Grammar | None = None
+        self._grammar: Processor | None = None
         self._longest: list[str] | None = None  # texts of tokens, once a grammar asks
         n_threads = n_threads or physical_cores()
         kwargs["n_threads"], kwargs["n_threads_batch"] = n_threads, n_threads_batch or n_threads
@@ -212,8 +212,8 @@ class Llama(llama_cpp.Llama):
         if given is not None:
             if self._longest is None:
                 self._longest = longest_texts(self._vocabulary)
-            self._grammar = Grammar(
-                self._model.vocab, self._vocabulary, self._longest, given._grammar, given._root
+            self._grammar = Processor(
+                Grammar(self._vocabulary, self._longest, given._grammar, given._root)
             )
             processors = [*(kwargs.get("logits_processor") or ()), self._grammar]
             kwargs["logits_processor"] = llama_cpp.LogitsProcessorList(processors)

@@ -1,7 +1,7 @@
 """Where the time of one token went, as a file in Chrome's trace format (Perfetto opens it).
 
-Owns turning the plugin's events into slices; the plugin records them, ``Llama`` says when its last
-step began and ended. One track shows the model: the trunk between the layers, and inside each
+Owns turning the plugin's events into slices; the plugin records them, a ``Meter`` says when the
+last step began and ended. One track shows the model: the trunk between the layers, and inside each
 layer the callbacks, the expert graphs and the stalls. One track per lane shows its reads.
 """
 
@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .arena import Arena
 from .errors import UserError
 from .plugin import abi
 from .stats import Step
-
-if TYPE_CHECKING:
-    from .llama import Llama
 
 # About ten times the events of one token of a large model; 2 MB, which the budget's margin covers.
 CAPACITY = 1 << 16
@@ -33,29 +31,28 @@ _NAMES = {
 }
 
 
-def record(llama: Llama) -> None:
+def record(arena: Arena) -> None:
     """Record from now on; only the newest events are kept."""
-    llama.arena.plugin.timeline(CAPACITY)
+    arena.plugin.timeline(CAPACITY)
 
 
-def write(llama: Llama, path: Path) -> str:
+def write(arena: Arena, step: Step | None, path: Path) -> str:
     """Write the last step to ``path``, stop recording, and say in one line where its time went."""
-    step = llama.last_step
     if step is None:
         raise UserError("there is no token to draw a timeline of: generate at least one")
-    layout = llama.found.layout
-    document = trace(_events_of(llama, step), step, layout.n_experts, layout.layers[-1].layer + 1)
+    layout = arena.found.layout
+    document = trace(_events_of(arena, step), step, layout.n_experts, layout.layers[-1].layer + 1)
     document["otherData"]["model"] = layout.name
-    document["otherData"]["policy"] = llama.found.options.policy
-    llama.arena.plugin.timeline(0)
+    document["otherData"]["policy"] = arena.found.options.policy
+    arena.plugin.timeline(0)
     path.write_text(json.dumps(document) + "\n")
     other = document["otherData"]
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in other["ms"].items())
     return f"{other['tokens']} token(s) in {other['step_ms']:.1f} ms ({parts} ms)"
 
 
-def _events_of(llama: Llama, step: Step) -> Iterator[abi.Event]:
-    while events := llama.arena.plugin.timeline_read(_PIECE):
+def _events_of(arena: Arena, step: Step) -> Iterator[abi.Event]:
+    while events := arena.plugin.timeline_read(_PIECE):
         yield from (e for e in events if e.end_ns > step.start_ns and e.start_ns < step.end_ns)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import llama_cpp
@@ -23,7 +24,7 @@ class Vocabulary:
     """The vocabulary of a llama_model, which must outlive it."""
 
     def __init__(self, vocab: Any) -> None:
-        self._vocab = vocab
+        self.vocab = vocab
         self.n_tokens = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self.has_texts = llama_cpp.llama_vocab_type(vocab) != llama_cpp.LLAMA_VOCAB_TYPE_NONE
 
@@ -52,41 +53,55 @@ class Vocabulary:
             tokens = (llama_cpp.llama_token * size)()
             n = int(
                 llama_cpp.llama_tokenize(
-                    self._vocab, text, len(text), tokens, size, add_bos, special
+                    self.vocab, text, len(text), tokens, size, add_bos, special
                 )
             )
             if n >= 0:
                 return tokens[:n]
             size = -n
 
-    def ends(self, token: int) -> bool:
-        """Whether a model says with it that its answer is complete."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
-
     def name(self, token: int) -> str:
         """How a token is written in the model's file; nothing for -1."""
         if token < 0:
             return ""
-        return str(llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
+        return str(llama_cpp.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace"))
 
     @property
     def bos(self) -> int:
         """-1 if there is none."""
-        return int(llama_cpp.llama_vocab_bos(self._vocab))
+        return int(llama_cpp.llama_vocab_bos(self.vocab))
 
     @property
     def eos(self) -> int:
-        return int(llama_cpp.llama_vocab_eos(self._vocab))
+        return int(llama_cpp.llama_vocab_eos(self.vocab))
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The text of one token, which was checked."""
         size = _PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = int(llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special))
+            n = int(llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special))
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    def beginning(self, token: int, special: bool = False) -> bytes:
+        """The text of a token with which a text begins: llama.cpp's detokenizer leaves out a space
+        that only marks the beginning, in a vocabulary that puts one there."""
+        size = len(self.piece(token, special))
+        buffer = ctypes.create_string_buffer(max(size, 1))
+        one = (llama_cpp.llama_token * 1)(token)
+        n = int(llama_cpp.llama_detokenize(self.vocab, one, 1, buffer, size, False, special))
+        return buffer.raw[:n]
+
+    def ends(self, token: int) -> bool:
+        """Whether the model says with it that it has ended."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    @cached_property
+    def ending_tokens(self) -> list[int]:
+        """All of those."""
+        return [token for token in range(self.n_tokens) if self.ends(token)]
 
     def text(self, tokens: Sequence[int], special: bool = False) -> bytes:
         """What tokens stand for. A space that only marks the beginning is left out."""

@@ -27,6 +27,7 @@ import pytest
 import tiny
 from conftest import TinyFile
 
+from moe_gguf import Engine
 from moe_gguf.policies.presets import POLICIES
 from moe_gguf.runtime import budget as budgets
 from moe_gguf.runtime import logs
@@ -36,7 +37,6 @@ from moe_gguf.runtime.cli.inspect import describe
 from moe_gguf.runtime.cli.plan import plan_document
 from moe_gguf.runtime.cli.replay import replay_document, replay_text
 from moe_gguf.runtime.formats.gguf_header import read_header
-from moe_gguf.runtime.llama import Llama
 from moe_gguf.runtime.sizes import MB
 
 # The names every command and document uses.
@@ -311,14 +311,14 @@ def test_an_expert_that_cannot_be_read(
     moe_gguf: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of llama.cpp's own remarks on the failed step, and the sentence on its own line."""
-    open_llama = run.open_llama
+    open_engine = run.open_engine
 
-    def on_a_bad_disk(*args: Any, **options: Any) -> Llama:
-        llama = open_llama(*args, **options)
-        llama.arena.plugin.inject(60, errno.EIO)
-        return llama
+    def on_a_bad_disk(*args: Any, **options: Any) -> Engine:
+        engine = open_engine(*args, **options)
+        engine.arena.plugin.inject(60, errno.EIO)
+        return engine
 
-    monkeypatch.setattr(run, "open_llama", on_a_bad_disk)
+    monkeypatch.setattr(run, "open_engine", on_a_bad_disk)
     args = ("--policy", "load-on-demand", "-p", "Hello", "-n", 50, "--temp", 0)
     result = moe_gguf("run", model, *ONE, *args)
     assert result.code == 1

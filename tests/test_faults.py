@@ -25,10 +25,10 @@ from mutant import Field, Mutant
 
 import moe_gguf
 from moe_gguf import UserError
+from moe_gguf.runtime.engine.output import Output
 from moe_gguf.runtime.errors import RequestError
 from moe_gguf.runtime.formats.gguf_header import ValueType
-from moe_gguf.runtime.generate import Sampling, generate
-from moe_gguf.runtime.prompts import Chat, encode
+from moe_gguf.runtime.prompts import Template, encode
 
 SETTINGS: dict[str, Any] = {"memory": "600MB", "n_ctx": 256, "n_threads": 1}
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
@@ -92,14 +92,13 @@ def test_a_token_of_many_bytes_keeps_its_text(n: int, changed: Callable[..., Pat
 
 
 def test_generated_text_has_the_long_tokens(
-    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    changed: Callable[..., Path],
 ) -> None:
     llama = opened(changed(set_items(TOKENS, {270: "Ġ" * 64})))
-    script = iter([270, 33, 270, 270])
-    monkeypatch.setattr(llama, "generate", lambda *_, **__: script)
-    pieces = list(generate(llama, [1], 4, Sampling(temp=0)))
+    output = Output(llama._vocabulary, (), special=False)
+    pieces = [output.push(token)[0] for token in (270, 33, 270, 270)]
     between = llama.detokenize([33]).decode()
-    assert "".join(piece.text for piece in pieces) == " " * 64 + between + " " * 128
+    assert "".join(pieces) == " " * 64 + between + " " * 128
     llama.close()
 
 
@@ -202,9 +201,9 @@ def test_a_bias_of_what_is_no_number(llama: moe_gguf.Llama) -> None:
 def test_control_tokens_in_a_prompt_are_control_tokens(llama: moe_gguf.Llama) -> None:
     control = llama._model.token_get_text(llama.token_eos())
     prompt = f"{control}a{control}"
-    assert encode(llama, prompt).count(llama.token_eos()) == 2
+    assert encode(llama._vocabulary, prompt).count(llama.token_eos()) == 2
     out = llama.create_completion(prompt, max_tokens=1)
-    assert out["usage"]["prompt_tokens"] == len(encode(llama, prompt))
+    assert out["usage"]["prompt_tokens"] == len(encode(llama._vocabulary, prompt))
 
 
 # --- templates ------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def test_a_bad_template_does_not_keep_a_model_from_opening(
         with pytest.raises(UserError, match="chat template cannot be used"):
             llama.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=1)
         with pytest.raises(UserError, match="chat template cannot be used"):
-            Chat(llama)
+            Template(llama._vocabulary, llama.metadata)
     finally:
         llama.close()
     llama = opened(llama.found.layout.path, chat_format="chatml")

@@ -110,11 +110,11 @@ def test_the_file_holds_the_last_token(
     llama = Llama(tiny_file("qwen3moe"), n_ctx=256, n_threads=1, reads="buffered")
     try:
         with pytest.raises(UserError, match="no token to draw"):
-            timeline.write(llama, tmp_path / "t.json")
-        timeline.record(llama)
+            timeline.write(llama.arena, llama.last_step, tmp_path / "t.json")
+        timeline.record(llama.arena)
         llama.eval([1, 2, 3])
         llama.eval([4])
-        line = timeline.write(llama, tmp_path / "t.json")
+        line = timeline.write(llama.arena, llama.last_step, tmp_path / "t.json")
     finally:
         llama.close()
     document: dict[str, Any] = json.loads((tmp_path / "t.json").read_text())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
@@ -15,7 +16,10 @@ from ..errors import UserError
 from .terminal import debugging, note, quieten, warn
 
 if TYPE_CHECKING:
+    from ..engine.engine import Engine
     from ..llama import Llama
+
+M = TypeVar("M", "Llama", "Engine")
 
 
 def resolve(model: str) -> Path:
@@ -51,21 +55,34 @@ def cache_dir() -> Path:
 
 
 def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Llama:
-    """Open MODEL with the shared options and say on stderr what is in force."""
+    """Open MODEL with the shared options as llama_cpp's class, and say what is in force."""
     from ..llama import Llama
+
+    return _opened(Llama, model, recorder=recorder, **options)
+
+
+def open_engine(model: str | Path, *, recorder: Any = None, **options: Any) -> Engine:
+    """Open MODEL with the shared options for one sequence at a time, and say what is in force."""
+    from ..engine.engine import Engine
+
+    return _opened(Engine, model, recorder=recorder, parallel=1, score_rows=1, **options)
+
+
+def _opened(kind: Callable[..., M], model: str | Path, **options: Any) -> M:
     from ..progress import bar
 
     quieten()
     path = resolve(str(model))
     with bar(f"loading {path.name}") as progress:
-        llama = Llama(path, recorder=recorder, progress=progress, verbose=debugging(), **options)
+        opened = kind(path, progress=progress, verbose=debugging(), **options)
     if not debugging():  # a verbose model has said it
-        note(llama.mode_line)
-    note(llama.arena.budget.table())
-    if warning := llama.arena.budget.warning():
+        note(opened.mode_line)
+    note(opened.arena.budget.table())
+    if warning := opened.arena.budget.warning():
         warn(warning)
-    if llama.found.options.warm:
-        note(llama.arena.warm_line())
-    if llama.n_ctx() > (trained := llama.found.layout.n_ctx_train):
+    if opened.found.options.warm:
+        note(opened.arena.warm_line())
+    n_ctx = opened.n_ctx() if callable(opened.n_ctx) else opened.n_ctx
+    if n_ctx > (trained := opened.found.layout.n_ctx_train):
         warn(f"this model was trained for a context of {trained} tokens only")
-    return llama
+    return opened

@@ -136,14 +136,16 @@ def schedule_document(
 def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
     """What ``run`` would find with the same options; no weight is read, nothing stays open."""
     # What ``run`` has imported by then is part of the process, and measured with it.
-    from .. import generate, llama, opening, timeline  # noqa: F401
-    from ..params import ContextShape, ModelParams, n_ctx_of
+    from .. import opening, timeline  # noqa: F401
+    from ..engine import engine  # noqa: F401
+    from ..engine.model import context_shape
+    from ..params import ModelParams, n_ctx_of
 
     overrides = {}
     if found.options.experts_used is not None:
         overrides[f"{found.layout.architecture}.expert_used_count"] = found.n_used
     params = ModelParams(overrides)
-    shape = ContextShape(n_ctx_of(found.layout, n_ctx), n_threads=n_threads)
+    shape = context_shape(n_ctx_of(found.layout, n_ctx), n_threads=n_threads)
     with contextlib.closing(found.bind()) as binding:
         return opening.measure(found, binding, params.params, shape.params())
 

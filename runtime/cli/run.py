@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ..errors import ExpertReadError, UserError
 from ..system import check_writable
-from .model import open_llama
+from .model import open_engine
 from .options import Number, model_options, prompt_options
 from .terminal import argument_text, note, prompt_text, report_error
 
 if TYPE_CHECKING:
-    from ..generate import Sampling
-    from ..llama import Llama
+    from ..engine.engine import Engine
+    from ..engine.request import Sampling
 
 
 @click.command()
@@ -69,11 +70,10 @@ def run(
     The prompt comes from -p, -f or a pipe; --chat without one starts a conversation.
     """
     from .. import timeline
-    from ..generate import Sampling
+    from ..engine.request import Sampling
 
-    sampling = Sampling(
-        *(options.pop(k) for k in ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed"))
-    )
+    names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+    sampling = Sampling(**{name: options.pop(name) for name in names})
     text = prompt_text(prompt, prompt_file, wants_terminal=chat)
     if system is not None and not chat:
         raise UserError("--system belongs to --chat: give both or neither")
@@ -83,22 +83,23 @@ def run(
         raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
     if timeline_file is not None:
         check_writable(Path(timeline_file))
-    llama = open_llama(model, **options)
+    engine = open_engine(model, **options)
     try:
         if timeline_file is not None:
-            timeline.record(llama)
+            timeline.record(engine.arena)
         if text is None:
-            _converse(llama, system, n_predict, sampling)
+            _converse(engine, system, n_predict, sampling)
         else:
-            _complete(llama, text, chat, system, n_predict, sampling, as_json)
+            _complete(engine, text, chat, system, n_predict, sampling, as_json)
         if timeline_file is not None:
-            note(f"moe-gguf: wrote {timeline_file}: {timeline.write(llama, Path(timeline_file))}")
+            line = timeline.write(engine.arena, engine.last_step, Path(timeline_file))
+            note(f"moe-gguf: wrote {timeline_file}: {line}")
     finally:
-        llama.close()
+        engine.close()
 
 
 def _complete(
-    llama: Llama,
+    engine: Engine,
     text: str,
     chat: bool,
     system: str | None,
@@ -106,29 +107,27 @@ def _complete(
     sampling: Sampling,
     as_json: bool,
 ) -> None:
-    from ..generate import generate
-    from ..prompts import Chat, encode
     from ..stats import stats_line
 
-    tokens = Chat(llama, system).ask(text) if chat else encode(llama, text)
+    prompt = engine.encode(_messages(system, text) if chat else text)
     pieces, interrupted = [], False
     try:
-        for piece in generate(llama, tokens, n_predict, sampling):
-            pieces.append(piece)
+        for token in _answer(engine, prompt, n_predict, sampling):
+            pieces.append(token)
             if not as_json:
-                click.echo(piece.text, nl=False)
+                click.echo(token.text, nl=False)
     except KeyboardInterrupt:
         interrupted = True
     except Exception:  # whatever it is: it goes on, only its sentence gets a line of its own
         if pieces and not as_json:
             click.echo()
         raise
-    stats = llama.stats()
+    stats = engine.stats()
     if as_json:
         document = {
             "text": "".join(piece.text for piece in pieces),
-            "tokens": [piece.token for piece in pieces],
-            "prompt_tokens": len(tokens),
+            "tokens": [piece.token for piece in pieces if piece.token is not None],
+            "prompt_tokens": len(prompt),
             "stats": stats,
         }
         click.echo(json.dumps(document))
@@ -139,15 +138,14 @@ def _complete(
         sys.exit(130)
 
 
-def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampling) -> None:
+def _converse(engine: Engine, system: str | None, n_predict: int, sampling: Sampling) -> None:
     """A conversation on the terminal; Ctrl-C stops an answer, Ctrl-D ends it."""
-    from ..generate import generate
-    from ..prompts import Chat
     from ..stats import stats_line
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and history
-    chat = Chat(llama, system)
+    _ = engine.template  # a model without one is told of before anything is typed
+    messages = _messages(system)
     note("Type a message; Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     while True:
         try:
@@ -157,9 +155,10 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
             break
         if not text.strip():
             continue
+        messages.append({"role": "user", "content": text})
         answer: list[str] = []
         try:
-            for piece in generate(llama, chat.ask(text), n_predict, sampling):
+            for piece in _answer(engine, engine.encode(messages), n_predict, sampling):
                 answer.append(piece.text)
                 click.echo(piece.text, nl=False)
         except KeyboardInterrupt:
@@ -171,5 +170,32 @@ def _converse(llama: Llama, system: str | None, n_predict: int, sampling: Sampli
             report_error(error)
             break
         click.echo()
-        chat.answer("".join(answer))
-    note(stats_line(llama.stats()))
+        messages.append({"role": "assistant", "content": "".join(answer)})
+    note(stats_line(engine.stats()))
+
+
+def _messages(system: str | None, *texts: str) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": "user", "content": text} for text in texts]
+
+
+class _Piece(NamedTuple):
+    text: str
+    token: int | None = None  # the last text belongs to none
+
+
+def _answer(
+    engine: Engine, prompt: list[int], n_predict: int, sampling: Sampling
+) -> Iterator[_Piece]:
+    """What the model says, as it comes; left early, it is cancelled."""
+    from ..engine.request import Finished, Token
+
+    if n_predict == 0:
+        return
+    most = None if n_predict < 0 else n_predict
+    with engine.submit(prompt, max_tokens=most, sampling=sampling) as events:
+        for event in events:
+            if isinstance(event, Token):
+                yield _Piece(event.text, event.token)
+            elif isinstance(event, Finished) and event.text:
+                yield _Piece(event.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,12 @@ from ...policies.trace import Trace, TraceRecorder
 from .. import history
 from ..history import Identity
 from ..system import check_writable
-from .model import open_llama
+from .model import open_engine
 from .options import model_options, prompt_options
 from .terminal import note, prompt_text
 
 if TYPE_CHECKING:
+    from ..engine.engine import Engine
     from ..llama import Llama
 
 
@@ -45,53 +47,56 @@ def trace(
     **options: Any,
 ) -> None:
     """Record which experts MODEL routes to while it generates (greedily)."""
-    from ..generate import Sampling, generate
-    from ..prompts import Chat, encode
+    from ..engine.request import Cancelled
     from ..stats import stats_line
 
     text = prompt_text(prompt, prompt_file, wants_terminal=False)
     assert text is not None
     check_writable(Path(output))
     recorder = TraceRecorder()
-    llama = open_llama(model, recorder=recorder, **options)
-    found = llama.found
+    engine = open_engine(model, recorder=recorder, **options)
+    found = engine.found
     try:
         if save_routing:  # so that mistakes show now
             check_writable(found.history_path)
             history.load(found.history_path, found.identity)
-        tokens = Chat(llama).ask(text) if chat else encode(llama, text)
+        prompt: Any = [{"role": "user", "content": text}] if chat else text
         interrupted = False
+        generation = engine.submit(prompt, max_tokens=n_predict, temp=0.0)
         try:
-            for piece in generate(llama, tokens, n_predict, Sampling(temp=0.0)):
-                click.echo(piece.text, nl=False)
+            for event in generation:
+                click.echo(getattr(event, "text", ""), nl=False)
         except KeyboardInterrupt:
             interrupted = True
+            generation.cancel()  # and nothing is recorded once it has ended
+            with contextlib.suppress(Cancelled):
+                generation.result()
         click.echo()
-        recorded = recorder.save(Path(output), trace_metadata(llama, complete=not interrupted))
-        note(stats_line(llama.stats()))
+        recorded = recorder.save(Path(output), trace_metadata(engine, complete=not interrupted))
+        note(stats_line(engine.stats()))
         note(f"moe-gguf: wrote {output}" + (", up to the interrupt" if interrupted else ""))
         if save_routing:
             path, identity = found.history_path, found.identity
-            note(f"moe-gguf: {add_routing(path, identity, llama.arena.gate_recall(), recorded)}")
+            note(f"moe-gguf: {add_routing(path, identity, engine.arena.gate_recall(), recorded)}")
     finally:
-        llama.close()
+        engine.close()
     if interrupted:
         sys.exit(130)
 
 
-def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
+def trace_metadata(model: Llama | Engine, complete: bool = True) -> dict[str, Any]:
     """What a trace says about the run it records.
 
     An interrupted run is not ``complete``: its last step counted nothing but may have loaded. With
     ``low_copies`` an expert that was held low and read again counts as a miss: no replay has those.
     """
-    layout = llama.found.layout
-    stats = llama.stats()
+    layout = model.found.layout
+    stats = model.stats()
     return {
         "model": layout.name,
         "architecture": layout.architecture,
         "n_experts": layout.n_experts,
-        "n_experts_used": llama.found.n_used,
+        "n_experts_used": model.found.n_used,
         "layers": [layer.layer for layer in layout.layers],
         "blob_bytes": [layer.blob_bytes for layer in layout.layers],
         "policy": stats["policy"],
@@ -103,8 +108,8 @@ def trace_metadata(llama: Llama, complete: bool = True) -> dict[str, Any]:
         "prefill_tokens": stats["prefill_tokens"],
         "decode_tokens": stats["decode_tokens"],
         "complete": complete,
-        "warmed": llama.arena.n_warmed or 0,
-        "low_copies": llama.found.precision.lossy,
+        "warmed": model.arena.n_warmed or 0,
+        "low_copies": model.found.precision.lossy,
     }
 
 

@@ -138,7 +138,7 @@ class Engine:
     def _request(self, prompt: Prompt, settings: dict[str, Any]) -> Request:
         if unknown := set(settings) - _SAMPLING - _REQUEST - {"sampling"}:
             raise TypeError(f"a request has no setting {', '.join(sorted(unknown))}")
-        tokens = self._tokens(prompt)
+        tokens = self.encode(prompt)
         asked = {name: settings.pop(name) for name in _SAMPLING & set(settings)}
         sampling = settings.pop("sampling", None)
         if sampling is not None and asked:
@@ -148,15 +148,6 @@ class Engine:
         request = Request(tokens=tokens, sampling=sampling or Sampling(**asked), **settings)
         self._check(request)
         return request
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return encode(self.vocabulary, well_formed(prompt))
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.template.encode(prompt)  # type: ignore[arg-type]
-        tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
-        self.vocabulary.check(tokens)
-        return tokens
 
     def _check(self, request: Request) -> None:
         n, most = len(request.tokens), request.max_tokens
@@ -174,6 +165,17 @@ class Engine:
         self.vocabulary.check(list(request.sampling.logit_bias))
 
     # -- text
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens that ``submit`` takes a prompt for: of text and conversations with the model's
+        own start token, if it has one."""
+        if isinstance(prompt, str):
+            return encode(self.vocabulary, well_formed(prompt))
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.template.encode(prompt)  # type: ignore[arg-type]
+        tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+        self.vocabulary.check(tokens)
+        return tokens
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
         """Tokens of a text; ``special``: control tokens may be written in it."""

@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import llama_cpp
 
 from ..errors import UserError
+from .constraint import Constraints
 from .context import StepFailed
 from .generation import Generation
 from .model import Model
@@ -34,7 +34,7 @@ from .request import (
     Timings,
     Token,
 )
-from .sampler import Sampled, Sampler, logprob_of
+from .sampler import Sampled, Sampler, logprob
 from .schedule import Schedule
 from .scheduler import Limits, Piece, Scheduler, Step
 from .sequence import Sequence
@@ -85,6 +85,7 @@ class Loop:
             model.wants_equal,
         )
         self.scheduler = Scheduler(schedule, limits, self._drop)
+        self._constraints = Constraints(model.vocabulary)
         self._alive: dict[Sequence, Part] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -100,7 +101,7 @@ class Loop:
     def submit(self, request: Request, generation: Generation) -> None:
         """RequestError for what cannot be sampled as it is asked."""
         part = Part(
-            Sampler(self.model.model, request),
+            Sampler(self.model.model, request, self._constraints),
             Output(self.model.vocabulary, request.stop, request.special),
             generation,
             time.perf_counter(),
@@ -234,8 +235,8 @@ class Loop:
                 wanting.append((piece, row - 1))
         if not wanting:
             return
-        # Not in several threads at once: llama.cpp puts its rows in order when the first is read.
-        self.model.context.logits(wanting[0][1])
+        # Waits, and puts the rows in order, which must not happen in several threads at once.
+        llama_cpp.llama_get_logits(self.model.context.ctx)
         for (piece, _), sampled in zip(wanting, self._sample(wanting), strict=True):
             if isinstance(sampled, Exception):
                 self._fail(piece.sequence, sampled)
@@ -283,7 +284,7 @@ class Loop:
 
     def _logprob(self, sequence: Sequence, row: int) -> Logprob:
         token, n = sequence.tokens[len(sequence.scored) + 1], sequence.request.prompt_logprobs
-        return logprob_of(self.model.context.logits(row), token, n or 0)
+        return logprob(self.model.context.logits(row), token, n or 0)
 
     def _advance(self, sequence: Sequence, sampled: Sampled | None) -> None:
         if sequence.n_left:
@@ -298,7 +299,8 @@ class Loop:
             self._finish(sequence, "length", events)
             return
         token = sampled.token
-        if self.model.vocabulary.ends(token) and not request.ignore_eos:
+        # With ignore_eos too: the sampler only lets it by where a constraint leaves nothing else.
+        if self.model.vocabulary.ends(token):
             self._finish(sequence, "stop", events)
             return
         sequence.tokens.append(token)

@@ -1,6 +1,7 @@
 """A model opened for an engine: its slots, its one context, and what is asked of both.
 
-Owns opening and closing in the right order; ``opening`` and ``arena`` do the work. Knows no request.
+Owns opening and closing in the right order; ``opening`` and ``arena`` do the work. Knows no
+request.
 """
 
 from __future__ import annotations

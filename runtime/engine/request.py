@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 class Sampling:
     """Settings of llama.cpp's sampler chain; the defaults are llama.cpp's own.
 
-    ``temp`` 0 is greedy. ``seed`` None: random. ``logit_bias`` is added to logits, by token.
+    ``temp`` 0 is greedy. ``seed`` None: random. ``logit_bias`` is added to logits, by token, and
+    -inf bans one. ``penalty_last_n`` and ``dry_penalty_last_n`` -1: all tokens there are.
     """
 
     temp: float = 0.8
@@ -33,7 +34,7 @@ class Sampling:
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = -1
+    dry_penalty_last_n: int = 64
     dry_breakers: Sequence[str] = ("\n", ":", '"', "*")
     mirostat: Literal[0, 1, 2] = 0
     mirostat_tau: float = 5.0

@@ -1,6 +1,6 @@
-"""How an engine shares its steps among sequences, as a value. A planner makes it, a scheduler obeys.
+"""How an engine shares its steps among sequences, as a value.
 
-Knows neither sequences nor memory.
+A planner makes it, a scheduler obeys it. Knows neither sequences nor memory.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@ llama.cpp alone.
 from __future__ import annotations
 
 import codecs
-import ctypes
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llama_cpp
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import logs
+from ..candidates import Candidates, candidates
 from ..errors import RequestError
 from ..text import shown
 from ..vocab import Vocabulary
@@ -73,74 +73,61 @@ def longest_texts(vocabulary: Vocabulary) -> list[str]:
     """Of each character that tokens begin with, the longest: no token makes more work."""
     longest: dict[str, str] = {}
     for token in range(vocabulary.n_tokens):
-        text = vocabulary.piece(token).decode("utf-8", "ignore")
+        text = vocabulary.piece(token, special=True).decode("utf-8", "ignore")
         if text and len(text) > len(longest.get(text[0], "")):
             longest[text[0]] = text
     return sorted(longest.values(), key=len, reverse=True)[:128]
 
 
-_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-
-
 class Grammar:
-    """llama.cpp's grammar over one vocabulary, as a logits processor that fails in sentences.
-
-    Processors are called from C, where no exception may pass: what went wrong is raised by
-    ``accept``, which is told each token that was sampled.
+    """llama.cpp's grammar over one vocabulary, which fails in sentences: RequestError from every
+    method. ``texts`` are the vocabulary's ``longest_texts``.
     """
 
-    def __init__(self, vocab: Any, vocabulary: Vocabulary, texts: list[str], text: str, root: str):
+    def __init__(
+        self, vocabulary: Vocabulary, texts: Sequence[str], text: str, root: str = "root"
+    ) -> None:
         self._machine: Machine | None = Machine(text, root)
         self._machine.check(texts)
         self._vocabulary, self._texts = vocabulary, texts
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._error: RequestError | None = None
         with logs.capture() as log:
             self._sampler = llama_cpp.llama_sampler_init_grammar(
-                vocab, text.encode(), root.encode()
+                vocabulary.vocab, text.encode(), root.encode()
             )
         if not self._sampler:
             raise bad(log.reason())
 
-    def __call__(
-        self, _: npt.NDArray[np.intc], scores: npt.NDArray[np.single]
-    ) -> npt.NDArray[np.single]:
-        """Mask what the grammar does not allow; candidates come in the order of their ids."""
-        try:
-            if self._error is None:
-                return self._masked(scores)
-        except RequestError as error:
-            self._error = error
-        return scores
+    def allows(self, token: int) -> bool:
+        """Whether the token may come next."""
+        if self._machine is not None:
+            text = self._vocabulary.piece(token, special=True).decode("utf-8", "ignore")
+            self._machine.check_one(text)
+        one = Candidates(1)
+        one.only(token)
+        self._apply(one)
+        return bool(np.isfinite(one.logits[0]))
 
-    def _masked(self, scores: npt.NDArray[np.single]) -> npt.NDArray[np.single]:
+    def mask(self, every: Candidates) -> None:
+        """Take from all tokens, in the order of their numbers, what may not come next."""
         if self._machine is not None:
             self._machine.check(self._texts)
-        data = np.zeros(len(scores), _DATA)
-        data["id"] = np.arange(len(scores))
-        data["logit"] = scores
-        array = llama_cpp.llama_token_data_array(
-            data=data.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data)),
-            size=len(data),
-            selected=-1,
-            sorted=False,
-        )
+        self._apply(every)
+        if not np.isfinite(every.logits).any():
+            raise bad("it allows no token of this model here")
+
+    def _apply(self, those: Candidates) -> None:
         start = time.monotonic()
-        llama_cpp.llama_sampler_apply(self._sampler, ctypes.byref(array))
+        those.apply(self._sampler)
         if (seconds := time.monotonic() - start) > SECONDS:
             raise bad(f"it took {seconds:.0f} s for one token; make it simpler")
-        if not np.isfinite(data["logit"]).any():
-            raise bad("it allows no token of this model here")
-        masked: npt.NDArray[np.single] = data["logit"].copy()
-        return masked
 
     def accept(self, token: int) -> None:
-        """The token that was sampled last."""
-        if self._error is not None:
-            raise self._error
+        """Go on behind a token that may come next; for any other llama.cpp ends the process."""
         llama_cpp.llama_sampler_accept(self._sampler, token)
-        if self._machine is not None:
-            self._machine.accept(self._decoder.decode(self._vocabulary.piece(token)))
+        if self._machine is not None and not self._vocabulary.ends(token):
+            text = self._vocabulary.piece(token, special=True)
+            self._machine.accept(self._decoder.decode(text))
             if not self._machine.stacks:  # bytes that are no text: llama.cpp has its own rules
                 self._machine = None
 
@@ -152,3 +139,34 @@ class Grammar:
     def __del__(self) -> None:
         if getattr(self, "_sampler", None):
             self.close()
+
+
+class Processor:
+    """A grammar as a logits processor of llama_cpp's.
+
+    Those are called from C, where no exception may pass: what went wrong is raised by ``accept``,
+    which is told each token that was sampled.
+    """
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
+        self._error: RequestError | None = None
+
+    def __call__(
+        self, _: npt.NDArray[np.intc], scores: npt.NDArray[np.single]
+    ) -> npt.NDArray[np.single]:
+        try:
+            if self._error is None:
+                every = candidates(len(scores))
+                every.fill(scores)
+                self._grammar.mask(every)
+                return every.logits
+        except RequestError as error:
+            self._error = error
+        return scores
+
+    def accept(self, token: int) -> None:
+        """The token that was sampled last."""
+        if self._error is not None:
+            raise self._error
+        self._grammar.accept(token)

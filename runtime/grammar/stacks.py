@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ..errors import RequestError
 from .gbnf import ANY, MAX_ELEMENTS, Element, bad, read
 
 MAX_STACKS = 5000  # places in the grammar that are possible at once
@@ -22,6 +23,10 @@ Stack = tuple[int, ...]  # numbers of elements: what is to come, the next one la
 
 class _TooMuch(Exception):
     pass
+
+
+def _ambiguous() -> RequestError:
+    return bad("there are too many ways to go on by it; make it less ambiguous")
 
 
 class Machine:
@@ -99,7 +104,8 @@ class Machine:
         return ANY if any(top and top.negated for top in tops) else Element(ranges=tuple(ranges))
 
     def check(self, texts: Sequence[str]) -> None:
-        """RequestError if matching one of these texts from here would take too much work."""
+        """RequestError if matching one of these texts, always the same, from here would take too
+        much work."""
         key = frozenset(self.stacks)
         if key in self._checked:
             return
@@ -109,20 +115,32 @@ class Machine:
                 raise _TooMuch
             begins = self._first(self.stacks)
             for text in texts:
-                if not begins.takes(ord(text[0])):
-                    continue
-                stacks = dict.fromkeys(self.stacks, 1)
-                for i, character in enumerate(text[:TRIED_LENGTH]):
-                    if not (stacks := self._match(stacks, ord(character))):
-                        break
-                    is_tame = sum(stacks.values()) <= 2 * len(self.stacks)
-                    if i == TAME_LENGTH and is_tame and len(text) < LONG:
-                        break
+                if begins.takes(ord(text[0])):
+                    self._try(text)
         except _TooMuch:
-            raise bad("there are too many ways to go on by it; make it less ambiguous") from None
+            raise _ambiguous() from None
         if len(self._checked) > 10_000:
             self._checked.clear()
         self._checked.add(key)
+
+    def check_one(self, text: str) -> None:
+        """The same of a single text."""
+        if frozenset(self.stacks) in self._checked:
+            return
+        self._steps = 0
+        try:
+            self._try(text)
+        except _TooMuch:
+            raise _ambiguous() from None
+
+    def _try(self, text: str) -> None:
+        stacks = dict.fromkeys(self.stacks, 1)
+        for i, character in enumerate(text[:TRIED_LENGTH]):
+            if not (stacks := self._match(stacks, ord(character))):
+                return
+            is_tame = sum(stacks.values()) <= 2 * len(self.stacks)
+            if i == TAME_LENGTH and is_tame and len(text) < LONG:
+                return
 
     def accept(self, text: str) -> None:
         """Go on behind a token of this text; an empty set of stacks where it does not match.
@@ -141,4 +159,4 @@ class Machine:
                 self.stacks = set(self._match(dict.fromkeys(self.stacks, 1), ord(character)))
             self.stacks.update(behind)
         except _TooMuch:
-            raise bad("there are too many ways to go on by it; make it less ambiguous") from None
+            raise _ambiguous() from None

@@ -1,0 +1,243 @@
+"""The gate of the Engine: what it decodes, stock llama.cpp decodes alike, to the last bit.
+
+Output in a batch is not output alone, in stock llama.cpp neither: other kernels compute other
+numbers of rows. So the batches that an engine decodes are recorded, with what it does to the memory
+between them, and repeated on stock with the same context parameters and threads. A pass proves
+equal logits in every step,
+
+ 1  for any arrivals, lengths, priorities, cancels, failed reads, groups, quanta, chunks, pools and
+    slots, under every policy, for each kind of memory
+ 2  that the machinery ran: mixed steps, turns, preemption, scoring in pieces, one graph per step
+ 3  that a request alone gets what ``moe_gguf.Llama`` gives it with the same parameters
+ 4  alone against in a batch: as often equal as with stock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyFile, ZooFile
+from harness import Stock, fix_slots, random_tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tape import Tape, check
+
+import moe_gguf
+from moe_gguf import Engine
+from moe_gguf.policies import POLICIES
+from moe_gguf.runtime.engine.generation import Generation
+from moe_gguf.runtime.engine.model import context_shape
+from moe_gguf.runtime.engine.request import Cancelled
+from moe_gguf.runtime.engine.schedule import Schedule
+
+EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "6"))
+# One architecture for each kind of memory.
+KINDS = {
+    "plain": "qwen3moe",
+    "window": "gpt-oss",
+    "latent": "deepseek2",
+    "hybrid": "qwen3next",
+    "mamba": "granitehybrid",
+    "compressed": "deepseek4",
+}
+N_CTX = 256
+
+Models = Callable[[str], tuple[Path, Stock]]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_file: TinyFile, zoo_file: ZooFile) -> Iterator[Models]:
+    """The file of a kind's model, and stock's model of it, opened once."""
+    opened: dict[str, tuple[Path, Stock]] = {}
+
+    def get(kind: str) -> tuple[Path, Stock]:
+        if kind not in opened:
+            name = KINDS[kind]
+            path = (tiny_file if kind in ("plain", "window", "latent") else zoo_file)(name)
+            opened[kind] = path, Stock(path)
+        return opened[kind]
+
+    yield get
+    for _, stock in opened.values():
+        stock.close()
+
+
+@dataclass
+class Asked:
+    """A request and when things happen to it, counted in steps."""
+
+    n_prompt: int
+    max_tokens: int
+    arrives: int = 0
+    cancelled: int | None = None
+    priority: int = 0
+    scored: bool = False
+    temp: float = 0.0
+    generation: Generation | None = None
+
+
+@dataclass
+class Play:
+    """An engine's settings and what is asked of it."""
+
+    requests: list[Asked]
+    parallel: int = 4
+    group: int = 4
+    quantum: int = 0
+    chunk: int = 64
+    cells: int | None = None
+    n_slots: int = 14
+    policy: str = "lru"
+    score_rows: int = 8
+    fails: int | None = None  # the step whose next read fails
+    tape: Tape = field(default_factory=Tape)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(min(self.group, self.parallel), self.quantum, self.chunk)
+
+    def params(self) -> Any:
+        shape = context_shape(
+            N_CTX,
+            self.parallel,
+            cells=self.cells,
+            chunk=self.chunk,
+            score_rows=self.score_rows,
+            n_threads=1,
+        )
+        return shape.params()
+
+
+@contextmanager
+def engine_of(path: Path, play: Play) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        fix_slots(patch, play.n_slots)
+        engine = Engine(
+            path,
+            memory="1GB",
+            reads="buffered",
+            lanes=2,
+            policy=play.policy,
+            n_ctx=N_CTX,
+            parallel=play.parallel,
+            cells=play.cells,
+            schedule=play.schedule,
+            score_rows=play.score_rows,
+            n_threads=1,
+            observer=play.tape,
+        )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def perform(path: Path, play: Play) -> dict[str, Any]:
+    """Have an engine do all this; the statistics it ends with."""
+    with engine_of(path, play) as engine:
+
+        def act(step: int) -> None:
+            """In the engine's thread, between two steps."""
+            for i, asked in enumerate(play.requests):
+                if asked.arrives <= step and asked.generation is None:
+                    asked.generation = submit(engine, asked, i)
+                if asked.cancelled == step and asked.generation is not None:
+                    asked.generation.cancel()
+            if play.fails == step:
+                engine.arena.plugin.inject(0, errno.EIO)
+
+        play.tape.on_step = act
+        while pending := [a for a in play.requests if a.generation is None]:
+            acted = threading.Event()
+            step = min(a.arrives for a in pending)  # what should come after the last step comes now
+            engine._loop.post(lambda step=step, acted=acted: (act(step), acted.set()))
+            acted.wait()
+            for asked in play.requests:
+                wait(asked)
+        for asked in play.requests:  # and those that came while others were waited for
+            wait(asked)
+        stats = engine.stats()
+        engine._loop.scheduler.check_integrity()
+        assert not engine._loop.scheduler.running
+        return stats
+
+
+def submit(engine: Engine, asked: Asked, i: int) -> Generation:
+    return engine.submit(
+        random_tokens(asked.n_prompt, seed=i + 1),
+        max_tokens=asked.max_tokens,
+        priority=asked.priority,
+        prompt_logprobs=1 if asked.scored else None,
+        temp=asked.temp,
+        seed=i,
+        ignore_eos=True,
+    )
+
+
+def wait(asked: Asked) -> None:
+    with contextlib.suppress(Cancelled, moe_gguf.ExpertReadError):
+        if asked.generation is not None:
+            asked.generation.result()
+
+
+# --- 1: anything --------------------------------------------------------------------------------
+
+
+@st.composite
+def plays(draw: st.DrawFn) -> Play:
+    requests = draw(
+        st.lists(
+            st.builds(
+                Asked,
+                n_prompt=st.integers(1, 100),
+                max_tokens=st.integers(0, 12),
+                arrives=st.integers(0, 12),
+                cancelled=st.none() | st.integers(0, 25),
+                priority=st.integers(0, 1),
+                scored=st.booleans(),
+                temp=st.sampled_from([0.0, 1.0]),
+            ),
+            min_size=1,
+            max_size=7,
+        )
+    )
+    parallel = draw(st.integers(1, 5))
+    return Play(
+        requests,
+        parallel=parallel,
+        group=draw(st.integers(1, parallel)),
+        quantum=draw(st.sampled_from([0, 0, 1, 3])),
+        chunk=draw(st.sampled_from([1, 7, 32, 64, 200])),
+        cells=draw(st.sampled_from([None, None, 256])),
+        n_slots=draw(st.sampled_from([4, 14, 40])),
+        policy=draw(st.sampled_from(sorted(POLICIES))),
+        score_rows=draw(st.sampled_from([1, 8])),
+        fails=draw(st.none() | st.integers(1, 15)),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_1_whatever_is_asked_stock_computes_alike(kind: str, models: Models) -> None:
+    path, stock = models(kind)
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(plays())
+    def gate(play: Play) -> None:
+        perform(path, play)
+        check(play.tape, stock.model, play.params())
+
+    gate()
