@@ -114,7 +114,7 @@ def test_replayed_streams_read_less_with_more_slots_and_nothing_that_stays() -> 
     ).astype(np.int32)
     for name in ("fate", "lru"):
         told = reuse(routes, 16, name)
-        assert told.groups == (1, 2, 4, 8, 16)
+        assert told.groups == (1, 2, 4, 8, 16, 32)
         assert told.distinct[0] == 2
         assert max(told.distinct) <= 6
         by_share = np.array(told.reads)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from moe_gguf.runtime.budget import min_slots
 from moe_gguf.runtime.engine import planner
-from moe_gguf.runtime.engine.costs import Costs, Shape
+from moe_gguf.runtime.engine.costs import Costs
+from moe_gguf.runtime.engine.curves import Curves, Shape
 from moe_gguf.runtime.engine.measurements import Measurements, Reuse, Size
 from moe_gguf.runtime.engine.planner import Facts, Pipeline, Workload, plan
 from moe_gguf.runtime.engine.room import Room
@@ -75,7 +76,7 @@ def facts(total: float, **more: Any) -> Facts:
 
 
 def costs(share: float = 0.4, **more: Any) -> Costs:
-    made = Costs(issue_machine(), facts(GB).shape, share, DISK)
+    made = Costs(Curves(issue_machine(), facts(GB).shape), share, DISK)
     return replace(made, **more)
 
 
@@ -84,7 +85,7 @@ def costs(share: float = 0.4, **more: Any) -> Costs:
 
 def test_a_measured_step_is_predicted_as_it_was_measured() -> None:
     here = costs()
-    for size in here.measured.decode:
+    for size in here.curves.measured.decode:
         step = here.decode(size.rows)
         assert step.compute_s == pytest.approx(size.compute_s)
         assert step.read_bytes == pytest.approx(size.read_bytes)
@@ -157,7 +158,7 @@ def machines(draw: st.DrawFn) -> Measurements:
 def test_a_better_machine_is_never_predicted_slower(
     measured: Measurements, rows: int, share: float, more: float, factor: float
 ) -> None:
-    here = Costs(measured, facts(GB).shape, share, 1e9)
+    here = Costs(Curves(measured, facts(GB).shape), share, 1e9)
     better = [
         replace(here, share=share + (1 - share) * more),
         here.with_disk(1e9 * factor),
@@ -173,7 +174,7 @@ def test_a_better_machine_is_never_predicted_slower(
 # --- a plan -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     machines(),
     st.floats(0.5, 6),
@@ -194,7 +195,7 @@ def test_a_plan_is_never_slower_than_turns_and_fits(
     rows = made.schedule.chunk + (made.n_seq_max if made.n_seq_max > 1 else 0)
     taken = given_facts.room.bytes(made.n_seq_max, made.cells, rows, max(64, made.n_seq_max))
     assert taken + made.n_slots * BLOB <= given_facts.total_bytes
-    here = Costs(measured, given_facts.shape, made.n_slots / given_facts.n_all, DISK)
+    here = Costs(Curves(measured, given_facts.shape), made.n_slots / given_facts.n_all, DISK)
     for p in made.curve:
         alone = here.decode(1, 96)
         turns = 1 / (alone.seconds + (here.switch_s(1) / 4 if p.sequences > 1 else 0.0))
@@ -205,14 +206,16 @@ def test_a_plan_is_never_slower_than_turns_and_fits(
     assert made.curve[-1].sequences == made.n_seq_max == (parallel or made.n_seq_max)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(machines(), st.floats(0.8, 4), st.floats(0, 2), st.floats(1, 4))
 def test_more_memory_or_disk_never_makes_a_job_longer(
     measured: Measurements, gigabytes: float, more: float, factor: float
 ) -> None:
     def worth(**changes: Any) -> float:
         there = facts(gigabytes * GB)._replace(**changes)
-        chosen = planner._best(measured, there, "throughput", Workload(64, 64), None)
+        chosen = planner._best(
+            Curves(measured, there.shape), there, "throughput", Workload(64, 64, most=32), None
+        )
         return chosen.worth
 
     tolerated = 1 - planner._TIE - 1e-9  # as good as the best is good enough
@@ -254,7 +257,7 @@ def test_a_lossy_cache_is_offered_and_never_chosen() -> None:
 
 
 def test_a_batch_of_few_lines_gets_no_more_sequences_than_lines() -> None:
-    made = plan(issue_machine(), facts(2.4 * GB), "throughput", Workload(64, 64, count=20))
+    made = plan(issue_machine(), facts(2.4 * GB), "throughput", Workload(64, 64, most=20))
     assert made.n_seq_max <= 20
 
 

@@ -70,10 +70,20 @@ class Counts:
 
 
 class Loop:
-    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens."""
+    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens.
 
-    def __init__(self, model: Model, schedule: Schedule, n_ctx: int) -> None:
+    ``plan`` gives the schedule for a number of sequences; without it there is only the one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        n_ctx: int,
+        plan: Callable[[int], Schedule] | None = None,
+    ) -> None:
         self.model = model
+        self._plan = plan
         self.n_ctx = n_ctx
         self.counts = Counts()
         context = model.context
@@ -197,6 +207,15 @@ class Loop:
         self.counts.submitted += 1
         self._alive[sequence] = sequence.part
         self.scheduler.add(sequence)
+        self._replan()
+
+    def _replan(self) -> None:
+        """As many sequences as there are now may be served best in another way."""
+        if self._plan is None:
+            return
+        schedule = self._plan(max(1, min(len(self._alive), self.scheduler.limits.slots)))
+        if schedule != self.scheduler.schedule:
+            self.scheduler.set(schedule)
 
     def _compute(self, step: Step) -> None:
         batch = self.model.context.batch
@@ -352,6 +371,7 @@ class Loop:
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
         del self._alive[sequence]
+        self._replan()
         sequence.part.sampler.close()
 
     def _drop(self, sequence: Sequence) -> None:

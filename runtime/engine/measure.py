@@ -306,7 +306,8 @@ def _read_cost(one: Size, fresh: Sequence[_Reading], again: _Reading | None) -> 
         return 0.0
     usual = statistics.median(sum(reading.size[:2]) for reading in fresh)
     more = usual - sum(again.size[:2])
-    return max(0.0, min(more, usual / 4)) / (one.read_bytes - again.stats.read_bytes)
+    more_bytes = one.read_bytes - float(again.stats.read_bytes)
+    return max(0.0, min(more, usual / 4)) / more_bytes
 
 
 def _trunk_bytes(found: Found) -> int:

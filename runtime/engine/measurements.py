@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ..files import replacing
 from ..formats.stream import stream_of
 from ..opening import Found
-from ..params import physical_cores
+from ..system import physical_cores
 
 PROTOCOL = 1  # of what is measured and how: others' files do not count
 
@@ -83,8 +83,10 @@ class Measurements:
             if found.pop("protocol") != PROTOCOL:
                 raise ValueError("another protocol")
             reuse = Reuse(*(_tuple(value) for value in found.pop("reuse")))
-            sizes = {n: tuple(Size(*s) for s in found.pop(n)) for n in ("decode", "prompt")}
-            made = cls(**sizes, reuse=reuse, **found)
+            decode, prompt = (
+                tuple(Size(*size) for size in found.pop(name)) for name in ("decode", "prompt")
+            )
+            made = cls(decode, prompt, reuse, **found)
             made._check()
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not measurements: {error}") from None

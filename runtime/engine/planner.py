@@ -20,7 +20,8 @@ from ..budget import min_slots
 from ..errors import UserError, option
 from ..formats.ggml_types import pad_up
 from ..sizes import format_size
-from .costs import Costs, Shape, StepTime
+from .costs import Costs, StepTime
+from .curves import Curves, Shape
 from .measurements import Measurements
 from .room import Room
 from .schedule import Schedule
@@ -29,7 +30,7 @@ Goal = Literal["latency", "throughput"]
 GOALS: tuple[Goal, ...] = ("latency", "throughput")
 
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_CHUNKS = (32, 64, 128, 256, 512, 1024, 2048)
+_CHUNKS = (32, 64, 128, 256, 512, 1024)
 _QUANTA = (4, 8, 16, 32, 64, 128, 256)
 # What a turn may lose to the reads of its first tokens: who waits for others' turns wants short
 # ones, who only counts tokens long ones.
@@ -39,16 +40,17 @@ _ALONE_LOSS = 0.05
 _MOST_AUTO = 8  # sequences in memory where the goal is latency and nobody says how many come
 _TIE = 0.03  # predictions closer than this are alike, and what waits less is chosen
 _WORTH = 1.05  # of the predicted speed: a lossy cache that gains less is not mentioned
+SCORE_ROWS = 64  # tokens of prompts that are scored in a step
 KV_Q8_0 = 34 / 64  # bytes of a block of q8_0 over those of f16
 
 
 class Workload(NamedTuple):
-    """What is expected of the sequences to come, in tokens on average; ``count`` of them, if that
-    is known."""
+    """What is expected of the sequences to come, in tokens on average; ``most`` of them, if that is
+    known."""
 
     prompt: int = 256
     answer: int = 256
-    count: int | None = None
+    most: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -66,7 +68,7 @@ class Facts(NamedTuple):
     n_ctx: int  # the longest that one sequence may get
     disk_bytes_per_s: float  # now
     direct: bool = True
-    score_rows: int = 64
+    score_rows: int = SCORE_ROWS
 
 
 class Pipeline(NamedTuple):
@@ -168,7 +170,8 @@ def plan(
     UserError where so many do not fit.
     """
     workload = workload or Workload(min(256, facts.n_ctx // 2), min(256, facts.n_ctx // 2))
-    chosen = _best(measured, facts, goal, workload, parallel)
+    curves = Curves(measured, facts.shape)
+    chosen = _best(curves, facts, goal, workload, parallel)
     predicted = chosen.predict(chosen.sequences)
     counts = [n for n in _SEQUENCES if n < chosen.sequences]
     curve = tuple(chosen.predict(n) for n in (*counts, chosen.sequences))
@@ -182,10 +185,10 @@ def plan(
         chosen.n_slots,
         predicted,
         curve,
-        _binds(measured, chosen),
+        _binds(chosen),
         pipeline(chosen.costs, group, chosen.held).hot,
         _hides_from(chosen),
-        _offer(measured, facts, goal, workload, parallel, predicted),
+        _offer(chosen, predicted, parallel),
     )
 
 
@@ -217,7 +220,8 @@ class _Choice(NamedTuple):
     def predict(self, active: int) -> Prediction:
         """Of so many sequences at once, in the group and the turns that are best for them."""
         groups = sorted({n for n in _SEQUENCES if n < active} | {active})
-        tried = [self._with_group(active, group) for group in groups]
+        first = self._first_token_s()
+        tried = [self._with_group(active, group, first) for group in groups]
         most = max(p.decode_tps for p in tried)
         least = max(most * (1 - _TIE), tried[0].decode_tps)  # never below serving one by one
         alike = [p for p in tried if p.decode_tps >= least]
@@ -225,7 +229,7 @@ class _Choice(NamedTuple):
             return max(alike, key=lambda p: (p.decode_tps, -p.group))
         return min(alike, key=lambda p: (p.gap_s, p.group))
 
-    def _with_group(self, active: int, group: int) -> Prediction:
+    def _with_group(self, active: int, group: int, first: float) -> Prediction:
         step = self.costs.decode(group, self.held)
         quantum, lost = 0, 0.0
         if group < active:
@@ -233,7 +237,6 @@ class _Choice(NamedTuple):
         each = step.seconds + lost
         tps = group / each
         chunk = self.costs.prompt(self.chunk, group if active > 1 else 0, self.held)
-        first = self._first_token_s()
         others = math.ceil(active / group) - 1
         gap = others * quantum * each + (chunk.seconds if active > 1 else each)
         return Prediction(
@@ -271,7 +274,7 @@ class _Choice(NamedTuple):
 
 
 def _choices(
-    measured: Measurements, facts: Facts, goal: Goal, workload: Workload, sequences: int
+    curves: Curves, facts: Facts, goal: Goal, workload: Workload, sequences: int
 ) -> Iterator[_Choice]:
     """What fits of a number of sequences, by chunk."""
     longest = pad_up(facts.n_ctx, 256)
@@ -286,23 +289,21 @@ def _choices(
         n_slots = min(facts.n_all, free // facts.slot_bytes)
         if n_slots < min_slots(facts.n_all):
             return
-        costs = Costs(
-            measured, facts.shape, n_slots / facts.n_all, facts.disk_bytes_per_s, facts.direct
-        )
+        costs = Costs(curves, n_slots / facts.n_all, facts.disk_bytes_per_s, facts.direct)
         yield _Choice(facts, goal, workload, costs, sequences, cells, chunk, n_slots)
 
 
 def _best(
-    measured: Measurements, facts: Facts, goal: Goal, workload: Workload, parallel: int | None
+    curves: Curves, facts: Facts, goal: Goal, workload: Workload, parallel: int | None
 ) -> _Choice:
     def best(n: int) -> _Choice | None:
-        return _enough(list(_choices(measured, facts, goal, workload, n)))
+        return _enough(list(_choices(curves, facts, goal, workload, n)))
 
     if parallel is not None:
         if (chosen := best(parallel)) is None:
             raise UserError(_too_many(facts, workload, parallel))
         return chosen
-    counts = [n for n in _SEQUENCES if n <= (workload.count or _SEQUENCES[-1])]
+    counts = [n for n in _SEQUENCES if n <= (workload.most or _SEQUENCES[-1])]
     fitting = [choice for n in counts if (choice := best(n)) is not None]
     if not fitting:
         raise UserError(_too_many(facts, workload, 1))
@@ -340,7 +341,7 @@ def _too_many(facts: Facts, workload: Workload, parallel: int) -> str:
 
 def pipeline(costs: Costs, group: int, cells: float = 0.0) -> Pipeline:
     """One layer of a step of this group."""
-    n_layers = costs.shape.n_layers
+    n_layers = costs.curves.shape.n_layers
     step = costs.decode(group, cells)
     distinct, missing = costs.distinct(group), costs.reads(group)
     experts = min(step.compute_s, costs.expert_s(group))
@@ -359,7 +360,7 @@ def _hides_from(chosen: _Choice) -> int | None:
     return next((n for n in groups if pipeline(chosen.costs, n, chosen.held).hides), None)
 
 
-def _binds(measured: Measurements, chosen: _Choice) -> str:
+def _binds(chosen: _Choice) -> str:
     """Of what a tenth more would gain most."""
 
     def tps(costs: Costs, n_slots: int | None = None) -> float:
@@ -376,15 +377,20 @@ def _binds(measured: Measurements, chosen: _Choice) -> str:
     return max(gains, key=gains.__getitem__)
 
 
-def _offer(
-    measured: Measurements,
-    facts: Facts,
-    goal: Goal,
-    workload: Workload,
-    parallel: int | None,
-    predicted: Prediction,
-) -> float | None:
+def _offer(chosen: _Choice, predicted: Prediction, parallel: int | None) -> float | None:
     """What a cache of q8_0 would gain; it is lossy, so it is only spoken of."""
-    smaller = facts._replace(room=facts.room.with_cells(KV_Q8_0))
-    tps = _best(measured, smaller, goal, workload, parallel).predict(predicted.sequences).decode_tps
+    facts = chosen.facts._replace(room=chosen.facts.room.with_cells(KV_Q8_0))
+    n = chosen.sequences
+    counts = [n] if parallel is not None or chosen.goal == "latency" else [n, 2 * n]
+    found = [
+        _best(chosen.costs.curves, facts, chosen.goal, chosen.workload, count)
+        for count in counts
+        if count <= _SEQUENCES[-1] and _fits(chosen.costs.curves, facts, chosen, count)
+    ]
+    tps = max((c.predict(c.sequences).decode_tps for c in found), default=0.0)
     return tps if tps >= predicted.decode_tps * _WORTH else None
+
+
+def _fits(curves: Curves, facts: Facts, chosen: _Choice, sequences: int) -> bool:
+    choices = _choices(curves, facts, chosen.goal, chosen.workload, sequences)
+    return next(choices, None) is not None

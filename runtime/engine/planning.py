@@ -16,13 +16,15 @@ from ..params import n_ctx_of
 from ..progress import Report
 from ..sizes import format_size
 from . import measure
-from .costs import Shape
+from .curves import Shape
 from .measurements import Measurements, place, recall
-from .planner import Facts, Goal, Plan, Prediction, Workload, plan
+from .planner import SCORE_ROWS, Facts, Goal, Plan, Prediction, Workload, plan
 from .room import room
 
 
-def facts(found: Found, n_ctx: int | None, n_threads: int | None) -> Facts:
+def facts(
+    found: Found, n_ctx: int | None, n_threads: int | None, score_rows: int = SCORE_ROWS
+) -> Facts:
     """Of model, budget and disk, in about a second."""
     layout = found.layout
     needs = room(found, n_threads)
@@ -37,6 +39,7 @@ def facts(found: Found, n_ctx: int | None, n_threads: int | None) -> Facts:
         n_ctx_of(layout, n_ctx),
         measure.disk_speed(found),
         found.mode.direct,
+        score_rows,
     )
 
 
@@ -53,6 +56,7 @@ def planned(
     parallel: int | None = None,
     workload: Workload | None = None,
     n_threads: int | None = None,
+    score_rows: int = SCORE_ROWS,
     progress: Report | None = None,
 ) -> Plan:
     """The best schedule there is; a model that was not measured on this machine is, once.
@@ -60,7 +64,7 @@ def planned(
     ``progress`` counts the seconds of that. UserError where so many sequences do not fit.
     """
     measured = measure.measured(found, n_threads, progress)
-    return plan(measured, facts(found, n_ctx, n_threads), goal, workload, parallel)
+    return plan(measured, facts(found, n_ctx, n_threads, score_rows), goal, workload, parallel)
 
 
 # --- for people ---------------------------------------------------------------------------------

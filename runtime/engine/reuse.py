@@ -95,4 +95,4 @@ def _reads(
             )
             hits = residency.plan(event).n_hits
             missing += (len(counts) - hits) * (i >= half)
-    return missing / ((len(steps) - half) * n_layers)
+    return float(missing / ((len(steps) - half) * n_layers))
