@@ -13,6 +13,8 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -78,24 +80,38 @@ def measure(
         "n_threads": n_threads,
         "seconds": seconds,
     }
-    with subprocess.Popen(
-        child.command(__name__, json.dumps(told)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=child.FOLDER,
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+        subprocess.Popen(
+            child.command(__name__, json.dumps(told)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            cwd=child.FOLDER,
+        ) as process,
+    ):
+        late = threading.Timer(_LIMIT_S, process.kill)
+        late.start()
         try:
-            return _listen(process, progress)
+            if (taken := _listen(process, progress)) is not None:
+                return taken
+            process.wait()
         except BaseException:
             process.kill()
             raise
+        finally:
+            late.cancel()
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+        raise RuntimeError(
+            f"measuring this model failed: {lines[-1] if lines else f'code {process.returncode}'}"
+        )
 
 
-def _listen(process: subprocess.Popen[str], progress: Report | None) -> Measurements:
-    assert process.stdout is not None and process.stderr is not None
-    deadline = time.monotonic() + _LIMIT_S
+def _listen(process: subprocess.Popen[str], progress: Report | None) -> Measurements | None:
+    """What the child says at last; None if it ends without a result."""
+    assert process.stdout is not None
     for line in process.stdout:
         match json.loads(line):
             case {"done": float(done), "of": float(of)}:
@@ -105,10 +121,7 @@ def _listen(process: subprocess.Popen[str], progress: Report | None) -> Measurem
                 return Measurements.from_json(text)
             case {"error": str(error)}:
                 raise UserError(f"{error} (while measuring this model)")
-        if time.monotonic() > deadline:
-            break
-    last = process.stderr.read().strip().splitlines() if process.poll() is not None else []
-    raise RuntimeError(f"measuring this model failed: {last[-1] if last else 'it hangs'}")
+    return None
 
 
 def disk_speed(found: Found) -> float:
@@ -262,6 +275,7 @@ class _Measuring:
             row = Row(sequence.token, sequence.pos, sequence.number)
             reading, _ = self.step([row], Phase.DECODE)
             if not self.model.memory.remove(sequence.number, sequence.pos):
+                sequence.pos += 1
                 return None
         return reading
 
