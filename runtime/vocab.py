@@ -57,7 +57,7 @@ class Vocabulary:
                 )
             )
             if n >= 0:
-                return tokens[:n]
+                return list(tokens[:n])
             size = -n
 
     def name(self, token: int) -> str:

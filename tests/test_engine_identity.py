@@ -16,30 +16,33 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from conftest import TinyFile, ZooFile
-from harness import Stock, fix_slots, random_tokens
+from harness import Logits, Stock, fix_slots, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tape import Tape, check
+from tape import Decoded, Tape, check, replay
 
 import moe_gguf
 from moe_gguf import Engine
 from moe_gguf.policies import POLICIES
+from moe_gguf.policies.base import Phase
 from moe_gguf.runtime.engine.generation import Generation
 from moe_gguf.runtime.engine.model import context_shape
 from moe_gguf.runtime.engine.request import Cancelled
 from moe_gguf.runtime.engine.schedule import Schedule
 
-EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "4"))
 # One architecture for each kind of memory.
 KINDS = {
     "plain": "qwen3moe",
@@ -157,15 +160,13 @@ def perform(path: Path, play: Play) -> dict[str, Any]:
 
         play.tape.on_step = act
         while pending := [a for a in play.requests if a.generation is None]:
-            acted = threading.Event()
             step = min(a.arrives for a in pending)  # what should come after the last step comes now
-            engine._loop.post(lambda step=step, acted=acted: (act(step), acted.set()))
-            acted.wait()
+            engine._loop.post(lambda step=step: act(step)).result()
             for asked in play.requests:
                 wait(asked)
         for asked in play.requests:  # and those that came while others were waited for
             wait(asked)
-        stats = engine.stats()
+        stats = engine.stats() | {"events": engine.arena.plugin.stats().events}
         engine._loop.scheduler.check_integrity()
         assert not engine._loop.scheduler.running
         return stats
@@ -241,3 +242,119 @@ def test_1_whatever_is_asked_stock_computes_alike(kind: str, models: Models) -> 
         check(play.tape, stock.model, play.params())
 
     gate()
+
+
+# --- 2: that it is about something ----------------------------------------------------------------
+
+
+def busy(**settings: Any) -> Play:
+    """Long and short requests, some scored, that come one after another."""
+    requests = [
+        Asked(n_prompt=20 + 9 * i, max_tokens=40, arrives=2 * i, scored=i % 3 == 0)
+        for i in range(7)
+    ]
+    return Play(requests, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_2_what_the_gate_is_about_happens(kind: str, models: Models) -> None:
+    path, stock = models(kind)
+    play = busy(group=2, quantum=3, chunk=32, cells=256)
+    stats = perform(path, play)
+    check(play.tape, stock.model, play.params())
+    phases = Counter(step.phase for step in play.tape.steps)
+    assert phases[Phase.DECODE] and phases[Phase.PREFILL]
+    equal = kind in ("hybrid", "mamba", "compressed")
+    assert (phases[Phase.MIXED] == 0) == equal
+    decoding = [set(s.columns[2]) for s in play.tape.steps if s.phase == Phase.DECODE]
+    assert max(map(len, decoding)) == 2
+    assert len(set.union(*decoding)) > 2, "nobody but the first two had a turn"
+    assert stats["requests"]["preempted"] > 0
+    assert any(8 > sum(s.columns[3]) > 2 for s in play.tape.steps), "no prompt was scored in pieces"
+    assert stats["misses"] > play.n_slots
+    n_layers = len(stats["layers"])
+    computed = [s for s in play.tape.steps if s.code == 0]
+    most = n_layers * len(computed)
+    silent = sum(not any(s.columns[3]) for s in computed)  # the last layer may compute nothing
+    # A compressed memory takes sequences together only where their numbers follow on each other.
+    assert most - silent <= stats["events"] <= most or kind == "compressed", "more than one graph"
+
+
+# --- 3: alone ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_3_alone_it_gets_what_llama_gives(
+    kind: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = models(kind)
+    prompt, n = random_tokens(70), 16
+    play = Play([], parallel=1, group=1, chunk=64)
+    with engine_of(path, play) as engine:
+        ours = engine.submit(prompt, max_tokens=n, temp=0.0).result()
+    fix_slots(monkeypatch, play.n_slots)
+    llama = moe_gguf.Llama(
+        path, memory="1GB", n_ctx=N_CTX, n_batch=64, flash_attn=True, swa_full=False, n_threads=1
+    )
+    tokens = list(itertools.islice(llama.generate(prompt, temp=0.0), n))
+    ends = [i for i, token in enumerate(tokens) if llama._vocabulary.ends(token)]
+    llama.close()
+    assert ours.tokens == tokens[: min(ends, default=n)]
+
+
+# --- 4: alone and in a batch ----------------------------------------------------------------------
+
+
+def test_4_alone_and_in_a_batch_agree_as_often_as_in_stock(models: Models) -> None:
+    path, stock = models("plain")
+    requests = [(random_tokens(10 + 7 * i, seed=i), 12) for i in range(4)]
+    alone, together = Play([], n_slots=40), Play([], n_slots=40)
+    with engine_of(path, alone) as engine:
+        for tokens, n in requests:
+            engine.submit(tokens, max_tokens=n, temp=0.0, ignore_eos=True).result()
+    with engine_of(path, together) as engine:
+
+        def begin() -> list[Generation]:
+            return [
+                engine.submit(tokens, max_tokens=n, temp=0.0, ignore_eos=True)
+                for tokens, n in requests
+            ]
+
+        for generation in engine._loop.post(begin).result():
+            generation.result()
+    ours = agreement(alone.tape.steps, together.tape.steps, [len(t) for t, _ in requests])
+    replayed = [replay(play.tape, stock.model, play.params()) for play in (alone, together)]
+    assert ours == agreement(*replayed, [len(t) for t, _ in requests])
+    print(f"alone against together: {ours.bits:.0%} of the logits, {ours.tokens:.0%} of the tokens")
+    assert ours.tokens > 0
+
+
+class Agreement(NamedTuple):
+    """Shares of tokens: chosen from the same logits to the last bit, and chosen alike."""
+
+    bits: float
+    tokens: float
+
+
+def agreement(alone: list[Decoded], together: list[Decoded], prompts: list[int]) -> Agreement:
+    """Token by token, by place. Alone, every request has the same slot, one after another."""
+    rows, others = by_token(alone)[0], by_token(together)
+    bits, tokens = [], []
+    for i, n_prompt in enumerate(prompts):
+        for pos, logits in others[i]:
+            its_pos, its = rows.pop(0)
+            assert pos == its_pos >= n_prompt - 1
+            bits.append(np.array_equal(logits, its))
+            tokens.append(logits.argmax() == its.argmax())
+    return Agreement(float(np.mean(bits)), float(np.mean(tokens)))
+
+
+def by_token(steps: list[Decoded]) -> dict[int, list[tuple[int, Logits]]]:
+    """By slot: position and logits of every row that wanted them, in order."""
+    found: dict[int, list[tuple[int, Logits]]] = {}
+    for step in steps:
+        assert step.logits is not None
+        rows = [row for row in zip(*step.columns, strict=True) if row[3]]
+        for (_, pos, seq, _), logits in zip(rows, step.logits, strict=True):
+            found.setdefault(seq, []).append((pos, logits))
+    return found

@@ -130,9 +130,9 @@ def _draw(llama: Llama, token: list[int], path: Path) -> str:
     """Write the timeline of one more step."""
     from .. import timeline
 
-    timeline.record(llama)
+    timeline.record(llama.arena)
     _step(llama, token, Phase.DECODE)
-    return timeline.write(llama, path)
+    return timeline.write(llama.arena, llama.last_step, path)
 
 
 def _open(spec: Spec, **given: Any) -> llama_cpp.Llama:

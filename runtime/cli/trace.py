@@ -60,9 +60,9 @@ def trace(
         if save_routing:  # so that mistakes show now
             check_writable(found.history_path)
             history.load(found.history_path, found.identity)
-        prompt: Any = [{"role": "user", "content": text}] if chat else text
+        asked: Any = [{"role": "user", "content": text}] if chat else text
         interrupted = False
-        generation = engine.submit(prompt, max_tokens=n_predict, temp=0.0)
+        generation = engine.submit(asked, max_tokens=n_predict, temp=0.0)
         try:
             for event in generation:
                 click.echo(getattr(event, "text", ""), nl=False)

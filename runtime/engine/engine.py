@@ -149,10 +149,11 @@ class Engine:
         of ``Request`` and of ``Sampling`` by name; ``stop`` may be one text. RequestError for what
         cannot be computed as it is asked.
         """
-        request = self._request(prompt, settings)
-        generation = Generation(len(request.tokens))
-        self._loop.submit(request, generation)
-        generation.engine = self  # which is not closed as long as someone reads
+        with self._loop.using():
+            request = self._request(prompt, settings)
+            generation = Generation(len(request.tokens))
+            generation.engine = self  # which is not closed as long as someone reads
+            self._loop.submit(request, generation)
         return generation
 
     def _request(self, prompt: Prompt, settings: dict[str, Any]) -> Request:
@@ -189,28 +190,32 @@ class Engine:
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens that ``submit`` takes a prompt for: of text and conversations with the model's
         own start token, if it has one."""
-        if isinstance(prompt, str):
-            return encode(self.vocabulary, well_formed(prompt))
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.template.encode(prompt)  # type: ignore[arg-type]
-        tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
-        self.vocabulary.check(tokens)
-        return tokens
+        with self._loop.using():
+            if isinstance(prompt, str):
+                return encode(self.vocabulary, well_formed(prompt))
+            if len(prompt) and isinstance(prompt[0], Mapping):
+                return self.template.encode(prompt)  # type: ignore[arg-type]
+            tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+            self.vocabulary.check(tokens)
+            return tokens
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
         """Tokens of a text; ``special``: control tokens may be written in it."""
-        return self.vocabulary.tokenize(well_formed(text).encode(), add_bos, special)
+        with self._loop.using():
+            return self.vocabulary.tokenize(well_formed(text).encode(), add_bos, special)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens; ``special``: control tokens appear in it."""
-        return self.vocabulary.text(tokens, special).decode("utf-8", "replace")
+        with self._loop.using():
+            return self.vocabulary.text(tokens, special).decode("utf-8", "replace")
 
     @property
     def template(self) -> Template:
         """How the model writes conversations; UserError for a model that has no template."""
-        if self._template is None:
-            self._template = Template(self.vocabulary, self._model.metadata)
-        return self._template
+        with self._loop.using() as model:
+            if self._template is None:
+                self._template = Template(self.vocabulary, model.metadata)
+            return self._template
 
     # -- what is known of it
 
@@ -243,7 +248,8 @@ class Engine:
             "cells": scheduler.cells,
             "cells_used": sum(s.computed for s in list(scheduler.running)),
         }
-        return {**self._model.meter.table(), "requests": requests}
+        with self._loop.using() as model:
+            return {**model.meter.table(), "requests": requests}
 
     # -- the end
 

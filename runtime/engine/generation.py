@@ -28,6 +28,10 @@ class Result(NamedTuple):
     finished: Finished
 
 
+def _nothing() -> None:
+    pass
+
+
 _FINISHED = StopIteration()  # an end that is no failure
 
 
@@ -44,7 +48,7 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
         self._end: BaseException | None = None  # what there is instead of more events
         self._ready = threading.Condition()
         self._waiting: list[Callable[[], object]] = []
-        self._cancel: Callable[[], None] = lambda: None
+        self._cancel: Callable[[], None] = _nothing
         self._seen: list[Event] = []
         self.engine: object = None  # which must live as long as it is read
 
@@ -62,7 +66,9 @@ class Generation(Iterator[Event], AsyncIterator[Event]):
     def _tell(self, events: Sequence[Event], end: BaseException | None) -> None:
         with self._ready:
             self._events.extend(events)
-            self._end = self._end or end
+            if end is not None:
+                self._end = self._end or end
+                self._cancel = _nothing  # nor does it refer to what computed it
             self._ready.notify_all()
             waiting, self._waiting = self._waiting, []
         for wake in waiting:

@@ -10,9 +10,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import llama_cpp
 
@@ -38,6 +40,10 @@ from .sampler import Sampled, Sampler, logprob
 from .schedule import Schedule
 from .scheduler import Limits, Piece, Scheduler, Step
 from .sequence import Sequence
+
+T = TypeVar("T")
+
+_STEP_SECONDS = 0.5  # that closing waits for a step; llama.cpp remarks on one that is interrupted
 
 _SAMPLING_THREADS = 4  # beside the loop's own; sampling takes a fraction of a millisecond each
 
@@ -101,12 +107,30 @@ class Loop:
         self._wake = threading.Condition()
         self._end: BaseException | None = None  # why nothing is computed any more
         self._is_orphan = False
+        self._n_users = 0
         self._n_threads = min(_SAMPLING_THREADS, os.cpu_count() or 1) - 1
         self._pool: ThreadPoolExecutor | None = None
         self._thread = threading.Thread(target=self._run, name="moe-gguf engine", daemon=True)
         self._thread.start()
 
     # -- from any thread
+
+    @contextmanager
+    def using(self) -> Iterator[Model]:
+        """The model, which is not freed meanwhile; raises why nothing is computed any more."""
+        with self._wake:
+            self._check()
+            self._n_users += 1
+        try:
+            yield self.model
+        finally:
+            with self._wake:
+                self._n_users -= 1
+                self._wake.notify_all()
+
+    def _check(self) -> None:
+        if self._end is not None:
+            raise self._end.with_traceback(None)
 
     def submit(self, request: Request, generation: Generation) -> None:
         """RequestError for what cannot be sampled as it is asked."""
@@ -124,34 +148,47 @@ class Loop:
             part.sampler.close()
             raise
 
-    def post(self, work: Callable[[], None]) -> None:
-        """Have this done between two steps."""
+    def post(self, work: Callable[[], T]) -> Future[T]:
+        """Have this done between two steps; what comes of it."""
+        future: Future[T] = Future()
+
+        def do() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
         with self._wake:
-            if self._end is not None:
-                raise self._end.with_traceback(None)
-            self._inbox.append(work)
-            self._wake.notify()
+            self._check()
+            self._inbox.append(do)
+            self._wake.notify_all()
+        return future
 
     def _cancel(self, sequence: Sequence) -> None:
         with self._wake:
             if self._end is None:
                 self._inbox.append(lambda: self._cancelled(sequence))
-                self._wake.notify()
+                self._wake.notify_all()
 
     def close(self) -> None:
         """End what is being computed; whoever waits gets EngineClosed. Frees the model."""
         with self._wake:
             if self._end is None:
                 self._end = EngineClosed()
-            self._wake.notify()
-        self.model.arena.interrupt(EngineClosed())
+            self._wake.notify_all()
         if threading.current_thread() is self._thread:
             self._is_orphan = True  # its last reference went with a request's: see _run
             return
-        self._thread.join()
+        self._thread.join(_STEP_SECONDS)
+        if self._thread.is_alive():
+            self.model.arena.interrupt(EngineClosed())
+            self._thread.join()
         self._free()
 
     def _free(self) -> None:
+        with self._wake:
+            while self._n_users:
+                self._wake.wait()
         if self._pool is not None:
             self._pool.shutdown()
         self.model.close()
@@ -170,8 +207,7 @@ class Loop:
         end: BaseException
         try:
             while self._wait():
-                if step := self.scheduler.next():
-                    self._compute(step)
+                self._step()
             end = EngineClosed()
         except BaseException as error:  # a defect of ours: nobody is to wait for ever
             end = error
@@ -217,7 +253,10 @@ class Loop:
         if schedule != self.scheduler.schedule:
             self.scheduler.set(schedule)
 
-    def _compute(self, step: Step) -> None:
+    def _step(self) -> None:
+        step = self.scheduler.next()
+        if step is None:
+            return
         batch = self.model.context.batch
         batch.clear()
         now = time.perf_counter()

@@ -77,6 +77,8 @@ class Scheduler:
         most = self.limits.slots if schedule.quantum else schedule.group
         self._n_most = min(most, self.limits.slots)
         self._group = min(schedule.group, self.limits.slots, self.limits.outputs)
+        for sequence in self.running:
+            sequence.served = 0
 
     # -- coming and going
 
@@ -125,6 +127,8 @@ class Scheduler:
             decoding, pieces = [], self._equal_chunks(prompts)
         else:
             pieces = [_piece(s, 1) for s in decoding]
+        if self.limits.equal:  # some memories share a graph among numbers in a row only
+            pieces.sort(key=lambda piece: piece.sequence.slot)
         self._prompts_next = bool(decoding)
         if not decoding:
             return Step(pieces, Phase.PREFILL)
