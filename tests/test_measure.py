@@ -4,6 +4,7 @@
 2. It is remembered by what decides over it, and a damaged file counts as none.
 3. Replayed routes need and read what counting by hand says.
 4. A few simulated loads tell what a context of any size takes.
+5. An engine that is given a goal opens and schedules by its plan.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import pytest
 from conftest import TinyFile, ZooFile
 from test_planner import issue_machine
 
+from moe_gguf import Engine
 from moe_gguf.runtime import opening
 from moe_gguf.runtime.cli.main import cli
 from moe_gguf.runtime.engine import measure, planning
 from moe_gguf.runtime.engine.measurements import Measurements, place, recall, remember
 from moe_gguf.runtime.engine.model import context_shape
+from moe_gguf.runtime.engine.planner import Workload
+from moe_gguf.runtime.engine.request import Cancelled
 from moe_gguf.runtime.engine.reuse import _distinct, reuse
 from moe_gguf.runtime.engine.room import room, simulated
+from moe_gguf.runtime.engine.schedule import Schedule
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.opening import Found
 from moe_gguf.runtime.options import Options
@@ -215,3 +220,38 @@ def test_plan_prints_the_schedule_of_a_measured_model(
     assert document["schedule"]["goal"] == "throughput"
     assert document["schedule"]["parallel"] == 8
     assert [p["sequences"] for p in document["schedule"]["curve"]] == [1, 2, 4, 8]
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+def test_an_engine_with_a_goal_is_opened_by_its_plan(
+    tiny_file: TinyFile, taken: Measurements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "measured", lambda *_: taken)
+    settings: dict[str, Any] = {"memory": MEMORY, "reads": "buffered", "n_threads": 1, "n_ctx": 256}
+    path = tiny_file("qwen3moe")
+    with Engine(path, goal="throughput", workload=Workload(16, 16, most=8), **settings) as engine:
+        plan = engine.plan
+        assert plan is not None
+        assert 1 < plan.n_seq_max <= 8
+        assert engine.stats()["requests"]["cells"] == plan.cells
+        asked = [engine.submit([5, i], max_tokens=8, ignore_eos=True) for i in range(10)]
+        assert [generation.result().finished.completion_tokens for generation in asked] == [8] * 10
+    with Engine(path, goal="latency", parallel=1, **settings) as engine:
+        assert engine.plan is None  # one sequence needs none, and pays for none
+
+
+def test_the_schedule_follows_the_number_of_sequences(tiny_file: TinyFile) -> None:
+    alone, together = Schedule(1, 4), Schedule(4, 0)
+    with Engine(tiny_file("qwen3moe"), memory=MEMORY, n_threads=1, n_ctx=256, parallel=4) as engine:
+        loop = engine._loop
+        loop._plan = lambda active: together if active > 2 else alone
+        asked = [engine.submit([5, i], ignore_eos=True, temp=0.0) for i in range(3)]
+        next(iter(asked[2]))
+        assert loop.scheduler.schedule == together
+        asked[0].cancel()
+        with pytest.raises(Cancelled):
+            asked[0].result()
+        assert loop.scheduler.schedule == alone
+        assert len(asked[1].result().tokens) > 200  # to the end of its context, in turns

@@ -152,7 +152,7 @@ def place(found: Found, n_threads: int | None) -> Path | None:
             stream.n_bytes,
             found.n_used,
             found.kernels.is_repacked,
-            found.mode[:2],
+            found.mode.direct,  # not the lanes, which are measured anew each time
             found.options.policy,
             found.options.losses(),
         )
