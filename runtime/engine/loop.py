@@ -79,7 +79,10 @@ class Counts:
 
 
 class Loop:
-    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens."""
+    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens.
+
+    ``plan`` gives the schedule for a number of sequences; without it there is only the one.
+    """
 
     def __init__(
         self,
@@ -88,8 +91,10 @@ class Loop:
         n_ctx: int,
         shelf: Shelf | None = None,
         store: Store | None = None,
+        plan: Callable[[int], Schedule] | None = None,
     ) -> None:
         self.model = model
+        self._plan = plan
         self.n_ctx = n_ctx
         self.counts = Counts()
         context = model.context
@@ -247,6 +252,15 @@ class Loop:
         self.counts.submitted += 1
         self._alive[sequence] = sequence.part
         self.scheduler.add(sequence)
+        self._replan()
+
+    def _replan(self) -> None:
+        """As many sequences as there are now may be served best in another way."""
+        if self._plan is None:
+            return
+        schedule = self._plan(max(1, min(len(self._alive), self.scheduler.limits.slots)))
+        if schedule != self.scheduler.schedule:
+            self.scheduler.set(schedule)
 
     def _step(self) -> None:
         step = self.scheduler.next()
@@ -406,6 +420,7 @@ class Loop:
     def _leave(self, sequence: Sequence, keep: bool = False) -> None:
         self.scheduler.remove(sequence, keep)
         del self._alive[sequence]
+        self._replan()
         sequence.part.sampler.close()
 
     def _drop(self, sequence: Sequence) -> None:
