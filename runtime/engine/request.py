@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from ..grammar.asked import GBNF, Schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,28 +43,6 @@ class Sampling:
     mirostat_eta: float = 0.1
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GBNF:
-    """A grammar in llama.cpp's own language.
-
-    ``lazy``: it begins to hold at the first of ``trigger_patterns`` (regular expressions on the
-    answer so far) or ``trigger_tokens``, as for a tool call in the middle of an answer.
-    """
-
-    text: str
-    root: str = "root"
-    lazy: bool = False
-    trigger_patterns: Sequence[str] = ()
-    trigger_tokens: Sequence[int] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schema:
-    """A JSON schema that the whole answer must satisfy; ``True`` is any JSON object."""
-
-    schema: Mapping[str, Any] | Literal[True]
 
 
 @dataclass(frozen=True, kw_only=True)
