@@ -81,7 +81,8 @@ class Counts:
 class Loop:
     """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens.
 
-    ``plan`` gives the schedule for a number of sequences; without it there is only the one.
+    What is computed is kept on the ``shelf`` and in the ``store``. ``plan`` gives the schedule for
+    a number of sequences; without it there is only the one.
     """
 
     def __init__(
@@ -368,7 +369,7 @@ class Loop:
         token = sampled.token
         # With ignore_eos too: the sampler only lets it by where a constraint leaves nothing else.
         if self.model.vocabulary.ends(token):
-            self._finish(sequence, "stop", events)
+            self._finish(sequence, "stop", events, ending=sampled.logprob)
             return
         sequence.tokens.append(token)
         text, stop = output.push(token)
@@ -390,6 +391,7 @@ class Loop:
         reason: Reason,
         events: list[Event] | None = None,
         stop: str | None = None,
+        ending: Logprob | None = None,
     ) -> None:
         part: Part = sequence.part
         finished = Finished(
@@ -400,6 +402,7 @@ class Loop:
             sequence.cached,
             len(sequence.tokens) - sequence.n_prompt,
             part.timings(),
+            ending,
         )
         self._leave(sequence, keep=True)
         self.counts.finished += 1
