@@ -111,7 +111,8 @@ def test_template_renders_calls_and_reads(name: str) -> None:
         if choice == "required" and name.startswith("ibm-granite-granite-3.3"):
             continue  # its calls have no form that llama.cpp knows
         prompt = made.apply(HI, tools=[WEATHER, CLOCK], tool_choice=choice)
-        assert "get_weather" in prompt.text
+        # Some write calls, but are not shown tools: llama-server lets that pass, too.
+        assert "get_weather" in prompt.text or not made.caps["supports_tools"]
         if choice == "required":
             assert isinstance(prompt.constraint, GBNF) and not prompt.constraint.lazy
         if isinstance(prompt.constraint, GBNF):

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ..grammar.asked import GBNF, Schema
+from ..grammar.asked import GBNF as GBNF
+from ..grammar.asked import Schema as Schema
 
 
 @dataclass(frozen=True, kw_only=True)
