@@ -59,11 +59,12 @@ chat: $(READY)
 mutants: $(READY)
 	MUTANTS=10000 $(BIN)/pytest tests/test_bad_input.py -k does_not_kill
 
-# Random schedules, long: the native reads and the slot table; `make test` runs a few of each. A
-# batch of 1,000 lines is killed 20 times.
+# Random schedules, long: the native reads, the slot table, requests to an Engine; `make test` runs a
+# few of each. A batch of 1,000 lines is killed 20 times.
 stress: build/stress $(READY)
 	build/stress $(STEPS) 1 build
 	STRESS_STEPS=$(STEPS) $(BIN)/pytest tests/test_stress.py
+	ENGINE_OPERATIONS=10000 ENGINE_EXAMPLES=100 $(BIN)/pytest tests/test_engine.py tests/test_engine_identity.py
 	BATCH_LINES=1000 BATCH_KILLS=20 $(BIN)/pytest tests/test_batch.py -k killed
 
 # Batches on a local Ray cluster of two nodes. Not in `check`: the extra installs 540 MB, and a
