@@ -13,8 +13,11 @@ That any requests keep the gate, test_engine_identity.py shows.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +42,7 @@ from moe_gguf.runtime.engine.request import Finished
 from moe_gguf.runtime.engine.schedule import Schedule
 from moe_gguf.runtime.engine.states import Kind, common
 from moe_gguf.runtime.engine.store import Store
+from moe_gguf.runtime.sizes import MB
 
 KINDS = {
     "plain": "qwen3moe",
@@ -395,6 +399,33 @@ def test_4_other_weights_of_the_same_shapes_are_another_model(
         assert ask(engine, prompt).cached_tokens == 0, "computed in another way"
     with engine_of(path, cache_dir=folder) as engine:
         assert ask(engine, prompt).cached_tokens == 59
+
+
+def test_4_the_command_line_goes_on_from_an_earlier_run(
+    tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    given = ["-p", "word " * 60, "-n", "2", "--temp", "0", "--json", "--memory", "1GB"]
+    command = [sys.executable, "-m", "moe_gguf", "run", str(tiny_file("qwen3moe")), *given]
+    command += ["--cache-dir", str(tmp_path / "states"), "--cache-size", "10MB"]
+    runs = [
+        json.loads(subprocess.run(command, capture_output=True, check=True, cwd=sys.prefix).stdout)
+        for _ in range(2)
+    ]
+    assert [run["stats"]["requests"]["cached_tokens"] for run in runs] == [
+        0,
+        runs[0]["prompt_tokens"] - 1,
+    ]
+    assert runs[0]["text"] == runs[1]["text"]
+
+
+def test_4_copies_are_in_the_budget(models: Models) -> None:
+    path, _ = models("plain")
+    sizes = []
+    for kept in (0, 50 * MB):
+        with engine_of(path, kept=kept) as engine:
+            sizes.append(engine.arena.budget.needs)
+    assert sizes[1].states == 50 * MB
+    assert sizes[1].total - sizes[0].total > 45 * MB
 
 
 # --- 5: counting --------------------------------------------------------------------------------
