@@ -85,6 +85,11 @@ class States:
         self.ledger = Ledger()
         self.held: dict[int, Held] = {}  # by number; of those at rest the least recently used first
 
+    @property
+    def cuts(self) -> bool:
+        """Any start of a sequence can be cut from it at any time."""
+        return not self.kind.whole and not self.kind.window
+
     # -- coming and going
 
     def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place:
@@ -108,7 +113,8 @@ class States:
         place of the fewer that it has; how many it has then."""
         mine, other = self.held[slot], self.held[source]
         assert mine.owner == other.owner and mine.tokens[:n] == other.tokens[:n]
-        if self._usable(source, n) != n:
+        by_copy = self.kind.window and self.memory.state_bytes(source) > self.shelf.limit
+        if by_copy or self._usable(source, n) != n:
             return self.ledger.length(slot)
         self._drop(slot)
         n = self._take(source, slot, n)
@@ -126,7 +132,7 @@ class States:
             self._drop(slot)
             return
         held = Held(held.owner, held.tokens[:n], False)
-        if not self.kind.whole and not self.kind.window:  # what begins it can be cut from it
+        if self.cuts:  # what begins it
             for other, old in list(self.held.items()):
                 covered = not old.running and old.owner == held.owner
                 if covered and old.tokens == held.tokens[: len(old.tokens)]:
@@ -185,7 +191,9 @@ class States:
         return {point for point in points if point >= WORTH}
 
     def checkpoint(self, slot: int) -> None:
-        """Remember a running sequence as it is now."""
+        """Remember a running sequence as it is now, where it could not be cut back to it later."""
+        if not self.kind.whole:
+            return
         held, partial = self.held[slot], not self.kind.recurrent
         self.shelf.add(
             held.owner,
