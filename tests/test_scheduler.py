@@ -29,6 +29,8 @@ LIMITS = Limits(cells=1000, slots=4, rows=68, outputs=8)
 class Forgetful:
     """States that nobody goes on from."""
 
+    cuts = True
+
     def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place:
         return Place(min(free), 0)
 

@@ -13,8 +13,11 @@ That any requests keep the gate, test_engine_identity.py shows.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +41,8 @@ from moe_gguf.runtime.engine.model import context_shape
 from moe_gguf.runtime.engine.request import Finished
 from moe_gguf.runtime.engine.schedule import Schedule
 from moe_gguf.runtime.engine.states import Kind, common
-from moe_gguf.runtime.engine.store import Store
+from moe_gguf.runtime.engine.store import Store, written
+from moe_gguf.runtime.sizes import MB
 
 KINDS = {
     "plain": "qwen3moe",
@@ -179,11 +183,14 @@ def test_1_a_conversation_comes_back_from_the_shelf(kind: str, models: Models) -
     assert nearly(path, follow, last_logits(tape))
 
 
+@pytest.mark.parametrize("kept", [0, KEPT])
 @pytest.mark.parametrize("kind", KINDS)
-def test_1_a_conversation_comes_back_from_disk(kind: str, models: Models, tmp_path: Path) -> None:
+def test_1_a_conversation_comes_back_from_disk(
+    kind: str, kept: int, models: Models, tmp_path: Path
+) -> None:
     path, stock = models(kind)
     tape = Tape()
-    with engine_of(path, tape, parallel=1, cache_dir=tmp_path) as engine:
+    with engine_of(path, tape, parallel=1, kept=kept, cache_dir=tmp_path) as engine:
         past = answered(engine, random_tokens(60))
     tape.cleared()  # the next context is a new one
     follow = past + random_tokens(20, seed=2)
@@ -239,6 +246,19 @@ def test_2_kinds_are_what_llama_cpp_then_does(kind: str, models: Models) -> None
     assert (found.window > 0) == (kind == "window")
 
 
+def put(store: Store, owner: str, first: int, state: bytes) -> None:
+    """A state of 40 tokens."""
+    tokens = list(range(first, first + 40))
+    store.write(owner, tokens, len(state), written(tokens, bytes(8) + state))
+
+
+def get(store: Store, owner: str) -> bytes:
+    (entry,) = store.entries(owner)
+    path = store.verified(owner, entry)
+    assert path is not None
+    return path.read_bytes()[12 + 4 * len(entry.tokens) : -32]
+
+
 # --- 3: owners ----------------------------------------------------------------------------------
 
 
@@ -265,15 +285,15 @@ def test_3_nothing_passes_between_owners(models: Models, tmp_path: Path) -> None
 def test_3_a_file_under_another_owner_s_name_is_no_state(tmp_path: Path) -> None:
     notes: list[str] = []
     store = Store(tmp_path, b"model", 1 << 20, notes.append)
-    store.write("a", list(range(40)), b"state of a")
+    put(store, "a", 0, b"state of a")
     (file,) = tmp_path.rglob("*.state")
     theirs = store._name("b", file.name.partition("-")[2].removesuffix(".state"))
     shutil.copy(file, file.with_name(theirs))
     (entry,) = store.entries("b")
-    assert store.read("b", entry) is None
+    assert store.verified("b", entry) is None
     assert not file.with_name(theirs).exists()
     assert "damaged" in notes[0]
-    assert store.read("a", store.entries("a")[0]) == b"state of a"
+    assert get(store, "a") == b"state of a"
 
 
 # --- 4: files -----------------------------------------------------------------------------------
@@ -287,7 +307,7 @@ def notes() -> list[str]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A state of ``a``, of the tokens 0 to 39."""
-    Store(tmp_path, b"model", 1 << 20, print).write("a", list(range(40)), b"state" * 100)
+    put(Store(tmp_path, b"model", 1 << 20, print), "a", 0, b"state" * 100)
     (file,) = tmp_path.rglob("*.state")
     return file
 
@@ -296,7 +316,7 @@ def test_4_a_state_is_found_again(file: Path, tmp_path: Path, notes: list[str]) 
     store = Store(tmp_path, b"model", 1 << 20, notes.append)
     (entry,) = store.entries("a")
     assert entry.tokens == list(range(40))
-    assert store.read("a", entry) == b"state" * 100
+    assert get(store, "a") == b"state" * 100
     assert Store(tmp_path, b"another model", 1 << 20, notes.append).entries("a") == []
     assert not notes
     assert file.exists()
@@ -311,7 +331,7 @@ def test_4_a_damaged_file_is_removed_with_a_note(
     raw[where] ^= 1
     file.write_bytes(raw)
     store = Store(tmp_path, b"model", 1 << 20, notes.append)
-    assert [store.read("a", entry) for entry in store.entries("a")] in ([], [None])
+    assert [store.verified("a", entry) for entry in list(store.entries("a"))] in ([], [None])
     assert store.entries("a") == []
     assert not file.exists()
     assert len(notes) == 1
@@ -331,28 +351,28 @@ def test_4_a_file_that_has_gone_is_no_state(file: Path, tmp_path: Path, notes: l
     store = Store(tmp_path, b"model", 1 << 20, notes.append)
     (entry,) = store.entries("a")
     file.unlink()
-    assert store.read("a", entry) is None
+    assert store.verified("a", entry) is None
     assert store.entries("a") == []
 
 
 def test_4_the_folder_is_bounded_and_the_oldest_go(tmp_path: Path, notes: list[str]) -> None:
     store = Store(tmp_path, b"model", 10_000, notes.append)
     for i in range(5):
-        store.write("a", [i] * 40, bytes(3000))
+        put(store, "a", i, bytes(3000))
         for age, file in enumerate(
             sorted(tmp_path.rglob("*.state"), key=lambda f: f.stat().st_mtime)
         ):
             os.utime(file, (age, age))
         assert sum(f.stat().st_size for f in tmp_path.rglob("*.state")) <= 10_000
     assert [entry.tokens[0] for entry in store.entries("a")] == [2, 3, 4]
-    store.write("a", [9] * 40, bytes(10_000))
+    put(store, "a", 9, bytes(10_000))
     assert len(store.entries("a")) == 3, "what is too large for all of it drives nobody out"
     assert not notes
 
 
 def test_4_another_model_s_files_count_and_go_too(tmp_path: Path, notes: list[str]) -> None:
-    Store(tmp_path, b"old", 10_000, notes.append).write("a", [1] * 40, bytes(6000))
-    Store(tmp_path, b"new", 10_000, notes.append).write("a", [2] * 40, bytes(6000))
+    put(Store(tmp_path, b"old", 10_000, notes.append), "a", 1, bytes(6000))
+    put(Store(tmp_path, b"new", 10_000, notes.append), "a", 2, bytes(6000))
     assert len(list(tmp_path.rglob("*.state"))) == 1
     assert Store(tmp_path, b"old", 10_000, notes.append).entries("a") == []
 
@@ -365,7 +385,7 @@ def test_4_a_full_disk_costs_a_state_and_leaves_nothing(
 
     store = Store(tmp_path, b"model", 10_000, notes.append)
     monkeypatch.setattr(os, "fsync", full)
-    store.write("a", [1] * 40, bytes(100))
+    put(store, "a", 1, bytes(100))
     assert "no space left on device" in notes[0]
     assert store.entries("a") == []
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -395,6 +415,33 @@ def test_4_other_weights_of_the_same_shapes_are_another_model(
         assert ask(engine, prompt).cached_tokens == 0, "computed in another way"
     with engine_of(path, cache_dir=folder) as engine:
         assert ask(engine, prompt).cached_tokens == 59
+
+
+def test_4_the_command_line_goes_on_from_an_earlier_run(
+    tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    given = ["-p", "word " * 60, "-n", "2", "--temp", "0", "--json", "--memory", "1GB"]
+    command = [sys.executable, "-m", "moe_gguf", "run", str(tiny_file("qwen3moe")), *given]
+    command += ["--cache-dir", str(tmp_path / "states"), "--cache-size", "10MB"]
+    runs = [
+        json.loads(subprocess.run(command, capture_output=True, check=True, cwd=sys.prefix).stdout)
+        for _ in range(2)
+    ]
+    assert [run["stats"]["requests"]["cached_tokens"] for run in runs] == [
+        0,
+        runs[0]["prompt_tokens"] - 1,
+    ]
+    assert runs[0]["text"] == runs[1]["text"]
+
+
+def test_4_copies_are_in_the_budget(models: Models) -> None:
+    path, _ = models("plain")
+    sizes = []
+    for kept in (0, 50 * MB):
+        with engine_of(path, kept=kept) as engine:
+            sizes.append(engine.arena.budget.needs)
+    assert sizes[1].states == 50 * MB
+    assert sizes[1].total - sizes[0].total > 45 * MB
 
 
 # --- 5: counting --------------------------------------------------------------------------------

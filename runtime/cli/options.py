@@ -131,6 +131,24 @@ def prompt_options(command: Command) -> Command:
     return prompt(file(command))
 
 
+def state_options(command: Command) -> Command:
+    """Of commands that go on from what earlier ones computed: ``Engine``'s arguments by name."""
+    folder = click.option(
+        "--cache-dir",
+        type=click.Path(),
+        metavar="DIR",
+        help="keep what was computed of conversations in files here, and go on from it",
+    )
+    size = click.option(
+        "--cache-size",
+        default="4GiB",
+        metavar="SIZE",
+        show_default=True,
+        help="what these files may take; those unused for the longest go",
+    )
+    return folder(size(command))
+
+
 def spelling_of(command: click.Command) -> Spelling:
     """How ``command`` spells options: ``n_ctx`` as ``--ctx``, and what it lacks by its name."""
     flags = {p.name: p.opts[0] for p in command.params if isinstance(p, click.Option)}

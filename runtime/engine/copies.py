@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .store import Store
+from .store import Store, written
 
 
 class Copy(NamedTuple):
@@ -45,23 +45,25 @@ class Shelf:
 
     def add(
         self, owner: str, tokens: list[int], size: int, save: Callable[[], bytearray], partial: bool
-    ) -> None:
-        """Take in what ``save`` returns, ``size`` bytes, once there is room for it.
-
-        What is larger than the shelf goes to the store at once.
-        """
+    ) -> bool:
+        """Take in what ``save`` returns, ``size`` bytes; False where that is more than fits."""
         for copy in self.of(owner):
             if copy.partial == partial and copy.tokens == tokens:
                 self.touch(copy)
-                return
-        if size > self.limit:
-            if self._store is not None and not partial:
-                self._store.write(owner, tokens, save())
-            return
-        while self.n_bytes + size > self.limit:
-            self._let_go(self._copies[0])
+                return True
+        if not self.reserve(size):
+            return False
         self._copies.append(Copy(owner, tokens, save(), partial))
         self.n_bytes += size
+        return True
+
+    def reserve(self, size: int) -> bool:
+        """Leave so many bytes of the limit unused, if there are so many."""
+        if size > self.limit:
+            return False
+        while self.n_bytes + size > self.limit:
+            self._let_go(self._copies[0])
+        return True
 
     def remove(self, copy: Copy) -> None:
         if copy in self:
@@ -70,7 +72,8 @@ class Shelf:
 
     def _let_go(self, copy: Copy) -> None:
         if self._store is not None and not copy.partial:
-            self._store.write(copy.owner, copy.tokens, copy.data)
+            save = written(copy.tokens, copy.data)
+            self._store.write(copy.owner, copy.tokens, len(copy.data), save)
         self.remove(copy)
 
     def clear(self) -> None:

@@ -6,6 +6,8 @@ Thin over llama.cpp's memory functions. Knows cells and positions, not requests.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -76,6 +78,28 @@ class Memory:
         if self._observer is not None:
             self._observer.restored(seq, partial, data)
         return bool(got == len(data))
+
+    def save_file(self, seq: int, path: Path, tokens: Sequence[int]) -> None:
+        """``save`` to one of llama.cpp's files, with the sequence's tokens; takes no memory."""
+        with logs.capture() as log:
+            array = (llama_cpp.llama_token * len(tokens))(*tokens)
+            name = str(path).encode(errors="surrogateescape")
+            if not llama_cpp.llama_state_seq_save_file(self._ctx, name, seq, array, len(tokens)):
+                raise OSError(log.reason())
+        if self._observer is not None:
+            self._observer.saved_file(seq, path)
+
+    def restore_file(self, seq: int, path: Path, n_tokens: int) -> bool:
+        """``restore`` from a file that ``save_file`` wrote; what follows in it does not matter."""
+        with logs.capture():
+            array, n = (llama_cpp.llama_token * n_tokens)(), ctypes.c_size_t()
+            name = str(path).encode(errors="surrogateescape")
+            got = llama_cpp.llama_state_seq_load_file(
+                self._ctx, name, seq, array, n_tokens, ctypes.byref(n)
+            )
+        if self._observer is not None:
+            self._observer.restored_file(seq, path)
+        return bool(got)
 
     def first(self, seq: int) -> int:
         """The oldest position that is remembered of a sequence; -1 if there is none."""

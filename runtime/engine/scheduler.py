@@ -59,6 +59,8 @@ class Step(NamedTuple):
 class Memories(Protocol):
     """What the scheduler asks of ``States``, which says more of each."""
 
+    @property
+    def cuts(self) -> bool: ...
     def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place: ...
     def leave(self, slot: int, keep: bool) -> None: ...
     def adopt(self, slot: int, source: int, n: int) -> int: ...
@@ -120,6 +122,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._free.add(sequence.slot)
         sequence.slot, sequence.computed = -1, 0
+        sequence.alike.clear()  # which keeps others alive
 
     def _preempt(self, sequence: Sequence) -> None:
         self._take_out(sequence, keep=True)
@@ -235,7 +238,6 @@ class Scheduler:
         sequence.slot, sequence.computed = place
         self._free.remove(sequence.slot)
         self.running.append(sequence)
-        sequence.alike.clear()
         if not sequence.preempted:
             sequence.cached = min(sequence.computed, sequence.n_prompt)
             sequence.stops = self._states.stops(sequence.n_prompt)
@@ -253,7 +255,8 @@ class Scheduler:
                 if not sequence.preempted:
                     sequence.cached += max(0, sequence.computed - had)
             elif _order(other) < _order(sequence):
-                other.stops.add(n)
+                if not self._states.cuts:
+                    other.stops.add(n)
                 return True
         return False
 

@@ -85,6 +85,11 @@ class States:
         self.ledger = Ledger()
         self.held: dict[int, Held] = {}  # by number; of those at rest the least recently used first
 
+    @property
+    def cuts(self) -> bool:
+        """Any start of a sequence can be cut from it at any time."""
+        return not self.kind.whole and not self.kind.window
+
     # -- coming and going
 
     def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place:
@@ -108,7 +113,8 @@ class States:
         place of the fewer that it has; how many it has then."""
         mine, other = self.held[slot], self.held[source]
         assert mine.owner == other.owner and mine.tokens[:n] == other.tokens[:n]
-        if self._usable(source, n) != n:
+        by_copy = self.kind.window and self.memory.state_bytes(source) > self.shelf.limit
+        if by_copy or self._usable(source, n) != n:
             return self.ledger.length(slot)
         self._drop(slot)
         n = self._take(source, slot, n)
@@ -126,7 +132,7 @@ class States:
             self._drop(slot)
             return
         held = Held(held.owner, held.tokens[:n], False)
-        if not self.kind.whole and not self.kind.window:  # what begins it can be cut from it
+        if self.cuts:  # what begins it
             for other, old in list(self.held.items()):
                 covered = not old.running and old.owner == held.owner
                 if covered and old.tokens == held.tokens[: len(old.tokens)]:
@@ -143,10 +149,20 @@ class States:
     def evict(self, slot: int) -> None:
         """Let a sequence at rest leave the memory, for the shelf."""
         held = self.held[slot]
-        if len(held.tokens) >= WORTH and (self.shelf.limit or self.store is not None):
+        owner, tokens = held.owner, held.tokens
+        if len(tokens) >= WORTH and (self.shelf.limit or self.store is not None):
             size = self.memory.state_bytes(slot)
-            self.shelf.add(held.owner, held.tokens, size, lambda: self.memory.save(slot), False)
+            kept = self.shelf.add(owner, tokens, size, lambda: self.memory.save(slot), False)
+            if not kept and self.store is not None:  # there is no room for a copy on the way
+                self._store_directly(slot, size)
         self._drop(slot)
+
+    def _store_directly(self, slot: int, size: int) -> None:
+        assert self.store is not None
+        owner, tokens = self.held[slot].owner, self.held[slot].tokens
+        self.store.write(
+            owner, tokens, size, lambda path: self.memory.save_file(slot, path, tokens)
+        )
 
     def shared(self, slots: Collection[int]) -> int:
         """How many cells these sequences would take more if they shared none."""
@@ -175,7 +191,9 @@ class States:
         return {point for point in points if point >= WORTH}
 
     def checkpoint(self, slot: int) -> None:
-        """Remember a running sequence as it is now."""
+        """Remember a running sequence as it is now, where it could not be cut back to it later."""
+        if not self.kind.whole:
+            return
         held, partial = self.held[slot], not self.kind.recurrent
         self.shelf.add(
             held.owner,
@@ -300,7 +318,10 @@ class States:
         return True
 
     def _copy(self, source: int, slot: int, n: int) -> bool:
-        """Copy the first ``n`` tokens of a sequence with a sliding window."""
+        """Copy the first ``n`` tokens of a sequence with a sliding window, by way of the shelf's
+        memory."""
+        if not self.shelf.reserve(self.memory.state_bytes(source)):
+            return False
         self.memory.copy(source, slot, n)
         data = self.memory.save(slot)  # its window alone
         self.memory.remove(slot)
@@ -312,14 +333,8 @@ class States:
 
     def _put(self, slot: int, owner: str, copy: Copy | Entry, n: int) -> bool:
         """Restore a copy into an empty slot, and cut it to ``n`` tokens."""
-        data: bytes | bytearray | None = None
-        if isinstance(copy, Copy):
-            self.shelf.touch(copy)
-            data = copy.data
-        elif self.store is not None:
-            data = self.store.read(owner, copy)
         self.room(len(copy.tokens))
-        if data is None or not self.memory.restore(slot, data):
+        if not self._restore(slot, owner, copy):
             self._drop(slot)
             return False
         self.ledger.grow(slot, len(copy.tokens))
@@ -330,6 +345,13 @@ class States:
         if isinstance(copy, Copy) and n == len(copy.tokens):
             self.shelf.remove(copy)  # what comes of it will be another copy
         return True
+
+    def _restore(self, slot: int, owner: str, copy: Copy | Entry) -> bool:
+        if isinstance(copy, Copy):
+            self.shelf.touch(copy)
+            return self.memory.restore(slot, copy.data)
+        path = None if self.store is None else self.store.verified(owner, copy)
+        return path is not None and self.memory.restore_file(slot, path, len(copy.tokens))
 
     def _drop(self, slot: int) -> None:
         self.held.pop(slot, None)

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import xxhash
@@ -22,8 +23,14 @@ import xxhash
 from ..errors import UserError, option, reason
 from ..files import replacing
 
+# A file is one of llama.cpp's sequence files, which it writes and reads without taking memory for
+# it: this head, the tokens, the state. After that comes our tail: a magic, the checksum of the
+# file's name and of all before.
+_HEAD = struct.Struct("<III")  # magic, version, tokens
+_GGSQ, _VERSION = 0x67677371, 3
 _MAGIC = b"moe-gguf state 1"
-_HEAD = struct.Struct("<16s16sIQ")  # magic, checksum of all that follows, tokens, bytes
+_TAIL_BYTES = len(_MAGIC) + 16
+_CHUNK_BYTES = 1 << 20
 _SUFFIX = ".state"
 
 Note = Callable[[str], None]
@@ -68,39 +75,46 @@ class Store:
             self._owners[owner] = [entry for entry in entries if entry is not None]
         return self._owners[owner]
 
-    def read(self, owner: str, entry: Entry) -> bytes | None:
-        """Its bytes; None where they are not what was written, and the file is gone then."""
+    def verified(self, owner: str, entry: Entry) -> Path | None:
+        """The file to restore it from; None where it is not what was written, and it is gone."""
         try:
-            raw = entry.path.read_bytes()
+            with entry.path.open("rb") as file:
+                n_bytes = os.fstat(file.fileno()).st_size - 16
+                good = _checksum(entry.path.name, file, n_bytes) == file.read()
         except OSError as error:
             self._lose(owner, entry, reason(error))
             return None
-        start = _HEAD.size + 4 * len(entry.tokens)
-        if len(raw) < start or raw[16:32] != _checksum(entry.path.name, raw[32:]):
+        if not good:
             self._lose(owner, entry, "it is damaged")
             return None
         with contextlib.suppress(OSError):
             os.utime(entry.path)  # used: not the next to go
-        return raw[start:]
+        return entry.path
 
-    def write(self, owner: str, tokens: list[int], data: bytes | bytearray) -> None:
-        """Keep it, if there is room and the disk takes it."""
+    def write(self, owner: str, tokens: list[int], size: int, save: Callable[[Path], None]) -> None:
+        """Keep what ``save`` writes to a file, about ``size`` bytes, if there is room for it and
+        the disk takes it."""
         body = np.array(tokens, "<i4").tobytes()
         name = self._name(owner, xxhash.xxh3_128_hexdigest(body))
         path = self._folder / name
-        size = _HEAD.size + len(body) + len(data)
+        size += _HEAD.size + len(body) + _TAIL_BYTES
         if size > self._limit or path.exists():
             return
-        counts = struct.pack("<IQ", len(tokens), len(data))
-        head = _HEAD.pack(_MAGIC, _checksum(name, counts, body, data), len(tokens), len(data))
+        entries = self.entries(owner)
         try:
             self._make_room(size)
-            with replacing(path) as partial, _private(partial).open("wb") as file:
-                file.writelines((head, body, data))
+            with replacing(path) as partial:
+                save(_private(partial))
+                with partial.open("rb+") as file:
+                    file.seek(0, os.SEEK_END)
+                    file.write(_MAGIC)
+                    n_bytes = file.tell()
+                    file.seek(0)
+                    file.write(_checksum(name, file, n_bytes))
         except OSError as error:
             self._note(f"a state was not kept in {self._root}: {reason(error)}")
             return
-        self.entries(owner).append(Entry(path, list(tokens)))
+        entries.append(Entry(path, list(tokens)))
 
     def _name(self, owner: str, rest: str) -> str:
         # Not a fast hash: nobody may find an owner that shares a name with another.
@@ -110,12 +124,12 @@ class Store:
     def _entry(self, path: Path) -> Entry | None:
         try:
             with path.open("rb") as file:
-                head = file.read(_HEAD.size)
-                magic, _, n, n_bytes = _HEAD.unpack(head)
-                size = os.fstat(file.fileno()).st_size
-                if magic != _MAGIC or size != _HEAD.size + 4 * n + n_bytes:
-                    raise ValueError("it is damaged")
+                magic, version, n = _HEAD.unpack(file.read(_HEAD.size))
                 tokens = np.frombuffer(file.read(4 * n), "<i4").tolist()
+                file.seek(-_TAIL_BYTES, os.SEEK_END)
+                ours = magic == _GGSQ and version == _VERSION and len(tokens) == n
+                if not ours or file.read(len(_MAGIC)) != _MAGIC:
+                    raise ValueError("it is damaged")
         except FileNotFoundError:  # another process has removed it
             return None
         except (OSError, ValueError, struct.error) as error:
@@ -156,8 +170,23 @@ def _private(path: Path) -> Path:
     return path
 
 
-def _checksum(name: str, *parts: bytes | bytearray) -> bytes:
+def written(tokens: list[int], state: bytes | bytearray) -> Callable[[Path], None]:
+    """What writes a state that llama.cpp gave as bytes as llama.cpp's file of it: these begin with
+    a magic and the sequence's number, which the file does not have."""
+
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            file.write(_HEAD.pack(_GGSQ, _VERSION, len(tokens)))
+            file.write(np.array(tokens, "<i4").tobytes())
+            file.write(memoryview(state)[8:])
+
+    return save
+
+
+def _checksum(name: str, file: IO[bytes], n_bytes: int) -> bytes:
+    """Of a name and of the next ``n_bytes`` of a file."""
     hashed = xxhash.xxh3_128(name.encode())
-    for part in parts:
-        hashed.update(part)
+    while n_bytes > 0 and (chunk := file.read(min(n_bytes, _CHUNK_BYTES))):
+        hashed.update(chunk)
+        n_bytes -= len(chunk)
     return hashed.digest()
