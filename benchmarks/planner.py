@@ -36,8 +36,13 @@ from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.sizes import GB, MB
 
 GOOD = 0.15
-PROMPT, ANSWER = 8, 64  # tokens; the time limit ends most answers
-SETTLING = 3  # tokens of each sequence before the clock starts
+PROMPT = 8  # tokens
+SETTLING = 32  # tokens of all together, and 3 of each, before the clock starts
+
+
+def answer_of(n: int) -> int:
+    """Tokens of each of ``n`` answers, so that they last and their cells leave room for slots."""
+    return 192 if n <= 4 else 64 if n <= 16 else 24
 
 
 # --- one point, in a process of its own ---------------------------------------------------------
@@ -57,8 +62,8 @@ def row(spec: dict[str, Any]) -> dict[str, Any]:
     options = {"memory": spec["memory"], "reads": "direct", "policy": spec["policy"]}
     n, n_threads = spec["sequences"], spec["threads"]
     found = opening.find(Path(spec["model"]), Options(**options))
-    workload = Workload(PROMPT, ANSWER)
-    n_ctx = 256
+    workload = Workload(PROMPT, answer_of(n))
+    n_ctx = 256  # of one sequence
     made = planning.planned(
         found, "throughput", n_ctx=n_ctx, parallel=n, workload=workload, n_threads=n_threads
     )
@@ -72,7 +77,7 @@ def row(spec: dict[str, Any]) -> dict[str, Any]:
     with engine:
         share = engine.arena.budget.resident_share
         costs = Costs(Curves(measured, facts.shape), share, facts.disk_bytes_per_s)
-        held = PROMPT + ANSWER / 4
+        held = PROMPT + answer_of(n) / 2
         if schedule.quantum:
             predicted, stalled = made.predicted.decode_tps, made.predicted.stall_share
             n_bytes = made.predicted.bytes_per_token
@@ -92,13 +97,13 @@ def _decode(engine: Engine, n: int, seconds: float) -> dict[str, Any]:
     """Tokens per second of all together, prompts left out."""
     prompts = [engine.tokenize(text)[:PROMPT] for text in texts(n)]
     running = [
-        engine.submit(tokens, max_tokens=ANSWER, ignore_eos=True, seed=i)
+        engine.submit(tokens, max_tokens=answer_of(n), ignore_eos=True, seed=i)
         for i, tokens in enumerate(prompts)
     ]
     counts = _Counter(running)
-    counts.wait(SETTLING, 300.0)
+    counts.wait(max(3, SETTLING // n), 300.0)
     before, start, counted = engine.stats(), time.perf_counter(), counts.total
-    counts.wait(ANSWER - 1, seconds)
+    counts.wait(answer_of(n) - 1, seconds)
     after, wall_s = engine.stats(), time.perf_counter() - start
     tokens = counts.total - counted
     for generation in running:

@@ -10,6 +10,9 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,26 @@ def test_what_was_measured_is_remembered_for_this_model_and_these_threads(
         here.unlink()
 
 
+def test_what_was_measured_on_a_busy_machine_is_believed_for_an_hour_only(
+    tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, calm = found_at(tiny_file("qwen3moe")), issue_machine()
+    busy = replace(calm, calm=False)
+    monkeypatch.setattr(measure, "measure", lambda *_: calm)
+    here = place(found, 1)
+    assert here is not None
+    try:
+        remember(here, busy)
+        assert measure.measured(found, 1) == busy
+        os.utime(here, (time.time() - 4000,) * 2)
+        assert measure.measured(found, 1) == calm
+        os.utime(here, (0, 0))
+        monkeypatch.setattr(measure, "measure", None)  # nothing is measured again
+        assert measure.measured(found, 1) == calm
+    finally:
+        here.unlink()
+
+
 def test_damaged_measurements_count_as_none(tmp_path: Path) -> None:
     file = tmp_path / "m.json"
     good = json.loads(issue_machine().to_json())
@@ -79,6 +102,7 @@ def test_damaged_measurements_count_as_none(tmp_path: Path) -> None:
         {**good, "took_s": float("nan")},
         {**good, "read_cost_s": "much"},
         {**good, "more": 1},
+        {**good, "calm": 1},
         {**good, "reuse": [[2, 4], *good["reuse"][1:]]},
         {**good, "reuse": [*good["reuse"][:4], [1.0]]},
     ]

@@ -60,7 +60,7 @@ def issue_machine() -> Measurements:
     )
     switch = tuple(2 * row for row in reads[0])
     reuse = Reuse(GROUPS, SHARES, distinct, tuple(reads), switch)
-    return Measurements(tuple(sizes), prompts, reuse, DISK, 0.4, 7 * GB, 0.0, 8.0)
+    return Measurements(tuple(sizes), prompts, reuse, DISK, 0.4, 7 * GB, 0.0, True, 8.0)
 
 
 def facts(total: float, **more: Any) -> Facts:
@@ -149,6 +149,7 @@ def machines(draw: st.DrawFn) -> Measurements:
         some(0, 1),
         some(1e9, 1e11),
         some(0, 1e-9),
+        True,
         1.0,
     )
 

@@ -125,8 +125,9 @@ def schedule_document(
         return {"schedule": None, "schedule_reason": reason}
     try:
         made = planning.planned(
-            found, goal, n_ctx=n_ctx, parallel=parallel, n_threads=n_threads, progress=progress
-        )
+            found, goal, n_ctx=n_ctx, parallel=parallel, n_threads=n_threads, progress=progress,
+            anew=measure,
+        )  # fmt: skip
     except UserError as error:
         return {"schedule": None, "schedule_reason": error.spelled(as_flag)}
     text = planning.lines(made)

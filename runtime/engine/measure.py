@@ -36,7 +36,7 @@ from ..plugin.abi import Stats
 from ..progress import Report
 from ..sizes import MB
 from .context import Logits, Row
-from .measurements import Measurements, Size, place, recall, remember
+from .measurements import Measurements, Size, age_s, place, recall, remember
 from .model import Model, context_shape
 from .reuse import Routes, reuse
 from .room import simulated
@@ -44,21 +44,29 @@ from .room import simulated
 SECONDS = 8.0  # about; what does not fit is extrapolated
 _GROUPS = (1, 2, 4, 8, 16, 32, 64)
 _SURE = 4  # up to here groups are measured whatever it takes
-_STEPS = {1: 12, 2: 5, 4: 4, 8: 3}  # of a group; larger ones: 2. A quarter, and one, fill the slots
+# Steps of a group, where time allows; larger ones: 2. A quarter, and one, fill the slots.
+_STEPS = {1: 12, 2: 5, 4: 4, 8: 3}
+_STEP_SHARE = 0.15  # of the time, for those of a group
 _PROMPT_SHARE = 0.4  # of the time, for chunks of prompts
 _LEAST_CHUNK, _MOST_CHUNK = 24, 128
-_FIRST = 16  # tokens of the prompt that only wakes everything up
+_FIRST = 8  # tokens of the prompt that only wakes everything up
 _TOP_K, _TEMPERATURE = 40, 0.8  # llama.cpp's own defaults
 _LAYERS = 6  # whose routes are recorded
 _DISK_S = 0.4  # a disk whose speed is limited gives more in its first tenth of a second
+_BUSY_S = 3600.0  # so long what was measured beside others' work counts
+_CALM = 0.7  # of the processor time that computing could have had: less, and others had the rest
 _LIMIT_S = 600.0  # a child that takes longer hangs
 
 
-def measured(found: Found, n_threads: int | None, progress: Report | None = None) -> Measurements:
-    """What is remembered of this model, or else measured now."""
+def measured(
+    found: Found, n_threads: int | None, progress: Report | None = None, anew: bool = False
+) -> Measurements:
+    """What is remembered of this model, or else, and if it is to be ``anew``, measured now; what
+    was measured on a busy machine is believed for an hour only."""
     known = place(found, n_threads)
-    if (found_before := recall(known)) is not None:
-        return found_before
+    before = None if anew else recall(known)
+    if before is not None and (before.calm or age_s(known) < _BUSY_S):
+        return before
     taken = measure(found, n_threads, progress)
     remember(known, taken)
     return taken
@@ -208,6 +216,8 @@ class _Measuring:
         self.texts = _Texts(model)
         self.start = time.monotonic()
         self.sequences: list[_Sequence] = []
+        self.compute_s = 0.0  # of all steps together
+        self._cpu = psutil.Process().cpu_times()
         self._random = np.random.default_rng(0)
 
     def report(self) -> None:
@@ -226,7 +236,19 @@ class _Measuring:
         needed = sum(demands.hits.values()) + sum(demands.misses.values())
         self.report()
         wall_s = (last.end_ns - last.start_ns) / 1e9
+        self.compute_s += max(0.0, wall_s - stats.stall_ns / 1e9)
         return _Reading(wall_s, stats, needed / len(arena.controller.layers)), logits
+
+    def is_calm(self, n_threads: int) -> bool:
+        """Whether computing had the processors for itself so far."""
+        now, before = psutil.Process().cpu_times(), self._cpu
+        cpu_s = now.user + now.system - before.user - before.system
+        return bool(cpu_s >= _CALM * n_threads * self.compute_s)
+
+    def n_steps(self, group: int, step_s: float) -> int:
+        """How many of a group that takes so long for one."""
+        most = _STEPS.get(group, 2)
+        return max(2, min(most, int(_STEP_SHARE * self.seconds / step_s)))
 
     def prompt(self, n: int) -> Size:
         """Begin a sequence with a chunk of ``n`` tokens."""
@@ -285,18 +307,18 @@ def take(model: Model, n_most: int, seconds: float, report: Report) -> Measureme
     found, m = model.found, _Measuring(model, seconds, report)
     speed = disk_speed(found)
     m.prompt(_FIRST)
-    first, _ = m.decode(1, 5)
+    first, _ = m.decode(1, 3)
     n = int(_PROMPT_SHARE * m.left_s() / 3 / first.seconds)
     n = max(_LEAST_CHUNK, min(_MOST_CHUNK, n))
     recorder = _Routes(model.arena.controller.layers)
     model.arena.controller.recorder = recorder
     prompts = [m.prompt(n), m.prompt(2 * n)]
     model.arena.controller.recorder = None
-    one, fresh = m.decode(1, _STEPS[1])
+    one, fresh = m.decode(1, m.n_steps(1, first.seconds))
     cost = _read_cost(one, fresh, m.again(3))
     sizes = [one]
     for group in _GROUPS[1:]:
-        n_steps = _STEPS.get(group, 2)
+        n_steps = m.n_steps(group, 1.8 * sizes[-1].seconds)
         expected = 1.8 * n_steps * sizes[-1].seconds
         if group > n_most or (group > _SURE and expected > m.left_s()):
             break
@@ -309,6 +331,7 @@ def take(model: Model, n_most: int, seconds: float, report: Report) -> Measureme
         model.arena.budget.resident_share,
         _trunk_bytes(found) / one.other_s,
         cost,
+        m.is_calm(int(llama_cpp.llama_n_threads(model.context.ctx))),
         time.monotonic() - m.start,
     )
 

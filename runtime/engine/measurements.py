@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class Measurements:
     share: float  # of all experts had a slot then
     trunk_bytes_per_s: float  # at which one row goes through weights in memory
     read_cost_s: float  # of processor time, for reading one byte
+    calm: bool  # nobody else had the processors
     took_s: float
 
     def to_json(self) -> str:
@@ -94,6 +96,8 @@ class Measurements:
 
     def _check(self) -> None:
         groups, shares, distinct, reads, switch = self.reuse
+        if not isinstance(self.calm, bool):
+            raise ValueError("calm is no answer")
         for sizes in (self.decode, self.prompt):
             rows = [size.rows for size in sizes]
             if not rows or rows[0] < 1 or not _grows(rows):
@@ -170,6 +174,14 @@ def recall(place: Path | None) -> Measurements | None:
         return Measurements.from_json(place.read_text())
     except (OSError, ValueError):
         return None
+
+
+def age_s(place: Path | None) -> float:
+    """Seconds since it was measured; for ever, if it was not."""
+    try:
+        return math.inf if place is None else time.time() - place.stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 def remember(place: Path | None, measured: Measurements) -> None:

@@ -149,6 +149,7 @@ class Plan:
     hot: int
     hides_from: int | None  # the smallest group whose computing hides all reads
     kv_offer_tps: float | None  # with a lossy q8_0 cache, where that is worth it
+    calm: bool  # nobody else had the processors when it was measured
 
     def at(self, active: int) -> Schedule:
         """The schedule while so many sequences are there."""
@@ -189,6 +190,7 @@ def plan(
         pipeline(chosen.costs, group, chosen.held).hot,
         _hides_from(chosen),
         _offer(chosen, predicted, parallel),
+        measured.calm,
     )
 
 

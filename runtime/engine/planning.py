@@ -58,12 +58,14 @@ def planned(
     n_threads: int | None = None,
     score_rows: int = SCORE_ROWS,
     progress: Report | None = None,
+    anew: bool = False,
 ) -> Plan:
-    """The best schedule there is; a model that was not measured on this machine is, once.
+    """The best schedule there is; a model that was not measured on this machine is, once, or
+    ``anew``.
 
     ``progress`` counts the seconds of that. UserError where so many sequences do not fit.
     """
-    measured = measure.measured(found, n_threads, progress)
+    measured = measure.measured(found, n_threads, progress, anew)
     return plan(measured, facts(found, n_ctx, n_threads, score_rows), goal, workload, parallel)
 
 
@@ -83,6 +85,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "hot": plan.hot,
         "hides_from": plan.hides_from,
         "kv_q8_0_tps": plan.kv_offer_tps,
+        "measured_calm": plan.calm,
         "predicted": plan.predicted._asdict(),
         "curve": [prediction._asdict() for prediction in plan.curve],
     }
@@ -109,6 +112,8 @@ def lines(plan: Plan) -> list[str]:
     )
     binds = {"disk": "the disk", "compute": "computing", "memory": "memory for slots"}[plan.binds]
     text.append(f"{binds} binds; {hides}; {plan.hot} missing experts per layer read ahead")
+    if not plan.calm:
+        text.append("measured while the machine was busy: do it again when it is not")
     if plan.kv_offer_tps is not None:
         text.append(f"a KV cache of q8_0, which is lossy, would give {plan.kv_offer_tps:.1f} tok/s")
     return text
