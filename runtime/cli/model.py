@@ -62,10 +62,11 @@ def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Ll
 
 
 def open_engine(model: str | Path, *, recorder: Any = None, **options: Any) -> Engine:
-    """Open MODEL with the shared options for one sequence at a time, and say what is in force."""
+    """Open MODEL with the shared options, for one sequence at a time unless they say otherwise, and
+    say what is in force."""
     from ..engine.engine import Engine
 
-    return _opened(Engine, model, recorder=recorder, parallel=1, score_rows=1, **options)
+    return _opened(Engine, model, recorder=recorder, **{"parallel": 1, "score_rows": 1, **options})
 
 
 def _opened(kind: Callable[..., M], model: str | Path, **options: Any) -> M:

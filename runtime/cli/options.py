@@ -103,6 +103,30 @@ def model_options(command: Command) -> Command:
     return argument(option_flags()(context(threads(command))))
 
 
+def group_options(goal: str) -> Callable[[Command], Command]:
+    """How many sequences are computed together, and what for; ``goal`` is the command's own."""
+
+    def decorate(command: Command) -> Command:
+        parallel = click.option(
+            "--parallel",
+            type=_or_auto(click.INT),
+            default="auto",
+            metavar="N|auto",
+            help="sequences in memory at once",
+            show_default=True,
+        )
+        aim = click.option(
+            "--goal",
+            type=click.Choice(["throughput", "latency"]),
+            default=goal,
+            help="what --parallel auto is chosen for",
+            show_default=True,
+        )
+        return parallel(aim(command))
+
+    return decorate
+
+
 def prompt_options(command: Command) -> Command:
     prompt = click.option("-p", "--prompt", help="prompt text")
     file = click.option(

@@ -94,6 +94,7 @@ class Engine:
             parallel, cells = _AUTO_PARALLEL, cells or self.n_ctx
             schedule = schedule or Schedule(1, _AUTO_QUANTUM)
         _check_parallel(parallel)
+        self.parallel = parallel  # sequences in memory at once
         schedule = schedule or Schedule(parallel)
         shape = context_shape(
             self.n_ctx,

@@ -340,7 +340,7 @@ class Loop:
         token = sampled.token
         # With ignore_eos too: the sampler only lets it by where a constraint leaves nothing else.
         if self.model.vocabulary.ends(token):
-            self._finish(sequence, "stop", events)
+            self._finish(sequence, "stop", events, ending=sampled.logprob)
             return
         sequence.tokens.append(token)
         text, stop = output.push(token)
@@ -362,6 +362,7 @@ class Loop:
         reason: Reason,
         events: list[Event] | None = None,
         stop: str | None = None,
+        ending: Logprob | None = None,
     ) -> None:
         part: Part = sequence.part
         finished = Finished(
@@ -372,6 +373,7 @@ class Loop:
             part.cached,
             len(sequence.tokens) - sequence.n_prompt,
             part.timings(),
+            ending,
         )
         self._leave(sequence)
         self.counts.finished += 1

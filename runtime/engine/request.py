@@ -129,7 +129,8 @@ class Finished(NamedTuple):
     """The last event of a request that did not fail.
 
     ``reason``: stop, the model ended or ``stop_text`` came up; length, max_tokens; context, the
-    sequence is as long as its context. ``text`` is what was still held back.
+    sequence is as long as its context. ``text`` is what was still held back. ``ending`` is the
+    token with which the model ended, no part of the answer, if log probabilities were asked for.
     """
 
     reason: Reason
@@ -139,6 +140,7 @@ class Finished(NamedTuple):
     cached_tokens: int
     completion_tokens: int
     timings: Timings
+    ending: Logprob | None = None
 
 
 Event = PromptScored | Token | Finished

@@ -1,0 +1,118 @@
+"""``moe-gguf batch``: a file of requests, answered into another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .model import open_engine
+from .options import group_options, model_options
+from .terminal import note
+
+if TYPE_CHECKING:
+    from ..batch.figures import Figures
+    from ..batch.output import Output
+    from ..engine.engine import Engine
+
+# Tokens of prompts that are scored in a step: each costs the memory of a row of logits.
+SCORE_ROWS = 64
+
+
+@click.command()
+@model_options
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@group_options("throughput")
+@click.option("--json", "as_json", is_flag=True, help="print what was done as a JSON document")
+def batch(
+    model: str,
+    source: Path,
+    target: Path,
+    goal: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer the requests in the file IN, OpenAI's batch lines, into the file OUT.
+
+    IN has a JSON object per line: custom_id, method POST, url /v1/completions or
+    /v1/chat/completions, body. OUT gets a line for each, in any order, as it is answered; a line
+    that cannot be answered gets an error. However a run ended, the same command goes on with the
+    lines that are left. Exits with 1 when lines failed that could have been answered.
+    """
+    from ..batch.figures import Figures
+    from ..batch.lines import extent
+    from ..batch.output import Output
+
+    # Before the model is opened, so that mistakes show now.
+    found = extent(source)
+    output = Output(target, source, found.n_lines)
+    try:
+        figures = Figures(found.n_asked, output.n_before)
+        if figures.n_before:
+            note(f"moe-gguf: {figures.n_before} of {found.n_asked} lines are answered already")
+        parallel = options.pop("parallel") or "auto"
+        engine = open_engine(model, parallel=parallel, score_rows=SCORE_ROWS, **options)
+        try:
+            _run(engine, source, output, figures)
+            table = figures.table(engine.stats())
+        except KeyboardInterrupt:
+            _say_how_to_go_on("interrupted", figures)
+            sys.exit(130)
+        except (OSError, RuntimeError):
+            _say_how_to_go_on("stopped", figures)
+            raise
+        finally:
+            engine.close()
+    finally:
+        output.close()
+    _tell(table, as_json)
+    if figures.n_failed:
+        sys.exit(1)
+
+
+def _run(engine: Engine, source: Path, output: Output, figures: Figures) -> None:
+    from ..api.texts import EngineTexts
+    from ..batch.answers import Answerer
+    from ..batch.job import Batch
+    from ..progress import bar
+
+    answerer = Answerer(engine, EngineTexts(engine), engine.found.layout.name)
+    counts = answerer.counts
+
+    def detail() -> str:
+        seconds = figures.seconds
+        return (
+            f"{figures.n_done} of {figures.n_asked} lines, prompts {counts.prompt / seconds:.1f} "
+            f"tok/s, answers {counts.answered / seconds:.1f} tok/s"
+        )
+
+    with bar("answering", detail=detail) as report:
+
+        def tell() -> None:
+            report(figures.n_done, figures.n_asked)
+
+        tell()
+        # As many again wait, so that none is missed when one ends.
+        window = 2 * engine.parallel
+        asyncio.run(Batch(source, output, answerer, figures, window, tell).run())
+
+
+def _say_how_to_go_on(what: str, figures: Figures) -> None:
+    note(
+        f"moe-gguf: {what}: {figures.n_done} of {figures.n_asked} lines are answered; the same "
+        "command goes on with the others"
+    )
+
+
+def _tell(table: dict[str, Any], as_json: bool) -> None:
+    from ..batch.figures import summary
+
+    if as_json:
+        click.echo(json.dumps(table))
+    for line in summary(table).splitlines():
+        note(f"moe-gguf: {line}")
