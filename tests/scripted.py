@@ -164,14 +164,14 @@ def answer(
     target: Path,
     engine: Scripted | None = None,
     window: int = 8,
-    texts: ByteTexts | None = None,
+    answerer: Answerer | None = None,
 ) -> Figures:
     """A batch from one file to the other."""
     found = extent(source)
     output = Output(target, source, found.n_lines)
     try:
         figures = Figures(found.n_asked, output.n_before)
-        answerer = Answerer(engine or Scripted(), texts or ByteTexts(), "scripted")
+        answerer = answerer or Answerer(engine or Scripted(), ByteTexts(), "scripted")
         asyncio.run(Batch(source, output, answerer, figures, window, lambda: None).run())
         return figures
     finally:

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command, TinyFile
 from scripted import ByteTexts, Scripted, answer, echo
 
+from moe_gguf import Engine
+from moe_gguf.runtime.api.texts import EngineTexts
 from moe_gguf.runtime.batch import lines as line_module
 from moe_gguf.runtime.batch import output as output_module
 from moe_gguf.runtime.batch.answers import Answerer
@@ -476,3 +479,74 @@ def test_figures(source: Path, target: Path) -> None:
     json.dumps(table)
     assert "4 of 4 lines in" in summary(table)
     assert "stalled 25.0%" in summary(table)
+
+
+# --- with a model -------------------------------------------------------------------------------
+
+
+def test_what_a_model_answers_and_scores(tiny_file: TinyFile, source: Path, target: Path) -> None:
+    """The same as the engine says when it is asked directly, request by request."""
+    with Engine(tiny_file("qwen3moe"), n_ctx=256, parallel=4, n_threads=1) as engine:
+        texts, asked_for = EngineTexts(engine), ("Hello", "Hello there", "A sea")
+        lines = [asked(text, text, max_tokens=6, temperature=0) for text in asked_for]
+        prompts = [texts.encode(text) for text in asked_for]
+        scoring = {"max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+        lines.append(asked("scores", prompts, **scoring))
+        lines.append(asked("full", "word " * 300))
+        source.write_text("\n".join(lines))
+        answerer = Answerer(engine, texts, "tiny")
+        figures = answer(source, target, answerer=answerer, window=4)
+        answers = by_id(target)
+        for name, tokens in zip(asked_for, prompts, strict=True):
+            alone = engine.submit(tokens, max_tokens=6, temp=0).result()
+            assert text(answers[name]) == alone.text
+        choices = answers["scores"]["response"]["body"]["choices"]
+        for choice, tokens in zip(choices, prompts, strict=True):
+            alone = engine.submit(tokens, max_tokens=1, temp=0, prompt_logprobs=1).result()
+            scores = [score.logprob for score in alone.prompt_logprobs]
+            got = choice["logprobs"]["token_logprobs"]
+            assert got[0] is None
+            assert got[1:-1] == pytest.approx(scores, abs=0.05)  # another number of rows
+            assert len(got) == len(tokens) + 1
+        assert answers["full"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+        json.dumps(figures.table(engine.stats()))
+        assert "5 of 5 lines" in summary(figures.table(engine.stats()))
+
+
+def test_the_command(moe_gguf: Command, tiny_file: TinyFile, source: Path, target: Path) -> None:
+    source.write_text("\n".join([asked("a", max_tokens=4), "{", asked("b", max_tokens=4)]))
+    command = ("batch", tiny_file("qwen3moe"), source, target, "--threads", 1, "--ctx", 128)
+    result = moe_gguf(*command, "--parallel", 2, "--json")
+    assert result.code == 0
+    document = json.loads(result.out)
+    assert (document["lines"], document["answered"], document["refused"]) == (3, 2, 1)
+    assert document["stats"]["requests"]["finished"] == 2
+    assert "moe-gguf: 3 of 3 lines, 1 refused in" in result.err
+    before = target.read_bytes()
+    result = moe_gguf(*command)
+    assert (result.code, result.out) == (0, "")
+    assert result.err == "moe-gguf: 3 of 3 lines (3 before): there is nothing to do\n"
+    assert target.read_bytes() == before
+    source.write_text(asked("other"))
+    assert "belongs to another input" in moe_gguf(*command).error(2)
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_file: TinyFile, source: Path, target: Path) -> None:
+    source.write_text("\n".join(asked(f"{i}", max_tokens=60) for i in range(400)))
+    model = tiny_file("qwen3moe")
+    process = subprocess.Popen(
+        [*(sys.executable, "-m", "moe_gguf", "batch", model, source, target, "--threads", "1")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (target.exists() and target.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    n = len(read(target))
+    assert 0 < n < 400
+    assert err.splitlines()[-1] == (
+        f"moe-gguf: interrupted: {n} of 400 lines are answered; the same command goes on with the "
+        "others"
+    )

@@ -22,10 +22,14 @@ class Figures:
         self.n_answered = 0
         self.n_refused = 0  # answered by an error that is the line's own
         self.n_failed = 0  # by one that is ours
-        self._start = time.perf_counter()
+        self.start()
         self._first = array("f")
         self._between = array("f")
         self._prompt_tokens = self._tokens = 0
+
+    def start(self) -> None:
+        """The time of the job runs from here."""
+        self._start = time.perf_counter()
 
     def add(self, result: Result) -> None:
         end = result.finished
@@ -44,14 +48,14 @@ class Figures:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def table(self, stats: Mapping[str, Any]) -> dict[str, Any]:
-        """All of it as one document; ``stats`` is the engine's table, of this run alone.
+    def table(self, stats: Mapping[str, Any] | None) -> dict[str, Any]:
+        """All of it as one document; ``stats`` is the engine's table, None if none was needed.
 
         The time to the first token runs from a request's first step, since in a batch all but a few
         wait; that between tokens is a request's mean.
         """
         seconds = self.seconds
-        computing = sum(phase["seconds"] for phase in stats["phases"].values())
+        computing = sum(phase["seconds"] for phase in stats["phases"].values()) if stats else 0.0
         return {
             "lines": self.n_asked,
             "done": self.n_done,
@@ -66,8 +70,8 @@ class Figures:
             "completion_tps": self._tokens / seconds,
             "first_token_s": _percentiles(self._first),
             "between_tokens_s": _percentiles(self._between),
-            "stall_share": stats["stall_s"] / computing if computing else 0.0,
-            "stats": dict(stats),
+            "stall_share": stats["stall_s"] / computing if stats and computing else 0.0,
+            "stats": stats,
         }
 
 
@@ -92,6 +96,8 @@ def summary(table: Mapping[str, Any]) -> str:
         if found
     ]
     first = ", ".join([f"{t['done']} of {t['lines']} lines{before}", *wrong])
+    if stats is None:
+        return f"{first}: there is nothing to do"
     return "\n".join(
         [
             f"{first} in {_duration(t['seconds'])}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,34 +47,46 @@ def batch(
     lines that are left. Exits with 1 when lines failed that could have been answered.
     """
     from ..batch.figures import Figures
-    from ..batch.lines import extent
+    from ..batch.lines import extent, lines
     from ..batch.output import Output
 
     # Before the model is opened, so that mistakes show now.
     found = extent(source)
     output = Output(target, source, found.n_lines)
+    stats = None
     try:
         figures = Figures(found.n_asked, output.n_before)
-        if figures.n_before:
-            note(f"moe-gguf: {figures.n_before} of {found.n_asked} lines are answered already")
-        parallel = options.pop("parallel") or "auto"
-        engine = open_engine(model, parallel=parallel, score_rows=SCORE_ROWS, **options)
-        try:
-            _run(engine, source, output, figures)
-            table = figures.table(engine.stats())
-        except KeyboardInterrupt:
-            _say_how_to_go_on("interrupted", figures)
-            sys.exit(130)
-        except (OSError, RuntimeError):
-            _say_how_to_go_on("stopped", figures)
-            raise
-        finally:
-            engine.close()
+        for line in lines(source):
+            output.has(line)
+        if output.n_before < found.n_asked:
+            if output.n_before:
+                note(f"moe-gguf: {output.n_before} of {found.n_asked} lines are answered already")
+            options["parallel"] = options["parallel"] or "auto"
+            stats = _open_and_run(partial(open_engine, model, **options), source, output, figures)
+    except KeyboardInterrupt:
+        _say_how_to_go_on("interrupted", figures)
+        sys.exit(130)
+    except (OSError, RuntimeError):
+        _say_how_to_go_on("stopped", figures)
+        raise
     finally:
         output.close()
-    _tell(table, as_json)
+    _tell(figures.table(stats), as_json)
     if figures.n_failed:
         sys.exit(1)
+
+
+def _open_and_run(
+    open_engine: Callable[..., Engine], source: Path, output: Output, figures: Figures
+) -> dict[str, Any]:
+    """The engine's statistics of the run."""
+    engine = open_engine(score_rows=SCORE_ROWS)
+    try:
+        figures.start()
+        _run(engine, source, output, figures)
+        return engine.stats()
+    finally:
+        engine.close()
 
 
 def _run(engine: Engine, source: Path, output: Output, figures: Figures) -> None:
