@@ -9,7 +9,7 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
-.PHONY: demo check lint types native test zoo mutants stress tsan clean
+.PHONY: demo check lint types native test zoo mutants stress ray tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -56,11 +56,18 @@ mutants: $(READY)
 	MUTANTS=10000 $(BIN)/pytest tests/test_bad_input.py -k does_not_kill
 
 # Random schedules, long: the native reads, the slot table, and requests to an Engine; `make test`
-# runs a few of each.
+# runs a few of each. A batch of 1,000 lines is killed 20 times.
 stress: build/stress $(READY)
 	build/stress $(STEPS) 1 build
 	STRESS_STEPS=$(STEPS) $(BIN)/pytest tests/test_stress.py
 	ENGINE_OPERATIONS=10000 ENGINE_EXAMPLES=100 $(BIN)/pytest tests/test_engine.py tests/test_engine_identity.py
+	BATCH_LINES=1000 BATCH_KILLS=20 $(BIN)/pytest tests/test_batch.py -k killed
+
+# Batches on a local Ray cluster of two nodes. Not in `check`: the extra installs 540 MB, and a
+# cluster takes half a minute to start.
+ray: $(READY)
+	$(BIN)/pip install -q -e '.[ray]'
+	$(BIN)/pytest tests/ray_cluster.py
 
 # The same under the thread sanitizer: fails at the first data race.
 tsan: build/stress-tsan

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .model import open_engine
+from ..errors import UserError
+from .model import open_engine, resolve
 from .options import group_options, model_options
 from .terminal import note
 
@@ -30,12 +31,19 @@ SCORE_ROWS = 64
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @group_options("throughput")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="use every node of this Ray cluster; MODEL, IN and OUT, a folder then, are on a file "
+    "system that they share (extra: ray)",
+)
 @click.option("--json", "as_json", is_flag=True, help="print what was done as a JSON document")
 def batch(
     model: str,
     source: Path,
     target: Path,
     goal: str,
+    ray: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -46,6 +54,12 @@ def batch(
     that cannot be answered gets an error. However a run ended, the same command goes on with the
     lines that are left. Exits with 1 when lines failed that could have been answered.
     """
+    options["parallel"] = options["parallel"] or "auto"
+    if ray is not None:
+        if as_json:
+            raise UserError("--json is for one machine: Ray's dashboard has a cluster's figures")
+        _run_on_ray(ray, model, source, target, options)
+        return
     from ..batch.figures import Figures
     from ..batch.lines import extent, lines
     from ..batch.output import Output
@@ -61,7 +75,6 @@ def batch(
         if output.n_before < found.n_asked:
             if output.n_before:
                 note(f"moe-gguf: {output.n_before} of {found.n_asked} lines are answered already")
-            options["parallel"] = options["parallel"] or "auto"
             stats = _open_and_run(partial(open_engine, model, **options), source, output, figures)
     except KeyboardInterrupt:
         _say_how_to_go_on("interrupted", figures)
@@ -114,6 +127,21 @@ def _run(engine: Engine, source: Path, output: Output, figures: Figures) -> None
         # As many again wait, so that none is missed when one ends.
         window = 2 * engine.parallel
         asyncio.run(Batch(source, output, answerer, figures, window, tell).run())
+
+
+def _run_on_ray(
+    address: str, model: str, source: Path, folder: Path, options: dict[str, Any]
+) -> None:
+    from ..ray import run
+
+    try:
+        run(
+            address, resolve(model), source, folder, options, lambda text: note(f"moe-gguf: {text}")
+        )
+    except KeyboardInterrupt:
+        note("moe-gguf: interrupted: the same command goes on where this one stopped")
+        sys.exit(130)
+    note(f"moe-gguf: wrote {folder}: an answer for each line, in its .jsonl files")
 
 
 def _say_how_to_go_on(what: str, figures: Figures) -> None:
