@@ -492,6 +492,9 @@ def test_what_a_model_answers_and_scores(tiny_file: TinyFile, source: Path, targ
         prompts = [texts.encode(text) for text in asked_for]
         scoring = {"max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
         lines.append(asked("scores", prompts, **scoring))
+        # The model ends at once: a harness still finds a score for the one token it asked for.
+        end = {str(engine.vocabulary.ending_tokens[0]): 1000}
+        lines.append(asked("ends", prompts[0], logit_bias=end, **scoring))
         lines.append(asked("full", "word " * 300))
         source.write_text("\n".join(lines))
         answerer = Answerer(engine, texts, "tiny")
@@ -508,9 +511,13 @@ def test_what_a_model_answers_and_scores(tiny_file: TinyFile, source: Path, targ
             assert got[0] is None
             assert got[1:-1] == pytest.approx(scores, abs=0.05)  # another number of rows
             assert len(got) == len(tokens) + 1
+        (choice,) = answers["ends"]["response"]["body"]["choices"]
+        assert choice["finish_reason"] == "stop"
+        assert len(choice["logprobs"]["token_logprobs"]) == len(prompts[0]) + 1
+        assert choice["text"] == texts.text(prompts[0])
         assert answers["full"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
         json.dumps(figures.table(engine.stats()))
-        assert "5 of 5 lines" in summary(figures.table(engine.stats()))
+        assert "6 of 6 lines" in summary(figures.table(engine.stats()))
 
 
 def test_the_command(moe_gguf: Command, tiny_file: TinyFile, source: Path, target: Path) -> None:

@@ -26,7 +26,7 @@ class ChatCompletions:
         try:
             tokens = texts.conversation(messages(fields))
         except UserError as error:  # a model without a template, or one that refuses this
-            raise Refusal(str(error), "messages") from None
+            raise Refusal(str(error), getattr(error, "param", None) or "messages") from None
         max_tokens = settings.length(fields, None)
         check_length("messages", tokens, max_tokens, texts)
         sampling = settings.sampling(fields, texts.n_vocab)

@@ -41,6 +41,6 @@ def refusal_of(error: BaseException) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, UserError):
-        return Refusal(str(error))
+        return Refusal(str(error), getattr(error, "param", None))
     text = str(error) or type(error).__name__
     return Refusal(text, status=OUR_FAULT, kind="server_error")

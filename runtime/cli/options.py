@@ -103,28 +103,24 @@ def model_options(command: Command) -> Command:
     return argument(option_flags()(context(threads(command))))
 
 
-def group_options(goal: str) -> Callable[[Command], Command]:
-    """How many sequences are computed together, and what for; ``goal`` is the command's own."""
-
-    def decorate(command: Command) -> Command:
-        parallel = click.option(
-            "--parallel",
-            type=_or_auto(click.INT),
-            default="auto",
-            metavar="N|auto",
-            help="sequences in memory at once",
-            show_default=True,
-        )
-        aim = click.option(
-            "--goal",
-            type=click.Choice(["throughput", "latency"]),
-            default=goal,
-            help="what --parallel auto is chosen for",
-            show_default=True,
-        )
-        return parallel(aim(command))
-
-    return decorate
+def parallel_options(goal: str) -> Callable[[Command], Command]:
+    """How many sequences are computed at once, and what for; ``goal`` if nothing is said."""
+    parallel = click.option(
+        "--parallel",
+        type=_or_auto(click.IntRange(1, 256)),
+        default="auto",
+        metavar="N|auto",
+        help="sequences in memory at once; auto: as the planner sees fit",
+        show_default=True,
+    )
+    goals = click.option(
+        "--goal",
+        type=click.Choice(["latency", "throughput"]),
+        default=goal,
+        help="what is to be best: waiting, or tokens per second of all together",
+        show_default=True,
+    )
+    return lambda command: parallel(goals(command))
 
 
 def prompt_options(command: Command) -> Command:
