@@ -55,8 +55,9 @@ class Engine:
     answer's text; ``response``, as JSON text in a batch line's form; and ``error``, the same if
     there was none, also of a row that already has one. No row ends the job.
 
-    ``options`` are ``moe_gguf.Engine``'s. Give as ``compute`` an ``ActorPoolStrategy`` whose size
-    is the number of nodes, ``max_concurrency=2`` so that batches overlap, and each node to one.
+    ``options`` are ``moe_gguf.Engine``'s. Give as ``compute`` an ``ActorPoolStrategy`` of the size
+    of the cluster with ``max_concurrent_calls_per_actor=2``, so that batches overlap, and as
+    ``memory`` as many bytes as an engine may use.
     """
 
     def __init__(
@@ -278,8 +279,9 @@ def _answer_all(
             fn_constructor_kwargs=dict(options),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=group.bundle_count),
-            max_concurrency=_OVERLAP,
+            compute=ray.data.ActorPoolStrategy(
+                size=group.bundle_count, max_concurrent_calls_per_actor=_OVERLAP
+            ),
             num_cpus=0,
             memory=share,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),

@@ -6,6 +6,8 @@ Not among `make test`'s: Ray and what it brings take 540 MB and half a minute to
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,9 +67,15 @@ def test_a_batch_file_over_two_nodes_is_taken_up_again(
     first = read(folder)
     assert len(first) == 100
     source.write_text("\n".join(lines))
-    ours.run(cluster.address, model, source, folder, OPTIONS, said.append)
+    command = [sys.executable, "-m", "moe_gguf", "batch", model, source, folder]
+    options = ["--memory", "300MB", "--ctx", "128", "--threads", "1", "--parallel", "2"]
+    done = subprocess.run(
+        [*command, *options, "--ray", cluster.address], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {folder}: an answer for each line" in done.stderr
     answers = read(folder)
-    assert [one for one in answers if one in first] != []
+    assert all(one in answers for one in first)
     assert Counter(one["id"] for one in answers).most_common(1)[0][1] == 1
     assert len(answers) == 153
     codes = Counter(one["error"]["code"] for one in answers if one["error"])
@@ -85,8 +93,7 @@ def test_rows_of_one_s_own(cluster: Cluster, model: Path) -> None:
         fn_constructor_args=(str(model),),
         fn_constructor_kwargs={"body": {"max_tokens": 3, "temperature": 0}, **OPTIONS},
         batch_size=4,
-        compute=ray.data.ActorPoolStrategy(size=1),
-        max_concurrency=2,
+        compute=ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2),
     )
     found = {row["name"]: row for row in answered.take_all()}
     assert len(found) == 6
