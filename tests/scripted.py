@@ -172,7 +172,7 @@ def answer(
     try:
         figures = Figures(found.n_asked, output.n_before)
         answerer = answerer or Answerer(engine or Scripted(), ByteTexts(), "scripted")
-        asyncio.run(Batch(source, output, answerer, figures, window, lambda: None).run())
+        asyncio.run(Batch(source, output, answerer, figures, window, lambda _: None).run())
         return figures
     finally:
         output.close()

@@ -212,6 +212,7 @@ def test_a_bad_value_is_refused_by_its_name(fields: dict[str, Any], param: str) 
         ({"echo": 1}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
+        ({"prompt": ["a"] * 17, "n": 128}, "n"),
     ],
 )
 def test_a_bad_completion_is_refused(fields: dict[str, Any], param: str) -> None:

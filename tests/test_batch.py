@@ -22,6 +22,7 @@ from scripted import ByteTexts, Scripted, answer, echo
 
 from moe_gguf import Engine
 from moe_gguf.runtime.api.texts import EngineTexts
+from moe_gguf.runtime.batch import job as job_module
 from moe_gguf.runtime.batch import lines as line_module
 from moe_gguf.runtime.batch import output as output_module
 from moe_gguf.runtime.batch.answers import Answerer
@@ -32,8 +33,8 @@ from moe_gguf.runtime.batch.output import Output
 from moe_gguf.runtime.engine.request import EngineClosed, Request
 from moe_gguf.runtime.errors import ExpertReadError, RequestError, UserError
 
-N_LINES = int(os.environ.get("BATCH_LINES", "80"))
-N_KILLS = int(os.environ.get("BATCH_KILLS", "4"))
+N_LINES = int(os.environ.get("BATCH_LINES", "60"))
+N_KILLS = int(os.environ.get("BATCH_KILLS", "3"))
 
 
 def asked(custom_id: str, prompt: Any = "abc", url: str = "/v1/completions", **body: Any) -> str:
@@ -412,7 +413,9 @@ def test_an_interrupt_keeps_what_is_done(source: Path, target: Path) -> None:
     figures = Figures(found.n_asked, 0)
 
     async def interrupted() -> None:
-        batch = Batch(source, output, Answerer(engine, ByteTexts(), "m"), figures, 4, lambda: None)
+        batch = Batch(
+            source, output, Answerer(engine, ByteTexts(), "m"), figures, 4, lambda _: None
+        )
         task = asyncio.create_task(batch.run())
         while output.n_written < 5:
             await asyncio.sleep(0.001)
@@ -557,3 +560,20 @@ def test_ctrl_c_says_how_to_go_on(tiny_file: TinyFile, source: Path, target: Pat
         f"moe-gguf: interrupted: {n} of 400 lines are answered; the same command goes on with the "
         "others"
     )
+
+
+def test_only_what_is_on_the_disk_is_told(source: Path, target: Path) -> None:
+    source.write_text("\n".join(asked(f"{i}", "x" * 50, max_tokens=50) for i in range(60)))
+    found = extent(source)
+    output = Output(target, source, found.n_lines)
+    told: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "_TICK_SECONDS", 0.01)
+        answerer = Answerer(Scripted(pause_s=1e-4), ByteTexts(), "m")
+        figures = Figures(found.n_asked, 0)
+        tell = lambda n: told.append((n, output.n_synced))  # noqa: E731
+        asyncio.run(Batch(source, output, answerer, figures, 4, tell).run())
+    output.close()
+    assert len(told) > 3
+    assert all(n <= synced for n, synced in told)
+    assert told[-1] == (60, 60)

@@ -22,7 +22,7 @@ from .refusal import Refusal
 from .texts import Texts, check_length
 from .usage import Stamp, finish_reason, finite, head, usage
 
-MOST_PROMPTS = 2048  # of one body, as OpenAI's
+MOST_PROMPTS = 2048  # of one body, as OpenAI's, and answers to all of them
 _DEFAULT_LENGTH = 16  # OpenAI's
 
 
@@ -44,6 +44,8 @@ class Completions:
         max_tokens = settings.length(fields, _DEFAULT_LENGTH)
         _refuse_others(fields, self._n)
         self._prompts = list(_prompts(fields, texts))
+        if len(self._prompts) * self._n > MOST_PROMPTS:
+            raise Refusal(f"more than {MOST_PROMPTS} answers are asked for in all", "n")
         for prompt in self._prompts:
             check_length("prompt", prompt.tokens, max_tokens, texts)
         sampling = settings.sampling(fields, texts.n_vocab)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import RequestError, option
 from .refusal import Refusal
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class Texts(Protocol):
     n_vocab: int
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a plain prompt. RequestError for one that is too long to be worth it."""
+        """Tokens of a plain prompt. Refusal, RequestError."""
 
     def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation, up to where the model answers. Refusal, RequestError."""
@@ -47,13 +46,15 @@ class EngineTexts:
         self.n_vocab = engine.vocabulary.n_tokens
 
     def encode(self, text: str) -> list[int]:
-        # Cutting up megabytes takes seconds, and a prompt that long cannot be computed anyway.
-        if len(text) > _SHORT and len(text.encode(errors="replace")) > self.n_ctx * self._longest:
-            raise RequestError(
-                f"the prompt has {len(text)} characters, more than the {self.n_ctx} tokens of the "
-                f"context can stand for: shorten it or raise {option('n_ctx')}"
-            )
+        self._check_size("prompt", [text])
         return self._engine.tokenize(text)
+
+    def _check_size(self, param: str, texts: Sequence[str]) -> None:
+        """Cutting up megabytes takes seconds, and what is that long cannot be computed anyway."""
+        if (n := sum(map(len, texts))) <= _SHORT:
+            return
+        if sum(len(text.encode()) for text in texts) > self.n_ctx * self._longest:
+            raise too_long(param, f"{n} characters", self.n_ctx)
 
     @cached_property
     def _longest(self) -> int:
@@ -61,6 +62,7 @@ class EngineTexts:
         return max(len(self.piece(token)) for token in range(self.n_vocab))
 
     def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        self._check_size("messages", [message["content"] for message in messages])
         return self._engine.template.encode(messages)
 
     def piece(self, token: int, special: bool = True) -> bytes:
@@ -71,12 +73,17 @@ class EngineTexts:
 
 
 def check_length(param: str, tokens: Sequence[int], max_tokens: int | None, texts: Texts) -> None:
-    """Refusal of a prompt that the model's context cannot hold, with the code that clients know."""
+    """Refusal of a prompt that the model's context cannot hold."""
     if not tokens:
         raise Refusal(f"{param} is empty: give some text", param)
     if len(tokens) > texts.n_ctx or (len(tokens) == texts.n_ctx and max_tokens != 0):
-        raise Refusal(
-            f"the prompt has {len(tokens)} tokens but the context holds {texts.n_ctx}: shorten it",
-            param,
-            code="context_length_exceeded",
-        )
+        raise too_long(param, f"{len(tokens)} tokens", texts.n_ctx)
+
+
+def too_long(param: str, length: str, n_ctx: int) -> Refusal:
+    """With the code that clients know it by."""
+    return Refusal(
+        f"the prompt has {length}, more than the {n_ctx} tokens that the context holds: shorten it",
+        param,
+        code="context_length_exceeded",
+    )

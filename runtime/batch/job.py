@@ -48,8 +48,8 @@ class _Work:
 class Batch:
     """One run over ``source``; ``window`` is how many requests are submitted at a time.
 
-    ``report`` is called about twice a second, and at the end, when the disk has what the figures
-    say.
+    ``report`` is told about twice a second, and at the end, how many lines are answered and on the
+    disk.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Batch:
         answerer: Answerer,
         figures: Figures,
         window: int,
-        report: Callable[[], None],
+        report: Callable[[int], None],
     ) -> None:
         self._source, self._output, self._answerer = source, output, answerer
         self._figures, self._report = figures, report
@@ -89,16 +89,18 @@ class Batch:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._output.sync()
-            self._report()
+            self._report(self._figures.n_done)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
+            n = self._figures.n_done  # more may be written meanwhile
             try:
                 await asyncio.to_thread(self._output.sync)
             except OSError as error:  # the disk is full, or gone
                 self._broken = self._broken or error
-            self._report()
+            else:
+                self._report(n)
 
     # -- lines to requests
 

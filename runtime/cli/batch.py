@@ -109,21 +109,23 @@ def _run(engine: Engine, source: Path, output: Output, figures: Figures) -> None
     from ..progress import bar
 
     answerer = Answerer(engine, EngineTexts(engine), engine.found.layout.name)
-    counts = answerer.counts
+    counts, n_told = answerer.counts, figures.n_done
 
     def detail() -> str:
         seconds = figures.seconds
         return (
-            f"{figures.n_done} of {figures.n_asked} lines, prompts {counts.prompt / seconds:.1f} "
-            f"tok/s, answers {counts.answered / seconds:.1f} tok/s"
+            f"{n_told} of {figures.n_asked} lines, prompts {counts.prompt / seconds:.1f} tok/s, "
+            f"answers {counts.answered / seconds:.1f} tok/s"
         )
 
     with bar("answering", detail=detail) as report:
 
-        def tell() -> None:
-            report(figures.n_done, figures.n_asked)
+        def tell(n_done: int) -> None:
+            nonlocal n_told
+            n_told = n_done
+            report(n_done, figures.n_asked)
 
-        tell()
+        tell(n_told)
         # As many again wait, so that none is missed when one ends.
         window = 2 * engine.parallel
         asyncio.run(Batch(source, output, answerer, figures, window, tell).run())
