@@ -251,13 +251,13 @@ class FusedCache(LFU):
         super().__init__()
         self.fuse = fuse
 
-    def touch(self, key: int) -> None:
+    def touch(self, key: int, votes: int = 1) -> None:
         self.fuse.burn()
-        super().touch(key)
+        super().touch(key, votes)
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         self.fuse.burn()
-        return super().admit(key)
+        return super().admit(key, votes)
 
     def evict(self, pinned: Any, incoming: int = -1, demanded: bool = True) -> int | None:
         self.fuse.burn()

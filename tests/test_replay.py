@@ -311,8 +311,9 @@ def test_replay_counts_what_the_run_counted(name: str, n_slots: int, tmp_path: P
     understands, some of them given up; then its trace from disk."""
     rng = random.Random(n_slots)
     facts = Facts(n_slots, 10, 3, range(3), gates=lambda how: RandomOffers(rng))
-    cache, order, predictor, _ = policy(name, facts)
-    residency = Residency(n_slots, 10, cache, order)
+    chosen_policy = policy(name, facts)
+    predictor = chosen_policy.predictor
+    residency = Residency(n_slots, 10, chosen_policy.cache, chosen_policy.order, chosen_policy.scan)
     recorder = TraceRecorder()
     hits = misses = n_placed = loaded = 0
     for recorded in random_trace(7).events:
@@ -425,10 +426,8 @@ def fewest_misses(events: Sequence[frozenset[int]], n_slots: int) -> int:
         after: dict[frozenset[int], int] = {}
         for arena, cost in costs.items():
             pool = arena | wanted
-            must = wanted if len(wanted) <= n_slots else frozenset()
-            room = min(n_slots, len(pool)) - len(must)
-            for kept in itertools.combinations(sorted(pool - must), room):
-                state = must | frozenset(kept)
+            for kept in itertools.combinations(sorted(pool), min(n_slots, len(pool))):
+                state = frozenset(kept)
                 paid = cost + len(wanted - arena)
                 after[state] = min(paid, after.get(state, paid))
         costs = after
