@@ -89,10 +89,14 @@ class Residency:
                 continue
             experts.append(expert)
             slots.append(slot)
-            if probation and (key in guessed or key in stale):
+            came_true = probation and (key in guessed or key in stale)
+            if came_true:
                 self.guesses_used += key in guessed
                 guessed.discard(key)
                 stale.pop(key, None)
+            if self._scans:
+                continue  # _stream does the rest
+            if came_true:
                 if not cache.admit(key, event.counts[i]):
                     passing.append(key)
             else:
@@ -102,7 +106,7 @@ class Residency:
             for key in [key for key in guessed if key // self.n_experts <= event.layer]:
                 guessed.remove(key)
                 stale[key] = None
-        if missing and self._scans:
+        if self._scans:
             self._stream(event, base, missing, experts, slots, passing)
         elif missing:
             self._place(event, base, missing, experts, slots, passing)
@@ -165,30 +169,28 @@ class Residency:
         slot_of, cache = self.slot_of, self.cache
         keys = [base + expert for expert in event.experts]
         pinned = set(keys)
-        held = [key for key in range(base, base + self.n_experts) if key in cache]
-        for i in missing:  # a vote each, so that newcomers and residents are judged alike
+        for i in missing:
             cache.admit(keys[i], event.counts[i])
-        stays = self.scan.stays(event.layer, {*held, *(keys[i] for i in missing)})
-        streaming: deque[int] = deque()
-        for key in held:
-            if key in stays:
-                continue
+        # After the newcomers: of equally likely experts the resident ones stay.
+        for key, votes in zip(keys, event.counts, strict=True):
+            if key in slot_of:
+                (cache.touch if key in cache else cache.admit)(key, votes)
+        idle = [k for k in range(base, base + self.n_experts) if k in cache and k not in pinned]
+        stays = self.scan.stays(event.layer, [*keys, *idle])
+        streaming = deque(key for key in keys if key in slot_of and key not in stays)
+        for key in (key for key in idle if key not in stays):
             cache.remove(key)
-            if key in pinned:
-                streaming.append(key)
-            else:
-                self.free.append(slot_of.pop(key))
+            self.free.append(slot_of.pop(key))
+        for key in streaming:
+            cache.remove(key)
         for i in self._in_order(event, missing):
             key = keys[i]
             leaves = key not in stays
             if leaves:
                 cache.remove(key)
-            slot = None
-            if leaves and len(streaming) >= self.scan.ring:
-                slot = slot_of.pop(streaming.popleft())
-            if slot is None:
-                slot = self._take(pinned, key)
-            if slot is None:
+            full = len(streaming) >= self.scan.ring if leaves else not self.free
+            slot = None if full and streaming else self._take(pinned, key)
+            if slot is None and not streaming:
                 slot = self._take_guess(pinned)
             if slot is None:
                 first = streaming.popleft() if streaming else self._first_placed(base, experts)
