@@ -561,7 +561,7 @@ def test_13_batch_in_ubatches(layout: str, tiny_file: TinyFile, reference: Refer
 
 
 @pytest.mark.parametrize("tiny_arena", [True, False])
-@pytest.mark.parametrize("policy", ["eap", "fate", "fate-paper"])
+@pytest.mark.parametrize("policy", ["eap", "fate", "fate-paper", "klotski"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_13_guesses_between_ubatches(
     layout: str, policy: str, tiny_arena: bool, tiny_file: TinyFile, reference: Reference
