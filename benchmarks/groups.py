@@ -28,7 +28,7 @@ import llama_cpp._logger
 import numpy as np
 
 from moe_gguf.policies.base import Phase
-from moe_gguf.policies.presets import POLICIES
+from moe_gguf.policies.presets import POLICIES, PolicyMaker, policy
 from moe_gguf.policies.trace import TraceRecorder
 from moe_gguf.runtime import opening
 from moe_gguf.runtime.arena import start
@@ -41,6 +41,13 @@ from moe_gguf.runtime.sizes import GB
 from moe_gguf.runtime.stats import Meter
 
 STOCK = "stock"
+# The rows of an ablation: one sequence is -n 1, the group alone `layered-lfu`, hot-only prefetch
+# `klotski-whole`, the order `klotski`; `fate-whole` is `fate` as it serves one sequence.
+MAKERS: dict[str, PolicyMaker] = {
+    **POLICIES,
+    "klotski-whole": lambda facts: policy("klotski", facts)._replace(scan=None),
+    "fate-whole": lambda facts: policy("fate", facts)._replace(scan=None),
+}
 COUNTERS = (
     "read_bytes",
     "guess_bytes",
@@ -69,18 +76,18 @@ def context_params(n: int, n_ctx: int, n_threads: int) -> llama_cpp.llama_contex
 class Subject:
     """A model with its sequences; ``block`` decodes some steps of them."""
 
-    def __init__(self, path: Path, policy: str, share: float, args: argparse.Namespace) -> None:
-        self.policy = policy
-        self.recorder = TraceRecorder() if args.trace and policy != STOCK else None
+    def __init__(self, path: Path, name: str, share: float, args: argparse.Namespace) -> None:
+        self.policy = name
+        self.recorder = TraceRecorder() if args.trace and name != STOCK else None
         self.meter: Meter | None = None
         self.arena = None
         params = llama_cpp.llama_model_default_params()
-        if policy == STOCK:
+        if name == STOCK:
             params.use_extra_bufts = False
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
             self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         else:
-            found = opening.find(path, Options(GB, policy, args.reads))
+            found = opening.find(path, Options(GB, "fate", args.reads))
             self.binding = found.bind()
             measured = opening.place_tables(Measured(found, Needs(0, 0, 0, 0), 0))
             loaded = opening.load(measured, self.binding, params)
@@ -91,7 +98,9 @@ class Subject:
             budget = Budget(
                 total, measured.needs, slot_bytes, n_slots, found.n_all, found.working_set
             )
-            self.arena = start(loaded, budget=budget, recorder=self.recorder)
+            self.arena = start(
+                loaded, make_policy=MAKERS[name], budget=budget, recorder=self.recorder
+            )
             self.meter = Meter(self.arena)
         self.threads = args.threads
         self.context: Context | None = None
@@ -214,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, metavar="DIR")
     args = parser.parse_args(argv)
     names = args.rows.split(",")
-    unknown = [name for name in names if name not in (*POLICIES, STOCK)]
+    unknown = [name for name in names if name not in (*MAKERS, STOCK)]
     if unknown:
         parser.error(f"there is no row {unknown[0]!r}")
     llama_cpp._logger.set_verbose(False)

@@ -15,9 +15,9 @@ independent demands that maximises the expected hits of every round.
 
 So a layer keeps its likeliest experts, as many as its share of C - R, and the others stream: each
 is read into one of R slots, computed, and its slot taken by the next one of its layer, or of the
-next layer. R = 1 would leave disk and processor waiting for each other. While as many experts
-compute as one token uses, as many are read: that is the smallest round of work every model is
-built for, hence R of twice ``n_used``.
+next layer. R = 1 would leave disk and processor waiting for each other, and every slot of R is one
+hit less per round. R is the experts one token uses: half of them compute while the other half is
+read. It is a function of the model alone, so that replaying a recording needs no clock.
 """
 
 from __future__ import annotations

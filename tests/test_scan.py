@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from conftest import TinyFile
-from harness import Ours, ours, random_tokens, rows, stock
+from harness import Model, ours, random_tokens, rows, stock
 
 from moe_gguf.policies import Facts, Residency, policy
 from moe_gguf.policies.base import Guess, Phase, RouteEvent
+from moe_gguf.policies.pace import Everything
 from moe_gguf.policies.replay import replay
 from moe_gguf.policies.scan import Scan
 from moe_gguf.policies.trace import Trace, TraceEvent
 from moe_gguf.runtime.engine.context import Row
+from moe_gguf.runtime.errors import ExpertReadError
 
 N_LAYERS, N_EXPERTS, USED = 4, 16, 2
 
@@ -95,7 +97,7 @@ def test_guesses_stream_too_and_take_nothing_that_stays() -> None:
     residency.check_integrity()
 
 
-def decode_group(model: Ours, n: int, n_steps: int = 6) -> np.ndarray:
+def decode_group(model: Model, n: int, n_steps: int = 6) -> np.ndarray:
     context = model.context(n_seq_max=n, kv_unified=True)
     tokens = random_tokens(n)
     logits = []
@@ -113,7 +115,7 @@ def test_a_group_that_streams_computes_what_stock_does(
 ) -> None:
     path = tiny_file("qwen3moe")
     with stock(path) as model:
-        expected = decode_group(model, 8)  # type: ignore[arg-type]
+        expected = decode_group(model, 8)
     with ours(path, n_slots, policy=name) as model:
         assert np.array_equal(decode_group(model, 8), expected)
         scan = model.controller.residency.scan
@@ -121,3 +123,21 @@ def test_a_group_that_streams_computes_what_stock_does(
         assert model.stats().recycled > 0, "no slot was used again within a layer"
         single = model.context()
         single.decode(rows(random_tokens(5)))
+
+
+@pytest.mark.parametrize("name", ["klotski", "fate"])
+def test_guesses_follow_experts_into_their_slots(name: str, tiny_file: TinyFile) -> None:
+    """Nothing but the ring is free, so a guess that is read was read over an expert of the layer
+    before, after that was computed. A read that fails meanwhile fails its step and no other."""
+    path = tiny_file("qwen3moe")
+    with stock(path) as model:
+        expected = decode_group(model, 8)
+    with ours(path, 14, policy=name, pace=Everything()) as model:
+        assert np.array_equal(decode_group(model, 8), expected)
+        assert model.meter.demands().guesses_used > 0
+        for skip in (0, 3, 8, 21):
+            model.plugin.inject(skip, 5)
+            with pytest.raises(ExpertReadError):
+                decode_group(model, 8)
+            model.check()
+        assert np.array_equal(decode_group(model, 8), expected)
