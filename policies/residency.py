@@ -55,6 +55,7 @@ class Residency:
     ) -> None:
         assert n_slots >= 1
         assert n_experts >= 1
+        assert scan is None or scan.cache is cache, "a scan judges by the cache that keeps"
         self.n_slots = n_slots
         self.n_experts = n_experts
         self.cache = cache
