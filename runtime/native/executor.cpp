@@ -165,7 +165,7 @@ bool executor::find_ready() {
     waiting_.clear();
     for (size_t i = 0; i < entries.size(); i++) {
         const dialogue::entry & e = entries[i];
-        scarce = scarce || (e.load && !e.submitted);
+        scarce                    = scarce || (e.load && !e.submitted);
         if (e.done || (e.load && !e.submitted)) {
             continue;
         }
