@@ -59,8 +59,8 @@ chat: $(READY)
 mutants: $(READY)
 	MUTANTS=10000 $(BIN)/pytest tests/test_bad_input.py -k does_not_kill
 
-# Random schedules, long: the native reads, the slot table, and requests to an Engine; `make test`
-# runs a few of each. A batch of 1,000 lines is killed 20 times.
+# Random schedules, long: the native reads, the slot table, requests to an Engine; `make test` runs a
+# few of each. A batch of 1,000 lines is killed 20 times.
 stress: build/stress $(READY)
 	build/stress $(STEPS) 1 build
 	STRESS_STEPS=$(STEPS) $(BIN)/pytest tests/test_stress.py

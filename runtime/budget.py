@@ -29,6 +29,7 @@ class Needs(NamedTuple):
     compute: int  # llama.cpp's graph buffers and the executor's own
     process: int  # Python, libraries, vocabulary, margin
     rows: int = 0  # the cache of rows of tables on disk
+    states: int = 0  # copies of sequences that have left the KV cache
 
     @property
     def total(self) -> int:
@@ -65,6 +66,7 @@ class Budget(NamedTuple):
             ("trunk", self.needs.trunk, "every weight that is not a routed expert"),
             *([("rows", self.needs.rows, "of tables on disk")] if self.needs.rows else []),
             ("KV cache", self.needs.kv, ""),
+            *([("states", self.needs.states, "of past sequences")] if self.needs.states else []),
             ("compute", self.needs.compute, "graph and work buffers"),
             ("process", self.needs.process, "Python, libraries, vocabulary, margin"),
             ("experts", self.experts, share),

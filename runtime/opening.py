@@ -214,8 +214,8 @@ def load(
     """
     found = measured.found
     budget = measured.divide()
-    trunk, kv, compute, _, rows = budget.needs
-    growth = trunk + kv + compute + rows + budget.experts + budgets.MARGIN_BYTES
+    trunk, kv, compute, _, rows, states = budget.needs
+    growth = trunk + kv + compute + rows + states + budget.experts + budgets.MARGIN_BYTES
     system.check_room(_reserved(found.layout, measured.tables), growth)
     of_all = trunk + found.warm_bytes(budget.n_slots)
     binding.hold_tables(measured.tables, rows)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,9 @@ from mutant import Helper, Mutant
 from moe_gguf.converters import convert
 from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
-from moe_gguf.runtime import kernels, logs, trial
+from moe_gguf.runtime import cache, kernels, logs, trial
 from moe_gguf.runtime.bench import process, rounds
 from moe_gguf.runtime.cli import main
-from moe_gguf.runtime.cli.model import cache_dir
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin.library import probe_direct
 
@@ -61,11 +61,22 @@ def helper() -> Iterator[Helper]:
 @pytest.fixture(scope="session", autouse=True)
 def trials(helper: Helper, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models are tried in forks of one helper, and verdicts are kept for this session only."""
+    kept, folder = _user_cache(), tmp_path_factory.mktemp("cache")
+    for model in kept.glob("*.gguf"):  # the demo's
+        (folder / model.name).symlink_to(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_GGUF_CACHE", str(cache_dir()))  # the demo model's stays
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MOE_GGUF_CACHE", str(folder))  # of processes
+        patch.setattr(cache, "_chosen", folder)  # of this one
         patch.setattr(trial, "send", helper.send)
         yield
+    kept.mkdir(parents=True, exist_ok=True)
+    for model in folder.glob("*.gguf"):
+        if not model.is_symlink():  # made in this session
+            shutil.move(model, kept)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("MOE_GGUF_CACHE") or cache.folder())
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp
@@ -12,6 +14,7 @@ from harness import Logits
 from moe_gguf.policies.base import Phase
 from moe_gguf.runtime.engine.context import Batch, Context
 from moe_gguf.runtime.engine.memory import Memory
+from moe_gguf.runtime.engine.store import written
 
 
 class Decoded(NamedTuple):
@@ -33,6 +36,8 @@ class Tape:
     def __init__(self, on_step: Callable[[int], object] = lambda n: None) -> None:
         self.operations: list[Any] = []
         self.steps: list[Decoded] = []
+        self.saves: list[bytes] = []
+        self.stock: list[bytearray] = []  # what stock saves in their place
         self.on_step = on_step
 
     def decoded(self, context: Context, phase: Phase, code: int) -> None:
@@ -47,8 +52,51 @@ class Tape:
     def copied(self, source: int, target: int, end: int) -> None:
         self.operations.append(lambda memory: memory.copy(source, target, end))
 
+    def saved(self, seq: int, partial: bool, data: bytearray) -> None:
+        self.saves.append(bytes(data))
+        self.operations.append(lambda memory: self.stock.append(memory.save(seq, partial)))
+
+    def restored(self, seq: int, partial: bool, data: bytes | bytearray) -> None:
+        """Stock is given what stock itself saved then."""
+        index = max(i for i, saved in enumerate(self.saves) if saved == data)
+
+        def restore(memory: Memory) -> None:
+            assert self.stock[index] == data, "stock saves other bytes"
+            memory.restore(seq, self.stock[index], partial)
+
+        self.operations.append(restore)
+
+    def saved_file(self, seq: int, path: Path) -> None:
+        """As ``saved``: what a file lacks of it, an eight bytes' head, does not matter."""
+        self.saves.append(bytes(8) + body(path.read_bytes()))
+
+        def save(memory: Memory) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                memory.save_file(seq, Path(folder, "state"), [0])
+                data = bytes(8) + body(Path(folder, "state").read_bytes())
+            self.stock.append(bytearray(data))
+
+        self.operations.append(save)
+
+    def restored_file(self, seq: int, path: Path) -> None:
+        data = body(path.read_bytes())
+        index = max(i for i, saved in enumerate(self.saves) if data.startswith(saved[8:]))
+
+        def restore(memory: Memory) -> None:
+            assert data.startswith(self.stock[index][8:]), "stock saves other bytes"
+            with tempfile.TemporaryDirectory() as folder:
+                written([0], self.stock[index])(Path(folder, "state"))
+                memory.restore_file(seq, Path(folder, "state"), 1)
+
+        self.operations.append(restore)
+
     def cleared(self) -> None:
         self.operations.append(lambda memory: memory.clear())
+
+
+def body(file: bytes) -> bytes:
+    """Of one of llama.cpp's files of a sequence: what follows the tokens."""
+    return file[12 + 4 * int.from_bytes(file[8:12], "little") :]
 
 
 def taken(context: Context, phase: Phase, code: int) -> Decoded:
@@ -69,6 +117,7 @@ def replay(tape: Tape, model: Any, params: llama_cpp.llama_context_params) -> li
     """
     context = Context(model, params)
     memory, steps = Memory(context.ctx), []
+    tape.stock.clear()
     try:
         for operation in tape.operations:
             if not isinstance(operation, Decoded):

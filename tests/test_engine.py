@@ -80,8 +80,12 @@ def engine(path: Path) -> Iterator[Engine]:
 
 
 def check(engine: Engine) -> None:
-    """Nothing of any request is left in the memory."""
+    """Nothing of any request is left in the memory but what is kept to go on from."""
     engine._loop.scheduler.check_integrity()
+    states = engine._loop.states
+    states.check_integrity()
+    states.evict_all()
+    assert states.ledger.used == 0
     for slot in range(engine._loop.scheduler.limits.slots):
         assert engine._model.memory.first(slot) == engine._model.memory.last(slot) == -1
     assert not engine._loop._alive

@@ -6,7 +6,8 @@ between them, and repeated on stock with the same context parameters and threads
 equal logits in every step,
 
  1  for any arrivals, lengths, priorities, cancels, failed reads, groups, quanta, chunks, pools and
-    slots, under every policy, for each kind of memory
+    slots, under every policy, for each kind of memory, with starts that are shared, kept, copied
+    out and restored
  2  that the machinery ran: mixed steps, turns, preemption, scoring in pieces, one graph per step
  3  that a request alone gets what ``moe_gguf.Llama`` gives it with the same parameters
  4  alone against in a batch: as often equal as with stock
@@ -85,6 +86,8 @@ class Asked:
     priority: int = 0
     scored: bool = False
     temp: float = 0.0
+    shared: int = 0  # tokens that it begins with as others do
+    owner: str = ""
     generation: Generation | None = None
 
 
@@ -101,6 +104,7 @@ class Play:
     n_slots: int = 14
     policy: str = "lru"
     score_rows: int = 8
+    kept: int = 1 << 20  # bytes of past sequences outside the context
     fails: int | None = None  # the step whose next read fails
     tape: Tape = field(default_factory=Tape)
 
@@ -136,6 +140,7 @@ def engine_of(path: Path, play: Play) -> Iterator[Engine]:
             schedule=play.schedule,
             score_rows=play.score_rows,
             n_threads=1,
+            kept=play.kept,
             observer=play.tape,
         )
     try:
@@ -168,13 +173,15 @@ def perform(path: Path, play: Play) -> dict[str, Any]:
             wait(asked)
         stats = engine.stats() | {"events": engine.arena.plugin.stats().events}
         engine._loop.scheduler.check_integrity()
+        engine._loop.states.check_integrity()
         assert not engine._loop.scheduler.running
         return stats
 
 
 def submit(engine: Engine, asked: Asked, i: int) -> Generation:
     return engine.submit(
-        random_tokens(asked.n_prompt, seed=i + 1),
+        random_tokens(asked.shared, seed=99) + random_tokens(asked.n_prompt, seed=i + 1),
+        owner=asked.owner,
         max_tokens=asked.max_tokens,
         priority=asked.priority,
         prompt_logprobs=1 if asked.scored else None,
@@ -206,6 +213,8 @@ def plays(draw: st.DrawFn) -> Play:
                 priority=st.integers(0, 1),
                 scored=st.booleans(),
                 temp=st.sampled_from([0.0, 1.0]),
+                shared=st.sampled_from([0, 40, 90]),
+                owner=st.sampled_from(["", "", "another"]),
             ),
             min_size=1,
             max_size=7,
@@ -222,6 +231,7 @@ def plays(draw: st.DrawFn) -> Play:
         n_slots=draw(st.sampled_from([4, 14, 40])),
         policy=draw(st.sampled_from(sorted(POLICIES))),
         score_rows=draw(st.sampled_from([1, 8])),
+        kept=draw(st.sampled_from([0, 60_000, 1 << 20])),
         fails=draw(st.none() | st.integers(1, 15)),
     )
 
@@ -337,8 +347,9 @@ class Agreement(NamedTuple):
 
 
 def agreement(alone: list[Decoded], together: list[Decoded], prompts: list[int]) -> Agreement:
-    """Token by token, by place. Alone, every request has the same slot, one after another."""
-    rows, others = by_token(alone)[0], by_token(together)
+    """Token by token, by place. Alone, one request came after another."""
+    rows = [row for slot in by_token(alone).values() for row in slot]
+    others = by_token(together)
     bits, tokens = [], []
     for i, n_prompt in enumerate(prompts):
         for pos, logits in others[i]:

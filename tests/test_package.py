@@ -82,7 +82,13 @@ def test_the_demo_is_found_in_a_checkout(python: Python, checkout: Path, site: P
     """A child carves it: started in no folder of the user's, it uses the user's cache all the
     same. Carving takes its time, and is tested elsewhere."""
     (site / "moe_gguf" / "converters" / "demo.py").write_text(CARVE)
-    code = "from moe_gguf.runtime.cli.model import resolve; print(resolve('demo'))"
+    code = """
+from pathlib import Path
+from moe_gguf.runtime import cache
+from moe_gguf.runtime.cli.model import resolve
+cache.use(Path("cache"))
+print(resolve("demo"))
+"""
     made = checkout / "cache" / "demo.gguf"
     assert python("-c", code) == str(made)
     assert made.exists()

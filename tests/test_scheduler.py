@@ -8,6 +8,7 @@ gave way leaves anything behind, every wanted row of logits comes exactly once, 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -19,16 +20,43 @@ from moe_gguf.runtime.engine.request import Logprob, Request
 from moe_gguf.runtime.engine.schedule import Schedule
 from moe_gguf.runtime.engine.scheduler import Limits, Scheduler, Step
 from moe_gguf.runtime.engine.sequence import Sequence
+from moe_gguf.runtime.engine.states import Place
 from moe_gguf.runtime.errors import UserError
 
 LIMITS = Limits(cells=1000, slots=4, rows=68, outputs=8)
+
+
+class Forgetful:
+    """States that nobody goes on from."""
+
+    cuts = True
+
+    def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place:
+        return Place(min(free), 0)
+
+    def leave(self, slot: int, keep: bool) -> None: ...
+    def adopt(self, slot: int, source: int, n: int) -> int:
+        raise AssertionError("the prompts have no start in common")
+
+    def grew(self, slot: int, n: int) -> None: ...
+    def room(self, n: int) -> None: ...
+    def evict_all(self) -> bool:
+        return False
+
+    def shared(self, slots: Collection[int]) -> int:
+        return 0
+
+    def stops(self, n_prompt: int) -> set[int]:
+        return set()
+
+    def checkpoint(self, slot: int) -> None: ...
 
 
 class Pretended:
     """A context of ``cells``, perhaps fewer than the scheduler is told, and who samples from it."""
 
     def __init__(self, schedule: Schedule, limits: Limits, cells: int, n_ctx: int = 100) -> None:
-        self.scheduler = Scheduler(schedule, limits, self.drop)
+        self.scheduler = Scheduler(schedule, limits, Forgetful(), self.drop)
         self.limits, self.cells, self.n_ctx = limits, cells, n_ctx
         self.held: dict[int, int] = {}  # tokens by slot
         self.ends: dict[int, str] = {}  # by number
@@ -37,7 +65,7 @@ class Pretended:
 
     def submit(self, n_prompt: int, n: int, priority: int = 0, scored: bool = False) -> Sequence:
         request = Request(
-            tokens=[0] * n_prompt,
+            tokens=[self.number] * n_prompt,
             max_tokens=n,
             priority=priority,
             prompt_logprobs=0 if scored else None,

@@ -208,7 +208,7 @@ def test_a_signal_stops_it_cleanly_even_while_it_computes(
     model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     log = tmp_path / "stderr"
-    options = ("--ctx", "8192", "--grace", "0.2")
+    options = ("--ctx", "8192", "--grace", "0.2", "--parallel", "2")
     with served(model, log, *options) as (process, client), ThreadPoolExecutor(2) as pool:
         endless = {"max_tokens": 8000, "logit_bias": {"302": -100, "304": -100}}
         jobs = [pool.submit(complete, client, **endless, stream=s) for s in (True, False)]

@@ -13,6 +13,7 @@ Everything else that trials decide is in test_bad_input.py and test_zoo.py.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import struct
@@ -220,6 +221,15 @@ def test_a_user_without_a_home_opens_models(
     assert len(sent) == 1
 
 
+def test_verdicts_lie_where_the_command_line_is_told(good: ModelLayout, tmp_path: Path) -> None:
+    """In MOE_GGUF_CACHE, beside all else that is made for the user."""
+    command = [sys.executable, "-m", "moe_gguf", "plan", str(good.path)]
+    env = os.environ | {"MOE_GGUF_CACHE": str(tmp_path)}
+    subprocess.run(command, env=env, check=True, capture_output=True, cwd=sys.prefix)
+    (file,) = (tmp_path / "trials").iterdir()
+    assert json.loads(file.read_text()) == [0, ""]
+
+
 # --- 3. limits ----------------------------------------------------------------------------------
 
 
@@ -263,9 +273,9 @@ def test_where_no_child_can_be_started_models_open(
 # --- 4. weights of zeros ------------------------------------------------------------------------
 
 
-def test_weights_of_a_trial_take_no_memory(zoo_file: ZooFile, tmp_path: Path) -> None:
-    """A model of 10 GB, of which only a header exists, in a child of 150 MB."""
-    mutant, wide = Mutant.read(zoo_file("qwen3moe")), 1 << 20
+def large(path: Path) -> tuple[bytes, int]:
+    """The header and size of a qwen3moe whose experts are widened to 10 GB."""
+    mutant, wide = Mutant.read(path), 1 << 20
     mutant.fields["qwen3moe.expert_feed_forward_length"].value = wide
     infos, offset = [], 0
     for name, weight in mutant.weights.items():
@@ -280,13 +290,31 @@ def test_weights_of_a_trial_take_no_memory(zoo_file: ZooFile, tmp_path: Path) ->
     pairs = [struct.pack("<Q", len(key)) + key + value for key, value in keys]
     header = encode_header(pairs, infos, mutant.alignment)
     assert offset > 9 * 10**9
+    return header, len(header) + offset
+
+
+def test_a_token_of_a_large_model_is_cut_short(zoo_file: ZooFile, helper: Helper) -> None:
+    """A token on zeros takes 0.1 s of CPU per GB of the weights it uses."""
+    verdict = helper.send(*large(zoo_file("qwen3moe")))
+    assert verdict == trial.LIVED
+    assert helper.has_computed
+    late = "failed to decode, ret = 2"
+    assert late in helper.log.read_text()
+    assert helper.send(*stream_of(read_layout(zoo_file("qwen3moe")))) == trial.LIVED
+    assert helper.has_computed
+    assert late not in helper.log.read_text(), "a small one is computed to the end"
+
+
+def test_weights_of_a_trial_take_no_memory(zoo_file: ZooFile, tmp_path: Path) -> None:
+    """A model of 10 GB, of which only a header exists, in a child of 150 MB."""
+    header, n_bytes = large(zoo_file("qwen3moe"))
     (tmp_path / "header").write_bytes(header)
     code = (
         "import resource, sys; from pathlib import Path; from moe_gguf.runtime import trial;"
         "verdict = trial.send(Path(sys.argv[1]).read_bytes(), int(sys.argv[2]));"
         "print(verdict.signal, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "header"), str(len(header) + offset)]
+    command = [sys.executable, "-c", code, str(tmp_path / "header"), str(n_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     number, peak_kib = map(int, done.stdout.split())
     assert number == 0

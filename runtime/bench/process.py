@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import child
+from .. import cache, child
 from ..errors import spell
 from ..formats.layout import ModelLayout
 from ..sizes import format_size
@@ -67,7 +67,9 @@ def _each(files: Sequence[Path], action: Callable[[int], object]) -> None:
 
 def row_command(spec: Spec) -> list[str]:
     """The command line of a run; see ``row``."""
-    return child.command("moe_gguf.runtime.bench.row", spec.to_json())
+    folder = cache.chosen()
+    named = [] if folder is None else [str(folder)]
+    return child.command("moe_gguf.runtime.bench.row", spec.to_json(), *named)
 
 
 def probe_disk(

@@ -1,8 +1,9 @@
 """One run of one bench row in a process of its own: open the model, prefill, decode, report.
 
-    python -m moe_gguf.runtime.bench.row SPEC
+    python -m moe_gguf.runtime.bench.row SPEC [CACHE]
 
-SPEC is a ``Spec`` as JSON; the last line of stdout is the result as JSON. Stock rows and ours go
+SPEC is a ``Spec`` as JSON, CACHE a folder (see ``cache``); the last line of stdout is the result as
+JSON. Stock rows and ours go
 through the same calls in the same order, so that what differs is the engine. Knows nothing of
 cgroups, other rows or repetition.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...policies.base import Phase
+from .. import cache
 from ..errors import UserError
 from ..options import Options
 from .prose import prose
@@ -241,6 +243,8 @@ def main() -> None:
 
     The sentence's options are not spelled: who reads it knows how.
     """
+    for folder in sys.argv[2:]:
+        cache.use(Path(folder))
     try:
         result, code = measure(Spec.from_json(sys.argv[1])), 0
     except UserError as error:

@@ -14,7 +14,7 @@ import click
 
 from ..errors import UserError
 from .model import open_engine, resolve
-from .options import model_options, parallel_option
+from .options import model_options, parallel_options
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SCORE_ROWS = 64
 @model_options
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
-@parallel_option
+@parallel_options("throughput")
 @click.option(
     "--ray",
     metavar="ADDRESS",
@@ -42,6 +42,7 @@ def batch(
     model: str,
     source: Path,
     target: Path,
+    goal: str,
     ray: str | None,
     as_json: bool,
     **options: Any,

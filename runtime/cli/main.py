@@ -11,10 +11,12 @@ import importlib
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from .. import cache
 from ..errors import UserError
 from ..text import LINE_LIMIT, shown
 from .options import spelling_of
@@ -73,6 +75,8 @@ class _Commands(click.Group):
 @click.option("--debug", is_flag=True, help="show tracebacks and llama.cpp's log; works anywhere")
 def cli(debug: bool) -> None:
     """Run Mixture-of-Experts GGUF models larger than memory."""
+    if folder := os.environ.get("MOE_GGUF_CACHE"):
+        cache.use(Path(folder))
 
 
 def main() -> NoReturn:

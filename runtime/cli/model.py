@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import platformdirs
-
-from .. import child
+from .. import cache, child
 from ..errors import UserError
 from .terminal import debugging, note, quieten, warn
 
@@ -43,16 +40,11 @@ def checkpoint(source: str) -> Path:
 
 def _demo() -> Path:
     """The demo model, carved by a child: the memory that takes must not count in this process."""
-    command = child.command("moe_gguf", "carve-demo", str(cache_dir().absolute()))
+    command = child.command("moe_gguf", "carve-demo", str(cache.folder()))
     done = subprocess.run(command, cwd=child.FOLDER, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:  # it has told why
         sys.exit(done.returncode)
     return Path(done.stdout.rstrip("\n"))
-
-
-def cache_dir() -> Path:
-    """Where files made for the user are kept; MOE_GGUF_CACHE overrides it."""
-    return Path(os.environ.get("MOE_GGUF_CACHE") or platformdirs.user_cache_dir("moe-gguf"))
 
 
 def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Llama:
@@ -63,11 +55,12 @@ def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Ll
 
 
 def open_engine(model: str | Path, *, recorder: Any = None, **options: Any) -> Engine:
-    """Open MODEL with the shared options, for one sequence at a time unless they say otherwise, and
-    say what is in force. ``watch`` hears of the progress too."""
+    """Open MODEL with the shared options, for one sequence at a time whose state is not kept unless
+    they say otherwise, and say what is in force. ``watch`` hears of the progress too."""
     from ..engine.engine import Engine
 
-    return _opened(Engine, model, recorder=recorder, **{"parallel": 1, "score_rows": 1, **options})
+    single = {"parallel": 1, "score_rows": 1, "kept": 0}
+    return _opened(Engine, model, recorder=recorder, **{**single, **options})
 
 
 def _opened(

@@ -103,17 +103,24 @@ def model_options(command: Command) -> Command:
     return argument(option_flags()(context(threads(command))))
 
 
-def parallel_option(command: Command) -> Command:
-    """How many sequences are computed together."""
-    option = click.option(
+def parallel_options(goal: str) -> Callable[[Command], Command]:
+    """How many sequences are computed at once, and what for; ``goal`` if nothing is said."""
+    parallel = click.option(
         "--parallel",
         type=_or_auto(click.IntRange(1, 256)),
         default="auto",
         metavar="N|auto",
-        help="sequences in memory at once",
+        help="sequences in memory at once; auto: as the planner sees fit",
         show_default=True,
     )
-    return option(command)
+    goals = click.option(
+        "--goal",
+        type=click.Choice(["latency", "throughput"]),
+        default=goal,
+        help="what is to be best: waiting, or tokens per second of all together",
+        show_default=True,
+    )
+    return lambda command: parallel(goals(command))
 
 
 def prompt_options(command: Command) -> Command:
@@ -122,6 +129,24 @@ def prompt_options(command: Command) -> Command:
         "-f", "--file", "prompt_file", type=click.Path(), help="read the prompt from a file"
     )
     return prompt(file(command))
+
+
+def state_options(command: Command) -> Command:
+    """Of commands that go on from what earlier ones computed: ``Engine``'s arguments by name."""
+    folder = click.option(
+        "--cache-dir",
+        type=click.Path(),
+        metavar="DIR",
+        help="keep what was computed of conversations in files here, and go on from it",
+    )
+    size = click.option(
+        "--cache-size",
+        default="4GiB",
+        metavar="SIZE",
+        show_default=True,
+        help="what these files may take; those unused for the longest go",
+    )
+    return folder(size(command))
 
 
 def spelling_of(command: click.Command) -> Spelling:

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from .. import cache
 from ..options import Options
-from .model import cache_dir, open_llama, resolve
+from .model import open_llama, resolve
 from .options import model_options
 from .terminal import prompt_text
 
@@ -54,7 +55,7 @@ def quality(
     assert text is not None
     path = resolve(model)
     other = None if against is None else resolve(against)
-    folder = cache_dir()
+    folder = cache.folder()
     folder.mkdir(parents=True, exist_ok=True)
     request = Request(path, text, options, against=other, **settings)
     document = run_quality(request, open_model=open_llama, progress=bar, folder=folder)

@@ -14,7 +14,7 @@ import click
 from ..errors import ExpertReadError, UserError
 from ..system import check_writable
 from .model import open_engine
-from .options import Number, model_options, prompt_options
+from .options import Number, model_options, prompt_options, state_options
 from .terminal import argument_text, note, prompt_text, report_error
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_options
+@state_options
 @prompt_options
 @click.option(
     "-n",
@@ -83,7 +84,8 @@ def run(
         raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
     if timeline_file is not None:
         check_writable(Path(timeline_file))
-    engine = open_engine(model, **options)
+    # Of one answer nothing is gone back to; in a conversation a state that cannot be cut is.
+    engine = open_engine(model, kept="auto" if text is None else 0, **options)
     try:
         if timeline_file is not None:
             timeline.record(engine.arena)

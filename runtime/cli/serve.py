@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .model import open_engine
-from .options import Number, model_options, parallel_option
+from .options import Number, model_options, parallel_options, state_options
 from .terminal import warn
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..server.house import House, Served
 
-# Tokens of prompts that are scored in a step: each costs the memory of a row of logits.
-_SCORE_ROWS = 64
-
 
 @click.command()
 @model_options
-@parallel_option
+@parallel_options("latency")
+@state_options
 @click.option("--host", default="127.0.0.1", help="address to listen on", show_default=True)
 @click.option(
     "--port",
@@ -129,7 +127,10 @@ def serve(
         require_model=ui is None,  # llama.cpp's front end names none
     )
     listener = listen(host, port)
-    options["parallel"] = options["parallel"] or "auto"
+    if options["parallel"] is None:
+        options["parallel"] = "auto"
+    else:  # nothing is left to choose
+        del options["goal"]
     engines: list[Engine] = []
     try:
         house = House(settings)
@@ -147,6 +148,7 @@ def _open(
     options: dict[str, Any],
 ) -> Served:
     from ..api.texts import EngineTexts
+    from ..engine.planner import SCORE_ROWS
     from ..errors import RequestError
     from ..server.facts import facts_of
     from ..server.house import Served
@@ -154,7 +156,7 @@ def _open(
     def watch(done: float, total: float) -> None:
         house.progress = (done, total)
 
-    engine = open_engine(model, watch=watch, score_rows=_SCORE_ROWS, **options)
+    engine = open_engine(model, watch=watch, score_rows=SCORE_ROWS, kept="auto", **options)
     engines.append(engine)
     texts = EngineTexts(engine)
     house.at_end.append(texts.close)

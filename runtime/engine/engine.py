@@ -28,14 +28,20 @@ from ..params import n_ctx_of
 from ..progress import Report
 from ..prompts import Template, encode
 from ..routers import read_routers
+from ..sizes import parse_size
 from ..stats import Step
 from ..text import well_formed
 from .context import Observer
+from .copies import Shelf
 from .generation import Generation
+from .identity import identity_of
 from .loop import Loop
 from .model import Model, context_shape
+from .planner import SCORE_ROWS, Goal, Plan, Workload
+from .planning import planned
 from .request import Request, Sampling
 from .schedule import Schedule
+from .store import Store
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -43,6 +49,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 # Of one that is told nothing: they take turns in the memory of one, since a small group decodes
 # slower than its sequences one after the other.
 _AUTO_PARALLEL, _AUTO_QUANTUM = 4, 16
+_KEPT_SHARE = 50  # of the budget, the part for copies of past sequences
 
 _SAMPLING = {field.name for field in fields(Sampling)}
 _REQUEST = {field.name for field in fields(Request)} - {"tokens", "sampling"}
@@ -57,8 +64,16 @@ class Engine:
     sequence may get; None: the model's own, at most 4096. ``parallel`` sequences are in memory at
     once, the others wait. ``cells`` is how many tokens they hold together; left out, enough for all
     of them, or with ``parallel`` "auto" for one. ``schedule`` says how they share the steps; left
-    out, all decode in every step, or with "auto" in turns. ``score_rows`` is how many tokens of
+    out, all decode in every step, or with "auto" in turns. With a ``goal``, latency or throughput,
+    ``planner`` chooses all three that were left out, for sequences as ``workload`` says; a model
+    that was never measured on this machine then is, which takes about ten seconds, once.
+    ``score_rows`` is how many tokens of
     prompts are scored in a step; each costs the memory of a row of logits.
+
+    What has been computed is not computed again for the same ``owner``. A finished sequence stays
+    in memory while its cells are not needed, then as a copy in ``kept`` bytes of the budget (a
+    size; "auto": a fiftieth of it), then, if there is a ``cache_dir``, on disk, in files of
+    ``cache_size`` in all, from where later engines of the same model go on.
 
     ``make_policy``, ``routers``, ``recorder`` and ``progress`` are as in ``moe_gguf.Llama``;
     ``observer`` hears of each step and of all else that changes the context's memory.
@@ -74,13 +89,18 @@ class Engine:
         parallel: int | Literal["auto"] = "auto",
         cells: int | None = None,
         schedule: Schedule | None = None,
-        score_rows: int = 64,
+        goal: Goal | None = None,
+        workload: Workload | None = None,
+        score_rows: int = SCORE_ROWS,
         n_threads: int | None = None,
         make_policy: PolicyMaker | None = None,
         routers: RouterReader = read_routers,
         recorder: Recorder | None = None,
         observer: Observer | None = None,
         progress: Report | None = None,
+        kept: str | int = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_size: str | int = "4GiB",
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -90,7 +110,20 @@ class Engine:
         llama_cpp._logger.set_verbose(verbose)
         found = opening.find(Path(model), chosen)
         self.n_ctx = n_ctx_of(found.layout, n_ctx)
-        if parallel == "auto":
+        self.plan: Plan | None = None
+        if goal is not None and parallel != 1 and schedule is None:
+            self.plan = planned(
+                found,
+                goal,
+                n_ctx=self.n_ctx,
+                parallel=None if parallel == "auto" else parallel,
+                workload=workload,
+                n_threads=n_threads,
+                score_rows=score_rows,
+            )
+            parallel, cells = self.plan.n_seq_max, cells or self.plan.cells
+            schedule = self.plan.schedule
+        elif parallel == "auto":
             parallel, cells = _AUTO_PARALLEL, cells or self.n_ctx
             schedule = schedule or Schedule(1, _AUTO_QUANTUM)
         _check_parallel(parallel)
@@ -104,6 +137,11 @@ class Engine:
             score_rows=score_rows,
             n_threads=n_threads,
         )
+        kept_bytes = found.total // _KEPT_SHARE if kept == "auto" else _bytes(kept)
+        store = None
+        if cache_dir is not None:
+            identity = identity_of(found, shape)
+            store = Store(Path(cache_dir), identity, _bytes(cache_size), _note)
         self._model = Model(
             found,
             shape,
@@ -112,10 +150,18 @@ class Engine:
             recorder=recorder,
             observer=observer,
             progress=progress,
+            kept_bytes=kept_bytes,
         )
         self.vocabulary = self._model.vocabulary
         self._template: Template | None = None
-        self._loop = Loop(self._model, schedule, self.n_ctx)
+        self._loop = Loop(
+            self._model,
+            schedule,
+            self.n_ctx,
+            Shelf(kept_bytes, store),
+            store,
+            self.plan.at if self.plan else None,
+        )
         self._finalizer = weakref.finalize(self, self._loop.close)  # at exit too
         _OPEN.add(self)
         if verbose:
@@ -247,6 +293,7 @@ class Engine:
             "preempted": scheduler.n_preempted,
             "cells": scheduler.cells,
             "cells_used": sum(s.computed for s in list(scheduler.running)),
+            **self._loop.states.stats(),
         }
         with self._loop.using() as model:
             return {**model.meter.table(), "requests": requests}
@@ -267,6 +314,14 @@ class Engine:
         """In a forked child: nothing is computed or freed here, and waiting raises UserError."""
         self._finalizer.detach()
         self._loop.abandon()
+
+
+def _bytes(size: str | int) -> int:
+    return size if isinstance(size, int) else parse_size(size, "room for states")
+
+
+def _note(text: str) -> None:
+    print(f"moe-gguf: {text}", file=sys.stderr)
 
 
 def _check_parallel(parallel: int) -> None:

@@ -21,6 +21,7 @@ import llama_cpp
 from ..errors import UserError
 from .constraint import Constraints
 from .context import StepFailed
+from .copies import Shelf
 from .generation import Generation
 from .model import Model
 from .output import Output
@@ -40,6 +41,8 @@ from .sampler import Sampled, Sampler, logprob
 from .schedule import Schedule
 from .scheduler import Limits, Piece, Scheduler, Step
 from .sequence import Sequence
+from .states import Kind, States
+from .store import Store
 
 T = TypeVar("T")
 
@@ -58,7 +61,6 @@ class Part:
     submitted_s: float
     started_s: float | None = None
     first_s: float | None = None  # its first token, or that its prompt was scored
-    cached: int = 0  # tokens of the prompt that were not computed again
 
     def timings(self) -> Timings:
         now, start = time.perf_counter(), self.submitted_s
@@ -73,13 +75,27 @@ class Counts:
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
+    cached_tokens: int = 0  # of prompts, not computed again
 
 
 class Loop:
-    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens."""
+    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens.
 
-    def __init__(self, model: Model, schedule: Schedule, n_ctx: int) -> None:
+    What is computed is kept on the ``shelf`` and in the ``store``. ``plan`` gives the schedule for
+    a number of sequences; without it there is only the one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        n_ctx: int,
+        shelf: Shelf | None = None,
+        store: Store | None = None,
+        plan: Callable[[int], Schedule] | None = None,
+    ) -> None:
         self.model = model
+        self._plan = plan
         self.n_ctx = n_ctx
         self.counts = Counts()
         context = model.context
@@ -90,7 +106,10 @@ class Loop:
             context.n_outputs,
             model.wants_equal,
         )
-        self.scheduler = Scheduler(schedule, limits, self._drop)
+        self.states = States(
+            model.memory, Kind.of(model.model, model.memory), model.cells, shelf, store
+        )
+        self.scheduler = Scheduler(schedule, limits, self.states, self._drop)
         self._constraints = Constraints(model.vocabulary)
         self._alive: dict[Sequence, Part] = {}
         self._inbox: deque[Callable[[], None]] = deque()
@@ -181,6 +200,7 @@ class Loop:
                 self._wake.wait()
         if self._pool is not None:
             self._pool.shutdown()
+        self.states.close()
         self.model.close()
 
     def abandon(self) -> None:
@@ -233,6 +253,15 @@ class Loop:
         self.counts.submitted += 1
         self._alive[sequence] = sequence.part
         self.scheduler.add(sequence)
+        self._replan()
+
+    def _replan(self) -> None:
+        """As many sequences as there are now may be served best in another way."""
+        if self._plan is None:
+            return
+        schedule = self._plan(max(1, min(len(self._alive), self.scheduler.limits.slots)))
+        if schedule != self.scheduler.schedule:
+            self.scheduler.set(schedule)
 
     def _step(self) -> None:
         step = self.scheduler.next()
@@ -333,7 +362,7 @@ class Loop:
         events: list[Event] = []
         if len(sequence.tokens) == sequence.n_prompt:
             part.first_s = time.perf_counter()
-            events.append(PromptScored(sequence.scored, part.cached))
+            events.append(PromptScored(sequence.scored, sequence.cached))
         if sampled is None:
             self._finish(sequence, "length", events)
             return
@@ -370,18 +399,19 @@ class Loop:
             stop,
             "" if stop is not None else part.output.flush(),
             sequence.n_prompt,
-            part.cached,
+            sequence.cached,
             len(sequence.tokens) - sequence.n_prompt,
             part.timings(),
             ending,
         )
-        self._leave(sequence)
+        self._leave(sequence, keep=True)
         self.counts.finished += 1
+        self.counts.cached_tokens += sequence.cached
         part.generation.put(*(events or ()), finished)
 
     def _cancelled(self, sequence: Sequence) -> None:
         if sequence in self._alive:
-            self._leave(sequence)
+            self._leave(sequence, keep=True)
             self.counts.cancelled += 1
             sequence.part.generation.fail(Cancelled("the request was cancelled"))
 
@@ -390,11 +420,11 @@ class Loop:
         self.counts.failed += 1
         sequence.part.generation.fail(error)
 
-    def _leave(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
+    def _leave(self, sequence: Sequence, keep: bool = False) -> None:
+        self.scheduler.remove(sequence, keep)
         del self._alive[sequence]
+        self._replan()
         sequence.part.sampler.close()
 
     def _drop(self, sequence: Sequence) -> None:
-        self.model.memory.remove(sequence.slot)
         self.model.meter.forget(sequence.slot)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
@@ -55,7 +56,10 @@ def context_shape(
 
 
 class Model:
-    """A found model, loaded, with a context of this shape. UserError for what cannot be opened."""
+    """A found model, loaded, with a context of this shape. UserError for what cannot be opened.
+
+    ``kept_bytes`` of the budget are left for whoever keeps states outside the context.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Model:
         recorder: Recorder | None = None,
         observer: Observer | None = None,
         progress: Report | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         with contextlib.ExitStack() as stack:
             # Context and model go first, then the plugin, then what it used.
@@ -78,6 +83,8 @@ class Model:
                 overrides[f"{found.layout.architecture}.expert_used_count"] = found.n_used
             model_params, params = ModelParams(overrides), shape.params()
             measured = opening.measure(found, binding, model_params.params, params)
+            needs = measured.needs._replace(states=kept_bytes)
+            measured = replace(measured, needs=needs)
             loaded = opening.load(measured, binding, model_params.params, progress)
             self.model = loaded.model
             stack.callback(llama_cpp.llama_model_free, self.model)

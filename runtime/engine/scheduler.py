@@ -1,25 +1,27 @@
 """Who computes in the next step: admission, turns, prompts in chunks, and who gives way.
 
-Owns the order of sequences, their numbers in the memory (slots) and the count of its cells; a cell
-holds one token. Computes nothing and knows no llama.cpp: it is told what became of a step.
+Owns the order of sequences and counts the cells of the memory; a cell holds one token. Where a
+sequence goes, and how much of it is there already, ``states`` says. Computes nothing and knows no
+llama.cpp: it is told what became of a step.
 
 The rules, in this order. Higher priority goes first; inside one priority first come, first served,
 so that nobody starves. A sequence is admitted when its tokens fit and leave the others room to
 grow; one of higher priority may displace lower ones for that. Those that decode go first into a
-step, the rest is for prompts. When the memory is full, the youngest of the lowest priority gives
+step, the rest is for prompts; one that begins as an earlier one does waits until that has computed
+it. When the memory is full, the youngest of the lowest priority gives
 way: it waits again, at its old place, and is computed anew.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple, Protocol
 
 from ...policies.base import Phase
 from .schedule import Schedule
 from .sequence import Sequence
+from .states import WORTH, Place, common
 
 # Tokens that each running sequence can still grow by when another is admitted: one that is let in
 # and displaced at once is computed for nothing.
@@ -54,19 +56,40 @@ class Step(NamedTuple):
         return sum(piece.n for piece in self.pieces)
 
 
+class Memories(Protocol):
+    """What the scheduler asks of ``States``, which says more of each."""
+
+    @property
+    def cuts(self) -> bool: ...
+    def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place: ...
+    def leave(self, slot: int, keep: bool) -> None: ...
+    def adopt(self, slot: int, source: int, n: int) -> int: ...
+    def grew(self, slot: int, n: int) -> None: ...
+    def room(self, n: int) -> None: ...
+    def evict_all(self) -> bool: ...
+    def shared(self, slots: Collection[int]) -> int: ...
+    def stops(self, n_prompt: int) -> set[int]: ...
+    def checkpoint(self, slot: int) -> None: ...
+
+
 class Scheduler:
-    """``drop`` is called with a sequence that must leave the memory while it still has its slot."""
+    """``drop`` is called with a sequence that leaves the memory while it still has its slot."""
 
     def __init__(
-        self, schedule: Schedule, limits: Limits, drop: Callable[[Sequence], None]
+        self,
+        schedule: Schedule,
+        limits: Limits,
+        states: Memories,
+        drop: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         self.limits = limits
         self.cells = limits.cells  # may turn out to be fewer
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.n_preempted = 0
+        self._states = states
         self._drop = drop
-        self._free = list(range(limits.slots))  # a heap: low numbers first keeps them dense
+        self._free = set(range(limits.slots))
         self._turns = itertools.count(1)
         self._prompts_next = True  # where prompts and decoding take turns
         self.set(schedule)
@@ -86,28 +109,35 @@ class Scheduler:
         self.waiting.append(sequence)
         self.waiting.sort(key=_order)
 
-    def remove(self, sequence: Sequence) -> None:
-        """It is finished, cancelled or failed: nothing of it stays."""
+    def remove(self, sequence: Sequence, keep: bool = False) -> None:
+        """It is finished, cancelled or failed; ``keep`` what it computed for others."""
         if sequence.slot >= 0:
-            self._take_out(sequence)
+            self._take_out(sequence, keep)
         else:
             self.waiting.remove(sequence)
 
-    def _take_out(self, sequence: Sequence) -> None:
+    def _take_out(self, sequence: Sequence, keep: bool) -> None:
         self._drop(sequence)
+        self._states.leave(sequence.slot, keep)
         self.running.remove(sequence)
-        heapq.heappush(self._free, sequence.slot)
+        self._free.add(sequence.slot)
         sequence.slot, sequence.computed = -1, 0
+        sequence.alike.clear()  # which keeps others alive
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._take_out(sequence)
+        self._take_out(sequence, keep=True)
+        sequence.preempted = True
         self.n_preempted += 1
         self.add(sequence)
 
     @property
     def used(self) -> int:
         """Cells of what runs, of tokens that are known and not computed yet as well."""
-        return sum(len(sequence.tokens) for sequence in self.running)
+        return self._cells_of(self.running)
+
+    def _cells_of(self, sequences: Iterable[Sequence]) -> int:
+        tokens = sum(len(sequence.tokens) for sequence in sequences)
+        return tokens - self._states.shared([sequence.slot for sequence in sequences])
 
     # -- a step
 
@@ -120,6 +150,7 @@ class Scheduler:
             return None
         decoding = self._decoding()
         prompts = sorted((s for s in self.running if not s.decodes), key=_order)
+        prompts = [s for s in prompts if not self._waits(s)]
         if not self.limits.equal:
             pieces = [_piece(s, 1) for s in decoding]
             pieces += self._chunks(prompts, len(decoding), len(decoding))
@@ -130,6 +161,7 @@ class Scheduler:
         if self.limits.equal:  # some memories share a graph among numbers in a row only
             pieces.sort(key=lambda piece: piece.sequence.slot)
         self._prompts_next = bool(decoding)
+        self._states.room(sum(piece.n for piece in pieces))
         if not decoding:
             return Step(pieces, Phase.PREFILL)
         return Step(pieces, Phase.DECODE if len(pieces) == len(decoding) else Phase.MIXED)
@@ -139,6 +171,9 @@ class Scheduler:
         for sequence, _, n, _ in step.pieces:
             decoded = sequence.decodes
             sequence.computed += n
+            self._states.grew(sequence.slot, n)
+            if sequence.computed in sequence.stops:
+                self._states.checkpoint(sequence.slot)
             sequence.served += decoded
             if not decoded or sequence.served == self.schedule.quantum:
                 sequence.turn, sequence.served = next(self._turns), 0  # to the end of the round
@@ -146,6 +181,8 @@ class Scheduler:
     def refused(self, step: Step) -> bool:
         """There was no room for the step, and nothing changed. False: nor will there ever be, since
         one sequence alone has outgrown the memory."""
+        if self._states.evict_all():
+            return True
         self.cells = sum(s.computed for s in self.running) + step.n_rows - 1
         return len(self.running) > 1
 
@@ -192,8 +229,45 @@ class Scheduler:
                 self.waiting.remove(first)
             else:
                 del self.waiting[0]
-            first.slot = heapq.heappop(self._free)
-            self.running.append(first)
+            self._enter(first)
+
+    def _enter(self, sequence: Sequence) -> None:
+        place = self._states.enter(
+            sequence.request.owner, sequence.tokens, sequence.first_output, self._free
+        )
+        sequence.slot, sequence.computed = place
+        self._free.remove(sequence.slot)
+        self.running.append(sequence)
+        if not sequence.preempted:
+            sequence.cached = min(sequence.computed, sequence.n_prompt)
+            sequence.stops = self._states.stops(sequence.n_prompt)
+
+    def _waits(self, sequence: Sequence) -> bool:
+        """Take over the start that another has computed, if it is a longer one; whether another is
+        about to compute a longer one."""
+        for other in self.running:
+            n = self._alike(sequence, other)
+            if n < sequence.computed + WORTH:
+                continue
+            if other.computed >= n:
+                had, sequence.alike[other] = sequence.computed, 0  # it is tried once
+                sequence.computed = self._states.adopt(sequence.slot, other.slot, n)
+                if not sequence.preempted:
+                    sequence.cached += max(0, sequence.computed - had)
+            elif _order(other) < _order(sequence):
+                if not self._states.cuts:
+                    other.stops.add(n)
+                return True
+        return False
+
+    def _alike(self, sequence: Sequence, other: Sequence) -> int:
+        """How many tokens ``sequence`` may begin with as ``other`` does."""
+        if other is sequence or other.request.owner != sequence.request.owner:
+            return 0
+        if other not in sequence.alike:
+            most = min(sequence.first_output, other.n_prompt)
+            sequence.alike[other] = common(other.tokens, sequence.tokens, most)
+        return sequence.alike[other]
 
     def _fits(self, sequence: Sequence, beside: list[Sequence]) -> bool:
         if not beside:
@@ -201,13 +275,13 @@ class Scheduler:
         if len(beside) >= self._n_most:
             return False
         growth = sum(_growth(s) for s in (*beside, sequence))
-        used = sum(len(s.tokens) for s in beside)
+        used = self._cells_of(beside)
         return used + len(sequence.tokens) + growth <= self.cells
 
     def check_integrity(self) -> None:
         """Assert that no slot is lost or held twice."""
         held = [s.slot for s in self.running]
-        assert sorted(held + self._free) == list(range(self.limits.slots)), "a slot is lost"
+        assert sorted([*held, *self._free]) == list(range(self.limits.slots)), "a slot is lost"
         assert all(s.slot == -1 and s.computed == 0 for s in self.waiting)
         assert all(0 <= s.computed <= len(s.tokens) for s in self.running)
         assert len(self.running) <= self.limits.slots

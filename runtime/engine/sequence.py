@@ -31,6 +31,10 @@ class Sequence:
         self.scored: list[Logprob] = []  # of the prompt's tokens after the first
         self.turn = 0  # its place in the round of turns
         self.served = 0  # tokens it got since its turn began
+        self.preempted = False
+        self.cached = 0  # tokens of the prompt that were computed for others
+        self.stops: set[int] = set()  # where a piece of the prompt ends, for others to go on from
+        self.alike: dict[Sequence, int] = {}  # how many tokens it may begin with as others do
 
     @property
     def n_left(self) -> int:
@@ -54,7 +58,8 @@ class Sequence:
 
     def n_within(self, rows: int, outputs: int) -> int:
         """How many of its next tokens a step of so many rows and outputs can take."""
-        return max(0, min(self.n_left, rows, self.first_output + outputs - self.computed))
+        n = max(0, min(self.n_left, rows, self.first_output + outputs - self.computed))
+        return min([n, *(stop - self.computed for stop in self.stops if stop > self.computed)])
 
     def n_outputs(self, n: int) -> int:
         """Outputs of its next ``n`` tokens."""

@@ -6,14 +6,15 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ExpertReadError, UserError, option
 from .abi import ERROR_OTHER, ERROR_READ, ROUTE_FN, Call, Config, Event, Stats, Table, i32
 from .library import load
+
+if TYPE_CHECKING:  # a trial's child, which everybody waits for, needs no arrays
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class PluginModel:
