@@ -362,8 +362,8 @@ def test_the_kv_bytes_of_unusual_caches_are_not_guessed(tiny_file: TinyFile, lay
 
 
 def test_plan_says_what_run_does(moe_gguf: Command, model: Path) -> None:
-    planned = json.loads(moe_gguf("plan", model, "--memory", "300MB", "--json").out)
-    ran = json.loads(moe_gguf("run", model, "--memory", "300MB", "-p", "x", "-n1", "--json").out)
+    planned = json.loads(moe_gguf("plan", model, "--memory", "600MB", "--json").out)
+    ran = json.loads(moe_gguf("run", model, "--memory", "600MB", "-p", "x", "-n1", "--json").out)
     assert planned["fits"]
     assert planned["slots"] == ran["stats"]["slots"] == 48
     assert planned["budget_bytes"] == ran["stats"]["budget_bytes"]
