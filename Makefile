@@ -55,10 +55,12 @@ zoo: $(READY)
 mutants: $(READY)
 	MUTANTS=10000 $(BIN)/pytest tests/test_bad_input.py -k does_not_kill
 
-# Random schedules, long: the native reads and the slot table; `make test` runs a few of each.
+# Random schedules, long: the native reads, the slot table, and requests to an Engine; `make test`
+# runs a few of each.
 stress: build/stress $(READY)
 	build/stress $(STEPS) 1 build
 	STRESS_STEPS=$(STEPS) $(BIN)/pytest tests/test_stress.py
+	ENGINE_OPERATIONS=10000 ENGINE_EXAMPLES=100 $(BIN)/pytest tests/test_engine.py tests/test_engine_identity.py
 
 # The same under the thread sanitizer: fails at the first data race.
 tsan: build/stress-tsan
