@@ -9,7 +9,7 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
-.PHONY: demo check lint types native test zoo mutants stress tsan clean
+.PHONY: demo check lint types native test zoo chat mutants stress ray tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -21,7 +21,7 @@ check: lint types native test
 
 # The build is isolated, so llama-cpp-python is compiled once (about four minutes) and its wheel
 # is then taken from pip's cache for the environment itself.
-$(READY): pyproject.toml runtime/native/CMakeLists.txt $(NATIVE)
+$(READY): pyproject.toml runtime/native/CMakeLists.txt runtime/native/moe-chat.cmake $(NATIVE)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
 	touch $@
@@ -51,16 +51,27 @@ zoo: $(READY)
 	$(BIN)/python tests/zoo.py
 	ZOO_ALL_POLICIES=1 $(BIN)/pytest tests/test_zoo.py
 
+# All of llama.cpp's chat templates and all recorded outputs; `make test` tries some.
+chat: $(READY)
+	CHAT_ALL=1 $(BIN)/pytest tests/test_chat.py tests/test_chat_recorded.py
+
 # Damaged headers: what is not refused must not kill llama.cpp; `make test` tries 150.
 mutants: $(READY)
 	MUTANTS=10000 $(BIN)/pytest tests/test_bad_input.py -k does_not_kill
 
-# Random schedules, long: the native reads, the slot table, and requests to an Engine; `make test`
-# runs a few of each.
+# Random schedules, long: the native reads, the slot table, requests to an Engine; `make test` runs a
+# few of each. A batch of 1,000 lines is killed 20 times.
 stress: build/stress $(READY)
 	build/stress $(STEPS) 1 build
 	STRESS_STEPS=$(STEPS) $(BIN)/pytest tests/test_stress.py
 	ENGINE_OPERATIONS=10000 ENGINE_EXAMPLES=100 $(BIN)/pytest tests/test_engine.py tests/test_engine_identity.py
+	BATCH_LINES=1000 BATCH_KILLS=20 $(BIN)/pytest tests/test_batch.py -k killed
+
+# Batches on a local Ray cluster of two nodes. Not in `check`: the extra installs 540 MB, and a
+# cluster takes half a minute to start.
+ray: $(READY)
+	$(BIN)/pip install -q -e '.[ray]'
+	$(BIN)/pytest tests/ray_cluster.py
 
 # The same under the thread sanitizer: fails at the first data race.
 tsan: build/stress-tsan

@@ -39,14 +39,14 @@ class ARC:
         self.b2: Keys = OrderedDict()
         self._adapted = -1  # the ghost that evict() adapted p for, until it is admitted
 
-    def touch(self, key: int) -> None:
+    def touch(self, key: int, votes: int = 1) -> None:
         if key in self.t2:
             self.t2.move_to_end(key)
         else:
             del self.t1[key]
             self.t2[key] = None
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         for ghosts in (self.b1, self.b2):
             if key in ghosts:
                 self._adapt(key)

@@ -56,11 +56,11 @@ class CachePolicy(Protocol):
     that equal to its own slot table through the four calls below.
     """
 
-    def touch(self, key: int) -> None:
-        """A resident key was demanded again."""
+    def touch(self, key: int, votes: int = 1) -> None:
+        """A resident key was demanded again, by so many (token, rank) pairs."""
 
-    def admit(self, key: int) -> bool:
-        """A missing key was demanded and gets a slot.
+    def admit(self, key: int, votes: int = 1) -> bool:
+        """A missing key was demanded, likewise, and gets a slot.
 
         Returns whether it may stay after its layer; False means: use once, then drop, and the
         policy does not hold it.

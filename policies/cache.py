@@ -24,10 +24,10 @@ MAX_WEIGHT = 1e200
 class LoadOnDemand:
     """Keeps nothing between layers: the papers' baseline and the smallest arena that works."""
 
-    def touch(self, key: int) -> None:
+    def touch(self, key: int, votes: int = 1) -> None:
         raise AssertionError("nothing is resident")
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         return False
 
     def remove(self, key: int) -> None:
@@ -58,10 +58,10 @@ class LRU:
         # Not a plain dict: taking its first key again and again walks over all deleted ones.
         self._keys: OrderedDict[int, None] = OrderedDict()
 
-    def touch(self, key: int) -> None:
+    def touch(self, key: int, votes: int = 1) -> None:
         self._keys.move_to_end(key)
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         self._keys[key] = None
         return True
 
@@ -100,7 +100,9 @@ class LFU:
 
     Scores survive eviction: an expert that comes back is judged by its whole past. Instead of
     ageing every score, each demand weighs a little more than the one before it. Two keys therefore
-    never tie: of two equal histories the younger one is higher.
+    never tie: of two equal histories the younger one is higher. A demand of several votes weighs as
+    many times as much, but ages the others like one of a single vote: half of a group's votes are
+    as old as a step.
 
     ``history`` says how often keys were demanded before, in any unit. Their scores begin where they
     would be if these demands, evenly mixed, had never ended.
@@ -131,13 +133,13 @@ class LFU:
         growth: float = 2.0 ** (1.0 / (self.half_life * n_keys))
         return growth
 
-    def touch(self, key: int) -> None:
-        self._scores[key] += self._weight
+    def touch(self, key: int, votes: int = 1) -> None:
+        self._scores[key] += votes * self._weight
         self._weight *= self._growth
         if self._weight > MAX_WEIGHT:
             self._rescale()
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         self._resident.add(key)
         if key not in self._queued:  # else an entry outlived remove()
             self._queued.add(key)
@@ -145,8 +147,12 @@ class LFU:
         if key not in self._scores:
             self._scores[key] = 0.0
             self._growth = self._growth_for(len(self._scores))
-        self.touch(key)
+        self.touch(key, votes)
         return True
+
+    def worth(self, key: int) -> float:
+        """What a key deserves its slot by, resident or not; to be compared, and soon."""
+        return self._scores.get(key, 0.0)
 
     def remove(self, key: int) -> None:
         self._resident.remove(key)
@@ -207,8 +213,8 @@ class LFU:
 class Belady:
     """Evicts the key whose next demand is farthest: knows the future, so it serves replay only.
 
-    ``future`` holds the keys in demand order. No policy has fewer misses as long as each event
-    fits into the arena; ``bypass`` is for those that do not.
+    ``future`` holds the keys in demand order. No policy has fewer misses, where ``bypass`` lets
+    pass what is not worth a slot.
     """
 
     def __init__(self, future: Sequence[int]) -> None:
@@ -219,11 +225,11 @@ class Belady:
         self._next: dict[int, int] = {}  # of resident keys
         self._heap: list[tuple[int, int]] = []  # (-next use, key); entries of the past sink
 
-    def touch(self, key: int) -> None:
+    def touch(self, key: int, votes: int = 1) -> None:
         self._next[key] = position = self._consume(key)
         heappush(self._heap, (-position, key))
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         self.touch(key)
         return True
 

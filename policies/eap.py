@@ -181,10 +181,10 @@ class PathCache:
         self._victims: list[int] = []  # the least worth last
         self._events = -1  # when they were chosen
 
-    def touch(self, key: int) -> None:
+    def touch(self, key: int, votes: int = 1) -> None:
         pass
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         self._keys.add(key)
         self._mark(key, True)
         return True

@@ -99,11 +99,11 @@ class Layered:
             if isinstance(cache, ARC):
                 cache.resize(quotas[layer])
 
-    def touch(self, key: int) -> None:
-        self.caches[key // self.n_experts].touch(key)
+    def touch(self, key: int, votes: int = 1) -> None:
+        self.caches[key // self.n_experts].touch(key, votes)
 
-    def admit(self, key: int) -> bool:
-        kept = self.caches[key // self.n_experts].admit(key)
+    def admit(self, key: int, votes: int = 1) -> bool:
+        kept = self.caches[key // self.n_experts].admit(key, votes)
         self._n += kept
         return kept
 

@@ -16,6 +16,7 @@ from .base import Guess, Phase
 VICTIM_VALUE = 0.05
 _DECAY = 0.8  # of the running means: about five tokens, or layers
 _SLOW_DECAY = 0.95  # of those over all layers: about a token
+_SHRINK = 0.125  # experts by which a hot set that hides everything shrinks, per step
 _FEW = 8  # reads before the speed is believed
 # Buffered reads faster than 4 GB/s are copies out of the page cache: the processor makes them.
 _COPY_NS_PER_BYTE = 0.25
@@ -157,3 +158,42 @@ class IdleDisk:
                 chosen.append(guess)
         self._guessed_ns = len(chosen) * each
         return chosen
+
+
+class HotSet:
+    """Klotski's K: after each layer, the smallest hot set whose computing hides the other reads.
+
+    A layer that still stalls had too few of its experts read ahead: K grows by the reads that the
+    stall would have held. One that does not stall may have too many, and K shrinks by a little: a
+    hot expert read ahead takes a slot for longer than one that arrives as it is needed. So K
+    follows the machine and the group without a model of either. Always guesses, since a predictor
+    that counts what follows what learns as it guesses.
+    """
+
+    def __init__(self) -> None:
+        self._k: dict[int, float] = {}  # by layer: to be read ahead for the one after it
+        self._last: Meters | None = None
+        self._earlier = -1  # the layer before that
+        self._bytes = self._busy_ns = 0.0  # decayed sums: their ratio is the speed
+        self._each_ns = 0.0  # of one expert's read; 0: not known yet
+
+    def event(self, meters: Meters) -> bool:
+        last = self._last
+        if last is not None:
+            if n_bytes := meters.read_bytes - last.read_bytes:
+                self._bytes = _DECAY * self._bytes + n_bytes
+                self._busy_ns = _DECAY * self._busy_ns + meters.disk_ns - last.disk_ns
+            if self._each_ns:
+                more = meters.stall_ns / self._each_ns
+                k = self._k.get(self._earlier, 0.0)
+                self._k[self._earlier] = k + (more if more >= 1 else -_SHRINK)
+            self._earlier = last.layer
+        self._last = meters
+        return True
+
+    def choose(self, guesses: Sequence[Guess], n_bytes: int) -> list[Guess]:
+        assert self._last is not None
+        self._each_ns = n_bytes * self._busy_ns / self._bytes if self._bytes else 0.0
+        layer = self._last.layer
+        k = self._k[layer] = min(max(0.0, self._k.get(layer, 0.0)), float(len(guesses)))
+        return list(guesses[: math.ceil(k)])

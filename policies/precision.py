@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .base import CachePolicy, Guess, LoadOrder, Phase, RouteEvent
 from .order import Popularity
 from .residency import Plan, Residency
+from .scan import Scan
 
 
 class Precision(NamedTuple):
@@ -79,8 +80,9 @@ class MixedResidency(Residency):
         order: LoadOrder | None,
         precision: Precision,
         first_low_key: int,
+        scan: Scan | None = None,
     ) -> None:
-        super().__init__(n_slots, n_experts, cache, order)
+        super().__init__(n_slots, n_experts, cache, order, scan)
         self.precision = precision
         self.first_low_key = first_low_key
         self.low: set[int] = set()  # slots last filled from a low copy, the free ones among them

@@ -9,23 +9,27 @@ from typing import NamedTuple
 from .arc import ARC
 from .base import CachePolicy, LoadOrder, Predictor
 from .cache import LFU, LRU, LoadOnDemand
+from .correlate import Correlations
 from .eap import ExpertPaths, Floats, PathCache, PathPredictor
 from .layered import Layered, allocate, evenly
 from .order import Popularity
-from .pace import Everything, IdleDisk, Pace
+from .pace import Everything, HotSet, IdleDisk, Pace
 from .predict import Gates, GatesMaker
+from .scan import Scan
 
 
 class Policy(NamedTuple):
     """The decisions of a policy, fresh: each has state and serves one model.
 
-    ``predictor`` makes guesses, and ``pace`` says how many of them are read.
+    ``predictor`` makes guesses, and ``pace`` says how many of them are read. With a ``scan``, what
+    is worth least of demand that goes round streams through a few slots.
     """
 
     cache: CachePolicy
     order: LoadOrder
     predictor: Predictor | None = None
     pace: Pace = Everything()
+    scan: Scan | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,28 @@ def _eap(facts: Facts) -> Policy:
     return Policy(PathCache(paths), Popularity(), PathPredictor(paths), Everything())
 
 
-def _fate(facts: Facts, cache: CachePolicy, how: Gates) -> Policy:
+def _scanning(facts: Facts) -> Policy:
+    """What fits stays as under ``layered-lfu``; demand that goes round and does not fit streams."""
+    cache = _layered_lfu(facts)
+    scan = Scan(cache, facts.n_slots, facts.n_experts, facts.layers, facts.n_used)
+    return Policy(cache, Popularity(), scan=scan)
+
+
+def _klotski(facts: Facts) -> Policy:
+    """The paper's: a hot set by what follows what, the others in the order they arrive."""
+    votes = Correlations(facts.layers, facts.n_experts, facts.popularity, facts.transitions())
+    return _scanning(facts)._replace(predictor=votes, pace=HotSet())
+
+
+def _fate(facts: Facts) -> Policy:
+    """For one sequence Fate's gate over counts; the same gate votes for a group that streams."""
     pace = IdleDisk(facts.chunk_bytes, facts.buffered)
-    return Policy(cache, Popularity(), facts.gates(how), pace)
+    return _scanning(facts)._replace(predictor=facts.gates(Gates()), pace=pace)
+
+
+def _fate_paper(facts: Facts) -> Policy:
+    pace = IdleDisk(facts.chunk_bytes, facts.buffered)
+    return Policy(_shallow_favoring(facts), Popularity(), facts.gates(Gates("raw")), pace)
 
 
 # What makes a fresh policy for a model; one of these names, or a function of one's own.
@@ -92,8 +115,10 @@ POLICIES: Mapping[str, PolicyMaker] = {
     "arc": lambda facts: Policy(ARC(facts.n_slots), Popularity()),
     "eap": _eap,
     "layered-lfu": lambda facts: Policy(_layered_lfu(facts), Popularity()),
-    "fate": lambda facts: _fate(facts, _layered_lfu(facts), Gates()),
-    "fate-paper": lambda facts: _fate(facts, _shallow_favoring(facts), Gates("raw")),
+    "scan": _scanning,
+    "klotski": _klotski,
+    "fate": _fate,
+    "fate-paper": _fate_paper,
 }
 
 

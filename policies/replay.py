@@ -79,8 +79,8 @@ def replay(trace: Trace, policy: str, n_slots: int) -> ReplayResult:
     """Replay a trace under a named policy or ``"belady"``, from an empty arena.
 
     Bélády's row bounds from above the hits of every other one that guesses nothing. For that it
-    skips continuations, and an event larger than the arena leaves behind whichever experts are
-    best, where a real arena is left with those computed last.
+    skips continuations, and an expert that is needed later than everything resident passes through
+    without a slot: a scan needs one for that, and an event need not fit into the arena.
     """
     return replay_table(trace, [policy], [n_slots])[0]
 
@@ -144,7 +144,7 @@ class Arena:
     """A policy at work on slots that hold nothing."""
 
     def __init__(self, policy: Policy, n_slots: int, n_experts: int) -> None:
-        self.residency = Residency(n_slots, n_experts, policy.cache, policy.order)
+        self.residency = Residency(n_slots, n_experts, policy.cache, policy.order, policy.scan)
         self.predictor = policy.predictor
 
     def serve(self, event: RouteEvent, recorded: TraceEvent) -> int:
@@ -171,17 +171,15 @@ class Arena:
 
 
 class IdealArena(Arena):
-    """Bélády's: what does not fit is served ideally too."""
+    """Bélády's, with a slot beside the arena that everything may pass through."""
 
     def __init__(self, belady: Belady, n_slots: int, n_experts: int) -> None:
         super().__init__(Policy(belady, FirstSeen()), n_slots, n_experts)
         self.belady = belady
 
     def serve(self, event: RouteEvent, recorded: TraceEvent) -> int:
-        """Of an event larger than the arena, keep the experts needed soonest."""
+        """Keep the experts needed soonest, of this event or before it."""
         residency, belady = self.residency, self.belady
-        if len(event.experts) <= residency.n_slots:
-            return super().serve(event, recorded)
         base = event.layer * residency.n_experts
         hits = [x for x in event.experts if base + x in belady]
         residency.plan(event._replace(experts=hits, counts=[1] * len(hits)))

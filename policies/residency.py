@@ -7,10 +7,12 @@ threads or time.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 from .base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .scan import Scan
 
 
 class Plan(NamedTuple):
@@ -35,26 +37,36 @@ class Residency:
     Between two events ``slot_of`` maps exactly the resident keys to distinct slots, and every
     other slot is free. A guess is on probation: it has a slot, but the cache policy learns of it
     when it is demanded. One that was wrong is ``stale``, the next to lose its slot.
+
+    Where ``scan`` finds that demand goes round, experts that do not stay are *passing*: they keep
+    their slot until they were computed, and then it is the next one's, of the same event or of a
+    guess.
     """
 
     is_plain = True  # every resident key is an expert as it is
 
     def __init__(
-        self, n_slots: int, n_experts: int, cache: CachePolicy, order: LoadOrder | None = None
+        self,
+        n_slots: int,
+        n_experts: int,
+        cache: CachePolicy,
+        order: LoadOrder | None = None,
+        scan: Scan | None = None,
     ) -> None:
         assert n_slots >= 1
         assert n_experts >= 1
+        assert scan is None or scan.cache is cache, "a scan judges by the cache that keeps"
         self.n_slots = n_slots
         self.n_experts = n_experts
         self.cache = cache
         self.order = order
+        self.scan = scan
         self.slot_of: dict[int, int] = {}
         self.free = list(range(n_slots - 1, -1, -1))
         self.guessed: set[int] = set()  # not demanded yet
         self.stale: dict[int, None] = {}  # in the order they turned out wrong
         self.guesses_used = 0
-        self._n_passed = 0  # free slots, the last ones, that the last plan still computes on
-        self._in_turns = False  # the last plan recycles slots
+        self._scans = False  # the last event was part of a scan
 
     def plan(self, event: RouteEvent) -> Plan:
         """Decide hits, loads and victims of one event and update the table.
@@ -62,6 +74,7 @@ class Residency:
         An event that needs more experts than there are slots is served in turns: once every
         resident key is pinned by the event itself, slots are reused in execution order.
         """
+        self._scans = self.scan is not None and self.scan.observe(event)
         base = event.layer * self.n_experts
         slot_of, cache, guessed, stale = self.slot_of, self.cache, self.guessed, self.stale
         probation = bool(guessed or stale)
@@ -77,26 +90,31 @@ class Residency:
                 continue
             experts.append(expert)
             slots.append(slot)
-            if probation and (key in guessed or key in stale):
+            came_true = probation and (key in guessed or key in stale)
+            if came_true:
                 self.guesses_used += key in guessed
                 guessed.discard(key)
                 stale.pop(key, None)
-                if not cache.admit(key):
+            if self._scans:
+                continue  # _stream does the rest
+            if came_true:
+                if not cache.admit(key, event.counts[i]):
                     passing.append(key)
             else:
-                cache.touch(key)
+                cache.touch(key, event.counts[i])
         n_hits = len(experts)
         if guessed:  # of this layer or an earlier one, and not asked for
             for key in [key for key in guessed if key // self.n_experts <= event.layer]:
                 guessed.remove(key)
                 stale[key] = None
-        self._in_turns = False
-        if missing:
+        if self._scans:
+            self._stream(event, base, missing, experts, slots, passing)
+        elif missing:
             self._place(event, base, missing, experts, slots, passing)
         loads = [0] * n_hits + [1] * len(missing)
-        passed = [slot_of.pop(key) for key in passing if key in slot_of]
-        self.free += passed  # only now: until here these slots belong to this very plan
-        self._n_passed = len(passed)
+        # Only now: until here these slots belong to this very plan. Those computed first are the
+        # first to be taken, but after those that were free before.
+        self.free[:0] = [slot_of.pop(key) for key in reversed(passing) if key in slot_of]
         return Plan(experts, slots, loads, n_hits)
 
     def _place(
@@ -113,11 +131,7 @@ class Residency:
         Keys the policy does not want to keep go to ``passing``.
         """
         slot_of, cache = self.slot_of, self.cache
-        if self.order is not None and len(missing) > 1:
-            rank = self.order.order(
-                [event.experts[i] for i in missing], [event.counts[i] for i in missing]
-            )
-            missing = [missing[r] for r in rank]
+        missing = self._in_order(event, missing)
         pinned = {base + expert for expert in event.experts}
         recycled = 0
         for i in missing:
@@ -132,12 +146,76 @@ class Residency:
                 if old in cache:
                     cache.remove(old)
                 recycled += 1
-                self._in_turns = True
             slot_of[key] = slot
-            if not cache.admit(key):
+            if not cache.admit(key, event.counts[i]):
                 passing.append(key)
             experts.append(expert)
             slots.append(slot)
+
+    def _stream(
+        self,
+        event: RouteEvent,
+        base: int,
+        missing: list[int],
+        experts: list[int],
+        slots: list[int],
+        passing: list[int],
+    ) -> None:
+        """``_place`` in a scan: what the scan does not keep takes turns in the slots of its ring.
+
+        Good guesses stream too. A resident expert that does not stay is computed first, so its slot
+        is free when the event has ended, or at once if it was not asked for.
+        """
+        assert self.scan is not None
+        slot_of, cache = self.slot_of, self.cache
+        keys = [base + expert for expert in event.experts]
+        pinned = set(keys)
+        for i in missing:
+            cache.admit(keys[i], event.counts[i])
+        # After the newcomers: of equally likely experts the resident ones stay.
+        for key, votes in zip(keys, event.counts, strict=True):
+            if key in slot_of:
+                (cache.touch if key in cache else cache.admit)(key, votes)
+        idle = [k for k in range(base, base + self.n_experts) if k in cache and k not in pinned]
+        stays = self.scan.stays(event.layer, [*keys, *idle])
+        streaming = deque(key for key in keys if key in slot_of and key not in stays)
+        for key in (key for key in idle if key not in stays):
+            cache.remove(key)
+            self.free.append(slot_of.pop(key))
+        for key in streaming:
+            cache.remove(key)
+        for i in self._in_order(event, missing):
+            key = keys[i]
+            leaves = key not in stays
+            if leaves:
+                cache.remove(key)
+            full = len(streaming) >= self.scan.ring if leaves else not self.free
+            slot = None if full and streaming else self._take(pinned, key)
+            if slot is None and not streaming:
+                slot = self._take_guess(pinned)
+            if slot is None:
+                first = streaming.popleft() if streaming else self._first_placed(base, experts)
+                slot = slot_of.pop(first)
+                if first in cache:
+                    cache.remove(first)
+            slot_of[key] = slot
+            if leaves:
+                streaming.append(key)
+            experts.append(event.experts[i])
+            slots.append(slot)
+        passing += streaming
+
+    def _first_placed(self, base: int, experts: Sequence[int]) -> int:
+        """Of the experts planned so far, the key of the first that still has its slot."""
+        return next(base + expert for expert in experts if base + expert in self.slot_of)
+
+    def _in_order(self, event: RouteEvent, missing: list[int]) -> list[int]:
+        if self.order is None or len(missing) < 2:
+            return missing
+        rank = self.order.order(
+            [event.experts[i] for i in missing], [event.counts[i] for i in missing]
+        )
+        return [missing[r] for r in rank]
 
     def _take(self, pinned: Container[int], incoming: int, demanded: bool = True) -> int | None:
         """A slot: a free one, a wrong guess's, or the policy's victim's."""
@@ -163,28 +241,25 @@ class Residency:
     ) -> list[tuple[int, int]]:
         """(key, slot) for those guesses, made after ``event`` was planned, that get a slot.
 
-        None takes the slot of an expert that the event needs, that is a guess itself or in
-        ``keep``.
+        None takes the slot of an expert that stays and that the event needs, that is a guess itself
+        or in ``keep``; in a scan, of no expert that stays. A slot may be one that the event still
+        computes on: it is read into when that is done.
         """
-        if self._in_turns:
-            return []
         base = event.layer * self.n_experts
         pinned = {base + expert for expert in event.experts}
         pinned.update(keep)
         placed: list[tuple[int, int]] = []
-        n_free = len(self.free) - self._n_passed
-        busy = self.free[n_free:]
-        del self.free[n_free:]
         for key, _ in guesses:
             if key in self.slot_of:
                 continue
+            if self._scans and not self.free and not self.stale:
+                break
             slot = self._take(pinned, key, demanded=False)
             if slot is None:
                 break
             self.slot_of[key] = slot
             self.guessed.add(key)
             placed.append((key, slot))
-        self.free += busy
         return placed
 
     def fill(self, keys: Iterable[int]) -> list[tuple[int, int]]:
@@ -227,7 +302,6 @@ class Residency:
         self.guessed &= slot_of.keys()
         self.stale = {key: None for key in self.stale if key in slot_of}
         used = set(slot_of.values())
-        self._n_passed = 0
         self.free = [slot for slot in range(self.n_slots - 1, -1, -1) if slot not in used]
 
     def resident(self, layer: int) -> Sequence[int]:

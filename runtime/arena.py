@@ -234,8 +234,14 @@ def _facts(found: Found, n_slots: int, gates: GatesMaker) -> Facts:
 def _residency(found: Found, n_slots: int, chosen: Policy) -> Residency:
     n_experts = found.layout.n_experts
     if not found.precision.lossy:
-        return Residency(n_slots, n_experts, chosen.cache, chosen.order)
+        return Residency(n_slots, n_experts, chosen.cache, chosen.order, chosen.scan)
     first_low_key = (found.layout.layers[-1].layer + 1) * n_experts
     return MixedResidency(
-        n_slots, n_experts, chosen.cache, chosen.order, found.precision, first_low_key
+        n_slots,
+        n_experts,
+        chosen.cache,
+        chosen.order,
+        found.precision,
+        first_low_key,
+        chosen.scan,
     )

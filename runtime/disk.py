@@ -100,9 +100,9 @@ def ceiling(layout: ModelLayout, lanes: int | None) -> Ceiling:
     return Ceiling(best, sampler.n_bytes, mode.lanes, mode.direct)
 
 
-def speed(layout: ModelLayout, mode: ReadMode) -> float:
+def speed(layout: ModelLayout, mode: ReadMode, seconds: float = _PROBE_SECONDS) -> float:
     """Bytes per second of cold expert reads the way they will be done."""
-    sampler = _Sampler(layout)
+    sampler = _Sampler(layout, seconds)
     sampler.speed(mode.lanes, mode.direct)  # sets the number of reads
     return sampler.speed(mode.lanes, mode.direct)
 

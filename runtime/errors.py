@@ -50,7 +50,12 @@ class RequestError(UserError, ValueError):
     """A request to an open model that cannot be computed as it is asked; the model stays usable.
 
     Also a ValueError, as which llama_cpp's own methods raise what is wrong with arguments.
+    ``param`` is the field of a client's request that is to be mended, if it is one.
     """
+
+    def __init__(self, sentence: str, param: str | None = None) -> None:
+        super().__init__(sentence)
+        self.param = param
 
 
 class ExpertReadError(OSError):

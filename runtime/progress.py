@@ -14,11 +14,13 @@ _LINE_SECONDS = 5.0
 
 
 @contextmanager
-def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
+def bar(
+    what: str, in_bytes: bool = False, detail: Callable[[], str] | None = None
+) -> Iterator[Report]:
     """Yield ``report(done, total)``; nothing appears for work that ends within half a second.
 
-    Work that is ``in_bytes`` shows its speed as well. Where it first reports is where it starts:
-    what was done before does not count for the time that is left.
+    Work that is ``in_bytes`` shows its speed as well, other work ``detail``. Where it first reports
+    is where it starts: what was done before does not count for the time that is left.
     """
     what = shown(what)
     start = time.monotonic()
@@ -33,7 +35,11 @@ def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
             if now - last >= _LINE_SECONDS and total > 0:
                 last = now
                 rate = (done - first) / max(now - start, 1e-9)
-                more = f", {rate / 1e6:.0f} MB/s, {_left(total - done, rate)}" if in_bytes else ""
+                more = ""
+                if in_bytes:
+                    more = f", {rate / 1e6:.0f} MB/s, {_left(total - done, rate)}"
+                elif detail is not None:
+                    more = f", {detail()}, {_left(total - done, rate)}"
                 print(f"{what}: {done / total:.0%}{more}", file=sys.stderr, flush=True)
 
         yield line
@@ -59,12 +65,16 @@ def bar(what: str, in_bytes: bool = False) -> Iterator[Report]:
     ]
     if in_bytes:
         columns += [DownloadColumn(), TransferSpeedColumn()]
+    elif detail is not None:
+        columns.append(TextColumn("{task.fields[detail]}", markup=False))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None, visible=False)
+        task = progress.add_task(what, total=None, visible=False, detail="")
 
         def update(done: float, total: float) -> None:
             late = time.monotonic() - start > 0.5
-            progress.update(task, completed=done, total=total, visible=late)
+            progress.update(
+                task, completed=done, total=total, visible=late, detail=detail() if detail else ""
+            )
 
         yield update
 

@@ -219,14 +219,7 @@ def bindings() -> Any:
 
 
 def limit(cpu_s: int) -> None:
-    """Bound what this process may take, and offer it first where memory runs out."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for kind, value in ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_DATA, MEMORY_BYTES)):
-        _, hard = resource.getrlimit(kind)
-        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (most, hard))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    child.limit({resource.RLIMIT_CPU: cpu_s, resource.RLIMIT_DATA: MEMORY_BYTES})
 
 
 def meet(header: bytes, stream_bytes: int) -> bool:

@@ -111,6 +111,16 @@ class Vocabulary:
         begins = len(tokens) > 0 and tokens[0] == self.bos
         return text[1:] if begins and text[:1] == b" " else text
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether its model wants the start token before a text."""
+        return bool(llama_cpp.llama_vocab_get_add_bos(self.vocab))
+
+    @property
+    def adds_eos(self) -> bool:
+        """Whether its model wants the end token behind a text."""
+        return bool(llama_cpp.llama_vocab_get_add_eos(self.vocab))
+
 
 def guard(model: Any) -> Vocabulary:
     """The vocabulary of llama_cpp's wrapper of a model, whose own three ways to it are replaced."""

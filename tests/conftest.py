@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -21,8 +22,9 @@ from mutant import Helper, Mutant
 from moe_gguf.converters import convert
 from moe_gguf.converters.choose import ConvertOptions
 from moe_gguf.converters.convert import open_source
-from moe_gguf.runtime import cache, kernels, trial
+from moe_gguf.runtime import cache, kernels, logs, trial
 from moe_gguf.runtime.bench import process, rounds
+from moe_gguf.runtime.cli import main
 from moe_gguf.runtime.disk import Ceiling
 from moe_gguf.runtime.plugin.library import probe_direct
 
@@ -157,3 +159,40 @@ def direct_io(tmp_path_factory: pytest.TempPathFactory) -> None:
     file.write_bytes(bytes(1 << 16))
     if not probe_direct(file).direct:
         missing(f"direct reads do not work in {file.parent}")
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def error(self, code: int) -> str:
+        """The one line that says what is wrong."""
+        (line,) = self.err.splitlines()
+        assert self.code == code
+        assert self.out == ""
+        assert line.startswith("moe-gguf: error: ")
+        return line.removeprefix("moe-gguf: error: ")
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def moe_gguf(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """``moe_gguf(*args, stdin=b"")``: run the command in this process, away from a terminal."""
+    monkeypatch.setattr(logs, "_listeners", list(logs._listeners))
+    capfd.readouterr()
+
+    def run(*args: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["moe-gguf", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit:
+            main.main()
+        out, err = capfd.readouterr()
+        return Result(int(exit.value.code or 0), out, err)
+
+    return run

@@ -348,9 +348,9 @@ class Leaky(LRU):
         super().__init__()
         self.n = 0
 
-    def admit(self, key: int) -> bool:
+    def admit(self, key: int, votes: int = 1) -> bool:
         self.n += 1
-        return self.n % 3 != 0 and super().admit(key)
+        return self.n % 3 != 0 and super().admit(key, votes)
 
 
 class Shuffled:

@@ -12,7 +12,9 @@ from typing import Any
 
 import llama_cpp
 import pytest
+from chat_files import templates
 from gguf import GGMLQuantizationType, GGUFReader
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from moe_gguf.converters import demo
 from moe_gguf.converters.demo import demo_model
@@ -55,6 +57,24 @@ def stock(model: Path, monkeypatch: pytest.MonkeyPatch) -> llama_cpp.Llama:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_chat_prompt_is_the_one_that_jinja_writes(header: GGUFReader) -> None:
+    """llama_cpp renders templates with Jinja's own package, we with llama.cpp's engine."""
+    field = header.get_field("tokenizer.chat_template")
+    assert field is not None
+    source = str(field.contents())
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why is sleep important?"},
+        {"role": "assistant", "content": " Rest.\n"},
+        {"role": "user", "content": "Ünd <|im_start|>?"},
+    ]
+    jinja = Jinja2ChatFormatter(source, eos_token="</s>", bos_token="<s>")
+    made = templates(source)
+    for n in (1, 2, 4):
+        assert made.apply(messages[:n]).text == jinja(messages=messages[:n]).prompt  # type: ignore
+    made.close()
 
 
 def test_header_says_what_was_carved(header: GGUFReader) -> None:

@@ -89,6 +89,7 @@ REFUSED = {
     "a parenthesis": ("root ::= (", "expected|ends"),
     "a quote": ('root ::= "a', "expected|ends"),
     "an escape": (r'root ::= "\q"', "no escape"),
+    "half a character": ('root ::= "\ud800"', "no text"),
     "very long": ("root ::= " + '"a" ' * 100_000, "longer"),
 }
 

@@ -183,9 +183,9 @@ def test_01_everything_resident(layout: str, tiny_file: TinyFile, reference: Ref
 class Counting(LRU):
     touched = 0
 
-    def touch(self, key: int) -> None:
+    def touch(self, key: int, votes: int = 1) -> None:
         self.touched += 1
-        super().touch(key)
+        super().touch(key, votes)
 
 
 def test_01_a_token_that_finds_everything_asks_in_its_first_layer(
@@ -561,7 +561,7 @@ def test_13_batch_in_ubatches(layout: str, tiny_file: TinyFile, reference: Refer
 
 
 @pytest.mark.parametrize("tiny_arena", [True, False])
-@pytest.mark.parametrize("policy", ["eap", "fate", "fate-paper"])
+@pytest.mark.parametrize("policy", ["eap", "fate", "fate-paper", "klotski"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_13_guesses_between_ubatches(
     layout: str, policy: str, tiny_arena: bool, tiny_file: TinyFile, reference: Reference

@@ -92,7 +92,7 @@ def raw(text: str | bytes) -> list[int]:
     return [3 + byte for byte in data]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
 def test_joined_texts_are_the_whole_text(
@@ -111,7 +111,7 @@ def test_joined_texts_are_the_whole_text(
     assert whole.startswith(joined) and (found is not None or joined == whole)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     text=st.text("abcé", max_size=30),
     stop=st.lists(st.text("abcé", max_size=4), max_size=4),

@@ -35,7 +35,7 @@ class Slots:
             if load:
                 self.held[slot] = base + expert
             assert self.held[slot] == base + expert, "a slot holds another expert than planned"
-        if len(event.experts) <= self.residency.n_slots:
+        if len(event.experts) <= self.residency.n_slots and self.residency.scan is None:
             assert len(set(plan.slots)) == len(plan.slots), "a slot is recycled without need"
         self.check()
         return plan
@@ -45,8 +45,7 @@ class Slots:
         needed = {event.layer * N_EXPERTS + e for e in event.experts} & set(self.residency.slot_of)
         placed = self.residency.guess(event, [Guess(key, 1.0) for key in keys], keys)
         for key, slot in placed:
-            assert slot not in plan.slots, "a guess overwrites a slot in use"
-            self.held[slot] = key
+            self.held[slot] = key  # if the event computes there, once that is done
         assert needed <= set(self.residency.slot_of), "a guess evicts what is needed now"
         self.check()
         return [key for key, _ in placed]
@@ -58,8 +57,8 @@ class Slots:
 
 
 def make(n_slots: int, name: str = "lru") -> Slots:
-    cache, order, *_ = policy(name, Facts(n_slots, N_EXPERTS, 3, range(N_LAYERS)))
-    return Slots(Residency(n_slots, N_EXPERTS, cache, order))
+    chosen = policy(name, Facts(n_slots, N_EXPERTS, 3, range(N_LAYERS)))
+    return Slots(Residency(n_slots, N_EXPERTS, chosen.cache, chosen.order, chosen.scan))
 
 
 def event(layer: int, *experts: int, counts: Sequence[int] | None = None) -> RouteEvent:
@@ -71,7 +70,7 @@ def random_event(rng: random.Random) -> RouteEvent:
     experts = rng.sample(range(N_EXPERTS), n)
     counts = [rng.randrange(1, 5) for _ in experts]
     layer = rng.randrange(N_LAYERS)
-    return RouteEvent(layer, sum(counts), experts, counts, Phase.PREFILL, 1)
+    return RouteEvent(layer, sum(counts), experts, counts, Phase.PREFILL, rng.choice([1, 8]))
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 5, 11, 12, 20, N_LAYERS * N_EXPERTS])

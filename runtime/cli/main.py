@@ -25,6 +25,7 @@ from .terminal import note
 # Each in a file of its name, imported only to run or to help with it: some need numpy, and help
 # and mistakes should answer at once. The texts are the first sentences of the commands' own.
 COMMANDS = {
+    "batch": "Answer the requests in the file IN, OpenAI's batch lines, into the file OUT.",
     "bench": "Measure MODEL under a memory cap: stock llama.cpp against our policies, turn about.",
     "convert": "Make the bundle DST, a folder, from SRC: a GGUF, a Hugging Face folder or "
     "hf:owner/repo.",

@@ -53,13 +53,13 @@ def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Ll
     return _opened(Llama, model, recorder=recorder, **options)
 
 
-def open_engine(
-    model: str | Path, *, recorder: Any = None, kept: str | int = 0, **options: Any
-) -> Engine:
-    """Open MODEL with the shared options for one sequence at a time, and say what is in force."""
+def open_engine(model: str | Path, *, recorder: Any = None, **options: Any) -> Engine:
+    """Open MODEL with the shared options, for one sequence at a time whose state is not kept unless
+    they say otherwise, and say what is in force."""
     from ..engine.engine import Engine
 
-    return _opened(Engine, model, recorder=recorder, parallel=1, score_rows=1, kept=kept, **options)
+    single = {"parallel": 1, "score_rows": 1, "kept": 0}
+    return _opened(Engine, model, recorder=recorder, **{**single, **options})
 
 
 def _opened(kind: Callable[..., M], model: str | Path, **options: Any) -> M:

@@ -103,6 +103,26 @@ def model_options(command: Command) -> Command:
     return argument(option_flags()(context(threads(command))))
 
 
+def parallel_options(goal: str) -> Callable[[Command], Command]:
+    """How many sequences are computed at once, and what for; ``goal`` if nothing is said."""
+    parallel = click.option(
+        "--parallel",
+        type=_or_auto(click.IntRange(1, 256)),
+        default="auto",
+        metavar="N|auto",
+        help="sequences in memory at once; auto: as the planner sees fit",
+        show_default=True,
+    )
+    goals = click.option(
+        "--goal",
+        type=click.Choice(["latency", "throughput"]),
+        default=goal,
+        help="what is to be best: waiting, or tokens per second of all together",
+        show_default=True,
+    )
+    return lambda command: parallel(goals(command))
+
+
 def prompt_options(command: Command) -> Command:
     prompt = click.option("-p", "--prompt", help="prompt text")
     file = click.option(

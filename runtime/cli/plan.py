@@ -1,7 +1,8 @@
 """``moe-gguf plan``: whether a model fits a budget, what it would hold, and how fast it can be.
 
 Goes the way of ``run`` up to the point where weights would be read, so both print the same
-numbers. What it predicts is a bound from reads alone; it knows no compute.
+numbers. Of a model that was never measured on this machine it predicts a bound from reads alone;
+of one that was, a schedule and its speeds.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ from ..options import Options
 from ..sizes import MB, format_size
 from ..text import shown
 from .model import resolve
-from .options import as_flag, model_options
+from .options import as_flag, model_options, parallel_options
 from .terminal import quieten
 
 if TYPE_CHECKING:
+    from ..engine.planner import Goal
     from ..opening import Found, Measured
+    from ..progress import Report
 
 
 @click.command()
 @model_options
+@parallel_options("latency")
+@click.option("--measure", is_flag=True, help="first measure MODEL on this machine, which opens it")
 @click.option("--json", "as_json", is_flag=True)
-def plan(model: str, as_json: bool, **options: Any) -> None:
+def plan(
+    model: str, as_json: bool, measure: bool, parallel: int | None, goal: Goal, **options: Any
+) -> None:
     """Say whether MODEL fits a budget and what it would hold, without loading it.
 
     Exits with 1 when it does not fit.
@@ -40,8 +47,10 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 
     quieten()
     path = resolve(model)
-    with bar(f"measuring {path.name}"):  # like run: the process has the same size then
+    with bar(f"measuring {path.name}") as report:  # like run: the process has the same size then
         document = plan_document(path, **options)
+        if document["fits"]:
+            document |= schedule_document(path, goal, parallel, measure, report, **options)
     click.echo(json.dumps(document) if as_json else plan_text(document))
     if not document["fits"]:
         sys.exit(1)
@@ -93,6 +102,36 @@ def plan_document(
         "experts_bytes": budget.experts,
         "predicted": predict(found, budget.resident_share),
     }
+
+
+def schedule_document(
+    path: Path,
+    goal: Goal,
+    parallel: int | None,
+    measure: bool,
+    progress: Report,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """``schedule``: how sequences would share the model; None where it was never measured, or
+    where so many do not fit, which ``schedule_reason`` says."""
+    from .. import opening
+    from ..engine import planning
+
+    found = opening.find(path, Options(**options))
+    if not measure and planning.known(found, n_threads) is None:
+        reason = "not measured on this machine yet: --measure takes about ten seconds"
+        return {"schedule": None, "schedule_reason": reason}
+    try:
+        made = planning.planned(
+            found, goal, n_ctx=n_ctx, parallel=parallel, n_threads=n_threads, progress=progress,
+            anew=measure,
+        )  # fmt: skip
+    except UserError as error:
+        return {"schedule": None, "schedule_reason": error.spelled(as_flag)}
+    text = planning.lines(made)
+    return {"schedule": planning.document(made) | {"text": text}, "schedule_reason": None}
 
 
 def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
@@ -162,6 +201,10 @@ def plan_text(document: dict[str, Any]) -> str:
     ]
     if d["predicted"] is not None:
         lines.append(_predicted_text(d["predicted"]))
+    if d.get("schedule") is not None:
+        lines += d["schedule"]["text"]
+    elif d.get("schedule_reason"):
+        lines.append(f"schedule of several sequences: {d['schedule_reason']}")
     if d["warning"]:
         lines.append(f"warning: {d['warning']}")
     return "\n".join(lines)

@@ -96,8 +96,8 @@ class Constraints:
             return llguidance.llamacpp.lltokenizer_from_vocab(
                 self.vocabulary.vocab, eos_token=self.vocabulary.ending_tokens or None
             )
-        except ValueError as error:
-            raise _bad_schema(str(error)) from None
+        except (OverflowError, ValueError) as error:  # a token of 16 kB, none that ends
+            raise _bad_schema(f"this model's vocabulary: {error}") from None
 
 
 class Lazy:
@@ -107,6 +107,8 @@ class Lazy:
     is looked for in all bytes of the answer, and the grammar takes what its first group that is not
     empty matched and everything behind, the whole match if there is no such group. llama.cpp ends
     the process over a pattern that is none, and over a match that its grammar does not take.
+
+    Patterns are Python's, and trusted: nothing bounds the time that one takes.
     """
 
     def __init__(self, constraints: Constraints, asked: GBNF) -> None:
@@ -139,7 +141,8 @@ class Lazy:
             self._said += vocabulary.piece(token, special=True)
             self._ends.append((token, len(self._said)))
             if (start := self._found()) is not None:
-                first = next(i for i, (_, end) in enumerate(self._ends) if end > start)
+                ends = (i for i, (_, end) in enumerate(self._ends) if end > start)
+                first = next(ends, len(self._ends))
                 begin = self._ends[first - 1][1] if first else 0
                 self._hold(bytes(self._said[begin:start]), [t for t, _ in self._ends[first:]])
 
@@ -147,7 +150,7 @@ class Lazy:
         """Where the text begins that the grammar is to take."""
         began = time.monotonic()
         for pattern in self._patterns:
-            if (match := pattern.search(self._said)) and match.end() > match.start():
+            if match := pattern.search(self._said):
                 groups = range(1, pattern.groups + 1)
                 return match.start(next((g for g in groups if match[g]), 0))
         if (seconds := time.monotonic() - began) > SECONDS:

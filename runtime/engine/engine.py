@@ -37,6 +37,8 @@ from .generation import Generation
 from .identity import identity_of
 from .loop import Loop
 from .model import Model, context_shape
+from .planner import SCORE_ROWS, Goal, Plan, Workload
+from .planning import planned
 from .request import Request, Sampling
 from .schedule import Schedule
 from .store import Store
@@ -62,7 +64,10 @@ class Engine:
     sequence may get; None: the model's own, at most 4096. ``parallel`` sequences are in memory at
     once, the others wait. ``cells`` is how many tokens they hold together; left out, enough for all
     of them, or with ``parallel`` "auto" for one. ``schedule`` says how they share the steps; left
-    out, all decode in every step, or with "auto" in turns. ``score_rows`` is how many tokens of
+    out, all decode in every step, or with "auto" in turns. With a ``goal``, latency or throughput,
+    ``planner`` chooses all three that were left out, for sequences as ``workload`` says; a model
+    that was never measured on this machine then is, which takes about ten seconds, once.
+    ``score_rows`` is how many tokens of
     prompts are scored in a step; each costs the memory of a row of logits.
 
     What has been computed is not computed again for the same ``owner``. A finished sequence stays
@@ -84,7 +89,9 @@ class Engine:
         parallel: int | Literal["auto"] = "auto",
         cells: int | None = None,
         schedule: Schedule | None = None,
-        score_rows: int = 64,
+        goal: Goal | None = None,
+        workload: Workload | None = None,
+        score_rows: int = SCORE_ROWS,
         n_threads: int | None = None,
         make_policy: PolicyMaker | None = None,
         routers: RouterReader = read_routers,
@@ -103,10 +110,24 @@ class Engine:
         llama_cpp._logger.set_verbose(verbose)
         found = opening.find(Path(model), chosen)
         self.n_ctx = n_ctx_of(found.layout, n_ctx)
-        if parallel == "auto":
+        self.plan: Plan | None = None
+        if goal is not None and parallel != 1 and schedule is None:
+            self.plan = planned(
+                found,
+                goal,
+                n_ctx=self.n_ctx,
+                parallel=None if parallel == "auto" else parallel,
+                workload=workload,
+                n_threads=n_threads,
+                score_rows=score_rows,
+            )
+            parallel, cells = self.plan.n_seq_max, cells or self.plan.cells
+            schedule = self.plan.schedule
+        elif parallel == "auto":
             parallel, cells = _AUTO_PARALLEL, cells or self.n_ctx
             schedule = schedule or Schedule(1, _AUTO_QUANTUM)
         _check_parallel(parallel)
+        self.parallel = parallel  # sequences in memory at once
         schedule = schedule or Schedule(parallel)
         shape = context_shape(
             self.n_ctx,
@@ -133,7 +154,14 @@ class Engine:
         )
         self.vocabulary = self._model.vocabulary
         self._template: Template | None = None
-        self._loop = Loop(self._model, schedule, self.n_ctx, Shelf(kept_bytes, store), store)
+        self._loop = Loop(
+            self._model,
+            schedule,
+            self.n_ctx,
+            Shelf(kept_bytes, store),
+            store,
+            self.plan.at if self.plan else None,
+        )
         self._finalizer = weakref.finalize(self, self._loop.close)  # at exit too
         _OPEN.add(self)
         if verbose:

@@ -79,7 +79,11 @@ class Counts:
 
 
 class Loop:
-    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens."""
+    """Computes what is submitted until it is closed; a sequence gets at most ``n_ctx`` tokens.
+
+    What is computed is kept on the ``shelf`` and in the ``store``. ``plan`` gives the schedule for
+    a number of sequences; without it there is only the one.
+    """
 
     def __init__(
         self,
@@ -88,8 +92,10 @@ class Loop:
         n_ctx: int,
         shelf: Shelf | None = None,
         store: Store | None = None,
+        plan: Callable[[int], Schedule] | None = None,
     ) -> None:
         self.model = model
+        self._plan = plan
         self.n_ctx = n_ctx
         self.counts = Counts()
         context = model.context
@@ -247,6 +253,15 @@ class Loop:
         self.counts.submitted += 1
         self._alive[sequence] = sequence.part
         self.scheduler.add(sequence)
+        self._replan()
+
+    def _replan(self) -> None:
+        """As many sequences as there are now may be served best in another way."""
+        if self._plan is None:
+            return
+        schedule = self._plan(max(1, min(len(self._alive), self.scheduler.limits.slots)))
+        if schedule != self.scheduler.schedule:
+            self.scheduler.set(schedule)
 
     def _step(self) -> None:
         step = self.scheduler.next()
@@ -354,7 +369,7 @@ class Loop:
         token = sampled.token
         # With ignore_eos too: the sampler only lets it by where a constraint leaves nothing else.
         if self.model.vocabulary.ends(token):
-            self._finish(sequence, "stop", events)
+            self._finish(sequence, "stop", events, ending=sampled.logprob)
             return
         sequence.tokens.append(token)
         text, stop = output.push(token)
@@ -376,6 +391,7 @@ class Loop:
         reason: Reason,
         events: list[Event] | None = None,
         stop: str | None = None,
+        ending: Logprob | None = None,
     ) -> None:
         part: Part = sequence.part
         finished = Finished(
@@ -386,6 +402,7 @@ class Loop:
             sequence.cached,
             len(sequence.tokens) - sequence.n_prompt,
             part.timings(),
+            ending,
         )
         self._leave(sequence, keep=True)
         self.counts.finished += 1
@@ -406,6 +423,7 @@ class Loop:
     def _leave(self, sequence: Sequence, keep: bool = False) -> None:
         self.scheduler.remove(sequence, keep)
         del self._alive[sequence]
+        self._replan()
         sequence.part.sampler.close()
 
     def _drop(self, sequence: Sequence) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from ..grammar.asked import GBNF as GBNF
+from ..grammar.asked import Schema as Schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,28 +44,6 @@ class Sampling:
     mirostat_eta: float = 0.1
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GBNF:
-    """A grammar in llama.cpp's own language.
-
-    ``lazy``: it begins to hold at the first of ``trigger_patterns`` (regular expressions on the
-    answer so far) or ``trigger_tokens``, as for a tool call in the middle of an answer.
-    """
-
-    text: str
-    root: str = "root"
-    lazy: bool = False
-    trigger_patterns: Sequence[str] = ()
-    trigger_tokens: Sequence[int] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schema:
-    """A JSON schema that the whole answer must satisfy; ``True`` is any JSON object."""
-
-    schema: Mapping[str, Any] | Literal[True]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +110,8 @@ class Finished(NamedTuple):
     """The last event of a request that did not fail.
 
     ``reason``: stop, the model ended or ``stop_text`` came up; length, max_tokens; context, the
-    sequence is as long as its context. ``text`` is what was still held back.
+    sequence is as long as its context. ``text`` is what was still held back. ``ending`` is the
+    token with which the model ended, no part of the answer, if log probabilities were asked for.
     """
 
     reason: Reason
@@ -139,6 +121,7 @@ class Finished(NamedTuple):
     cached_tokens: int
     completion_tokens: int
     timings: Timings
+    ending: Logprob | None = None
 
 
 Event = PromptScored | Token | Finished

@@ -25,6 +25,7 @@ from .request import Logprob, Request, Sampling
 Row = npt.NDArray[np.float32]
 
 _MIROSTAT_M = 100  # llama.cpp's tools'
+_MOST_REMEMBERED = 1 << 20  # tokens: penalties allocate room for as many as they may remember
 
 
 class Sampled(NamedTuple):
@@ -56,9 +57,8 @@ class Sampler:
         self._constraint: Constraint | None = None
         bias = _bias(self._vocabulary, request)
         self._banned = [token for token, value in bias.items() if value == -math.inf]
-        longest = len(request.tokens) + (
-            request.max_tokens or int(llama_cpp.llama_model_n_ctx_train(model))
-        )
+        to_come = request.max_tokens or int(llama_cpp.llama_model_n_ctx_train(model))
+        longest = min(len(request.tokens) + to_come, _MOST_REMEMBERED)
         _check(request.sampling)
         if request.constraint is not None:
             self._constraint = constraints.make(request.constraint)
@@ -127,12 +127,15 @@ class Sampler:
 
 
 def logprob(row: Row, token: int, n_top: int) -> Logprob:
-    """Of a token under these logits of a model, and of the ``n_top`` most probable."""
+    """Of a token under these logits of a model, and of the ``n_top`` most probable, equals in the
+    order of their numbers."""
     most = row.max()
     total = math.log(np.exp(row - most).sum(dtype=np.float64)) + float(most)
     n = min(n_top, len(row))
-    best = np.argpartition(row, len(row) - n)[len(row) - n :] if n else np.empty(0, np.intp)
-    best = best[np.lexsort((best, -row[best]))]
+    best = np.empty(0, np.intp)
+    if n:
+        best = np.flatnonzero(row >= np.partition(row, len(row) - n)[len(row) - n])
+        best = best[np.lexsort((best, -row[best]))][:n]
     return Logprob(
         token, float(row[token]) - total, [(int(t), float(row[t]) - total) for t in best]
     )
@@ -205,7 +208,7 @@ def _samplers(
         s.frequency_penalty,
         s.presence_penalty,
     )
-    breakers = [text.encode(errors="replace") for text in s.dry_breakers]
+    breakers = [text.encode(errors="replace") for text in s.dry_breakers if vocabulary.has_texts]
     yield llama_cpp.llama_sampler_init_dry(
         vocabulary.vocab,
         s.dry_multiplier,

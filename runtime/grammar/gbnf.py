@@ -382,7 +382,11 @@ class Rules(NamedTuple):
 
 def read(text: str, root: str) -> Rules:
     """RequestError for a grammar that llama.cpp cannot read, or not in reasonable time."""
-    if len(text.encode()) > MAX_BYTES:
+    try:
+        n_bytes = len(text.encode())
+    except UnicodeEncodeError:
+        raise bad("it is no text: half of a surrogate pair is missing") from None
+    if n_bytes > MAX_BYTES:
         raise bad(f"it is longer than {MAX_BYTES} bytes")
     if "\0" in text:
         raise bad("it contains a NUL")

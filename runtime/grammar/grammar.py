@@ -90,6 +90,7 @@ class Grammar:
         self._machine: Machine | None = Machine(text, root)
         self._machine.check(texts)
         self._vocabulary, self._texts = vocabulary, texts
+        self._one = Candidates(1)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         with logs.capture() as log:
             self._sampler = llama_cpp.llama_sampler_init_grammar(
@@ -103,10 +104,9 @@ class Grammar:
         if self._machine is not None:
             text = self._vocabulary.piece(token, special=True).decode("utf-8", "ignore")
             self._machine.check_one(text)
-        one = Candidates(1)
-        one.only(token)
-        self._apply(one)
-        return bool(np.isfinite(one.logits[0]))
+        self._one.only(token)
+        self._apply(self._one)
+        return bool(np.isfinite(self._one.logits[0]))
 
     def mask(self, every: Candidates) -> None:
         """Take from all tokens, in the order of their numbers, what may not come next."""

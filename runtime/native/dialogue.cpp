@@ -53,6 +53,12 @@ void dialogue::end(bool failed) {
         model_.reads->abandon(abandoned_);
         last_layer_  = -1;
         call.settled = 0;
+        waiting_.clear();
+    } else {
+        for (entry & e : entries) {
+            e.done = true;
+        }
+        submit_guesses();
     }
     c_ = nullptr;
 }
@@ -224,8 +230,11 @@ const char * dialogue::read_entry(int i) {
     }
     const int index   = index_of_[expert];
     index_of_[expert] = -1;  // so that naming it again is caught
-    entries.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], load, false, false});
-    model_.stats.recycled += occupant_[slot] >= 0;
+    entries.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], load, false, false, false});
+    if (occupant_[slot] >= 0) {
+        entries[occupant_[slot]].awaited = true;
+        model_.stats.recycled++;
+    }
     occupant_[slot] = i;
     return nullptr;
 }
@@ -263,16 +272,33 @@ bool dialogue::ask_for_guesses() {
         }
     }
     for (int i = 0; i < call.n_guesses; i++) {
-        const int  key = call.guess_keys[i], slot = call.guess_slots[i];
-        const auto uses = [slot](const entry & e) { return e.slot == slot; };
-        if (!model_.weights.is_key(key) || slot < 0 || slot >= model_.arena->n_slots() ||
-            std::any_of(entries.begin(), entries.end(), uses)) {
-            model_.failure.set(ERROR_OTHER, "the controller guesses an expert that does not exist or into a slot that is in use");
+        const int key = call.guess_keys[i], slot = call.guess_slots[i];
+        if (!model_.weights.is_key(key) || slot < 0 || slot >= model_.arena->n_slots()) {
+            model_.failure.set(ERROR_OTHER, "the controller guesses an expert or into a slot that does not exist");
             return false;
         }
-        model_.load(slot, key, true);
+        int last = -1;
+        for (size_t j = 0; j < entries.size(); j++) {
+            last = entries[j].slot == slot ? (int)j : last;
+        }
+        if (last >= 0) {
+            entries[last].awaited = true;
+        }
+        waiting_.push_back({key, slot, last});
     }
+    submit_guesses();
     return true;
+}
+
+void dialogue::submit_guesses() {
+    const auto submitted = [this](const waiting & w) {
+        if (w.entry >= 0 && !entries[w.entry].done) {
+            return false;
+        }
+        model_.load(w.slot, w.key, true);
+        return true;
+    };
+    waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), submitted), waiting_.end());
 }
 
 }  // namespace moe

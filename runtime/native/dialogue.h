@@ -31,6 +31,7 @@ class dialogue {
         bool load;
         bool submitted;
         bool done;
+        bool awaited;  // another expert is to have its slot
     };
 
     // An event is begun, computed by whoever asks, and ended; nothing of it outlives the end. A false is
@@ -38,6 +39,9 @@ class dialogue {
     bool begin(const chain & c, rows & activations);
     // Asks for guesses, now that the disk has what this layer waits for, and submits them. Once.
     bool ask_for_guesses();
+    // Submits those that waited for a slot until its expert was computed.
+    void submit_guesses();
+    bool guesses_wait() const { return !waiting_.empty(); }
     // The input that guesses are made from has moved: rounds may write over the original.
     void input_moved(const ggml_tensor & x);
     void stalled(int64_t ns) { call.stall_ns += ns; }
@@ -64,6 +68,13 @@ class dialogue {
     void         drop_wrong_guesses();
     bool         predict();
 
+    // A guess for a slot that the event still computes on.
+    struct waiting {
+        int key;
+        int slot;
+        int entry;  // the last one in that slot
+    };
+
     moe_model &          model_;
     const chain *        c_ = nullptr;  // of the running event
     std::vector<int32_t> arrays_;
@@ -74,6 +85,7 @@ class dialogue {
     std::vector<int32_t> occupant_;  // slot -> last entry planned for it; -1 between events
     std::vector<int32_t> dropped_;
     std::vector<int32_t> abandoned_;
+    std::vector<waiting> waiting_;
     // Which tensors of which layer the running step has seen, to tell a continuation.
     int                             last_layer_ = -1;
     bool                            is_later_   = false;  // this event's layer comes after the last one's

@@ -149,19 +149,23 @@ void executor::submit_ready_loads() {
             e.submitted = true;
         }
     }
+    c_.model->dialogue.submit_guesses();
 }
 
 // The next round's entries, in the plan's order and of one copy, and the slots that are waited for.
+// Where a read waits for a slot, those in such slots go first, and without one only about as many are
+// computed as are being read meanwhile: a long round would leave the disk without work.
 // False when a read has failed.
 bool executor::find_ready() {
     moe_model &   model      = *c_.model;
     const auto &  entries    = model.dialogue.entries;
     const int64_t most_pairs = std::max(MIN_PAIRS, std::min(WORK_BYTES / 8 / model.arena->n_slots(), WORK_BYTES / c_.row_bytes));
-    ready_.clear();
+    bool          scarce     = model.dialogue.guesses_wait();
+    there_.clear();
     waiting_.clear();
-    int64_t taken = 0;
     for (size_t i = 0; i < entries.size(); i++) {
         const dialogue::entry & e = entries[i];
+        scarce                    = scarce || (e.load && !e.submitted);
         if (e.done || (e.load && !e.submitted)) {
             continue;
         }
@@ -172,8 +176,21 @@ bool executor::find_ready() {
         }
         if (state == slot_state::LOADING) {
             waiting_.push_back(e.slot);
-        } else if (taken == 0 || (taken + e.count <= most_pairs && e.copy == round_.copy)) {
-            ready_.push_back((int)i);
+        } else {
+            there_.push_back((int)i);
+        }
+    }
+    size_t most = there_.size();
+    if (scarce) {
+        const auto rest = std::stable_partition(there_.begin(), there_.end(), [&](int i) { return entries[i].awaited; });
+        most            = rest > there_.begin() ? rest - there_.begin() : std::max<size_t>(1, waiting_.size());
+    }
+    ready_.clear();
+    int64_t taken = 0;
+    for (size_t j = 0; j < std::min(most, there_.size()); j++) {
+        const dialogue::entry & e = entries[there_[j]];
+        if (taken == 0 || (taken + e.count <= most_pairs && e.copy == round_.copy)) {
+            ready_.push_back(there_[j]);
             taken += e.count;
             round_.copy = e.copy;
         }

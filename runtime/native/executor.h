@@ -41,7 +41,7 @@ class executor {
     std::unique_ptr<rows> rows_;
     graphs                graphs_;
     chain                 c_;
-    std::vector<int>      ready_, waiting_;
+    std::vector<int>      ready_, waiting_, there_;
     std::vector<int32_t>  slot_of_;  // expert -> slot, in a whole event
     std::vector<int32_t>  slots_;    // [n_tokens][n_used] likewise
     graphs::round         round_;

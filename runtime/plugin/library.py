@@ -43,14 +43,18 @@ class DirectProbe(NamedTuple):
 
 def library_path() -> Path:
     """Where the installed plugin lies, for regular and editable installs alike."""
+    if (path := built_file(LIBRARY)) is None:
+        raise UserError(f"this install of moe-gguf has no {LIBRARY}: reinstall it with pip")
+    return path
+
+
+def built_file(name: str) -> Path | None:
+    """Where the build has put something."""
     try:
         files = importlib.metadata.files("moe-gguf") or []
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError("moe-gguf is not installed: pip install moe-gguf") from error
-    for file in files:
-        if file.name == LIBRARY:
-            return Path(str(file.locate())).resolve()
-    raise UserError(f"this install of moe-gguf has no {LIBRARY}: reinstall it with pip")
+    return next((Path(str(f.locate())).resolve() for f in files if f.name == name), None)
 
 
 @functools.cache

@@ -1,0 +1,98 @@
+"""How long a step takes: with so many slots, on a disk of this speed.
+
+The model is two clocks. Computing takes what it took when it was measured; reading takes the bytes
+that a group of this size misses in slots of this share, over the disk's speed. Of the computing a
+measured share hides reads (the next layer's are under way while this one computes); the rest of the
+reads is waited for. Knows no memory and no schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from .curves import Curves, Points, at, level, log
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step. ``read_s`` is what the disk is busy, behind ``compute_s`` and then
+    alone, for ``stall_s``."""
+
+    compute_s: float
+    read_s: float
+    stall_s: float
+    read_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.stall_s
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """``share`` of all experts have a slot; ``faster`` is a processor of so many times the speed.
+
+    More slots, a faster disk and a faster processor never make a step longer.
+    """
+
+    curves: Curves
+    share: float
+    disk_bytes_per_s: float
+    direct: bool = True
+    faster: float = 1.0
+
+    def with_disk(self, bytes_per_s: float) -> Costs:
+        return replace(self, disk_bytes_per_s=bytes_per_s)
+
+    def decode(self, rows: int, cells: float = 0.0) -> StepTime:
+        """A token of each of ``rows`` sequences that hold ``cells`` tokens each."""
+        return self._step(at(self.curves.decode_s, rows) + self._attention_s(rows, cells), rows)
+
+    def prompt(self, rows: int, beside: int = 0, cells: float = 0.0) -> StepTime:
+        """A chunk of prompts, and a token of each of ``beside`` sequences with it."""
+        own = at(self.curves.prompt_s, rows) + self._attention_s(beside, cells)
+        if beside:
+            own += at(self.curves.decode_s, beside) - at(self.curves.decode_s, 1)
+        return self._step(own, rows + beside)
+
+    def switch_s(self, group: int) -> float:
+        """What the first tokens after another group's turn cost more."""
+        extra = min(group * self.curves.switch(self.share), self.distinct(group))
+        extra = min(extra, self.distinct(group) - self.reads(group))
+        return max(0.0, extra) * self.curves.shape.expert_bytes / self._speed(group)
+
+    def expert_s(self, rows: int) -> float:
+        """Of a step of decoding: the processor at work on experts."""
+        return at(self.curves.expert_s, rows) / self.faster
+
+    def distinct(self, rows: float) -> float:
+        """Experts of one layer that a step of so many rows needs."""
+        return self.curves.distinct(rows)
+
+    def reads(self, rows: float) -> float:
+        """Of them, those that are not there and must be read."""
+        return level(self._missing, log(rows)) * self.distinct(rows)
+
+    @cached_property
+    def _missing(self) -> Points:
+        return self.curves.missing(self.share)
+
+    def _attention_s(self, rows: int, cells: float) -> float:
+        """Going through the cells of each row as a row goes through weights: once."""
+        return rows * cells * self.curves.shape.cell_bytes / self.curves.measured.trunk_bytes_per_s
+
+    def _step(self, own_s: float, rows: int) -> StepTime:
+        n_bytes = self.reads(rows) * self.curves.shape.expert_bytes
+        compute = (own_s + n_bytes * self.curves.measured.read_cost_s) / self.faster
+        read = n_bytes / self._speed(rows)
+        stall = max(0.0, read - self.curves.hidden(rows) * compute)
+        return StepTime(compute, read, stall, n_bytes)
+
+    def _speed(self, rows: float) -> float:
+        now, then = self.disk_bytes_per_s, self.curves.measured.disk_bytes_per_s
+        seen = self.curves.speed_of(rows)
+        if seen is None:
+            return now
+        # Buffered reads come from the page cache or the disk, and no probe knows which.
+        return min(now, seen * max(1.0, now / then)) if self.direct else seen
