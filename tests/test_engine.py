@@ -30,6 +30,7 @@ from harness import fix_slots, random_tokens
 from tape import Tape
 
 from moe_gguf import Engine, ExpertReadError, UserError
+from moe_gguf.runtime import logs
 from moe_gguf.runtime.engine.generation import Generation
 from moe_gguf.runtime.engine.request import (
     GBNF,
@@ -89,6 +90,17 @@ def check(engine: Engine) -> None:
     for slot in range(engine._loop.scheduler.limits.slots):
         assert engine._model.memory.first(slot) == engine._model.memory.last(slot) == -1
     assert not engine._loop._alive
+
+
+@contextlib.contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """What is submitted meanwhile arrives together: no step is computed."""
+    go = threading.Event()
+    engine._loop.post(go.wait)
+    try:
+        yield
+    finally:
+        go.set()
 
 
 # --- what is asked --------------------------------------------------------------------------------
@@ -243,17 +255,10 @@ def test_a_wait_in_asyncio_that_is_given_up(engine: Engine) -> None:
 
 def test_a_request_of_higher_priority_goes_first(path: Path) -> None:
     with opened(path, parallel=1) as engine:
-        order: list[int] = []
-        requests = {i: engine.submit("Hello", max_tokens=20, priority=i, **GREEDY) for i in (0, 1)}
-        threads = [
-            threading.Thread(target=lambda i=i, r=r: (r.result(), order.append(i)))
-            for i, r in requests.items()
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert order == [1, 0]
+        with held(engine):
+            requests = [engine.submit("Hello", max_tokens=20, priority=i, **GREEDY) for i in (0, 1)]
+        ends = [request.result().finished.timings.total_s for request in requests]
+        assert ends[1] < ends[0]
 
 
 # --- cancelling and closing -----------------------------------------------------------------------
@@ -269,12 +274,10 @@ def test_cancelling_frees_a_sequence_within_a_step(path: Path) -> None:
             cancelled_at.append(step)
 
     with opened(path, observer=tape) as engine:
-        started = threading.Event()
-        engine._loop.post(started.wait)
-        generation = engine.submit("Hello", **FOR_EVER)
-        waiting = engine.submit("Hello", **FOR_EVER, priority=-1)
-        tape.on_step = cancel
-        started.set()
+        with held(engine):
+            generation = engine.submit("Hello", **FOR_EVER)
+            waiting = engine.submit("Hello", **FOR_EVER, priority=-1)
+            tape.on_step = cancel
         with pytest.raises(Cancelled):
             generation.result()
         assert len(list(itertools.islice(waiting, 3))) == 3
@@ -389,11 +392,9 @@ def test_a_forked_child_is_told_and_ends(path: Path) -> None:
 
 def test_a_failed_read_fails_the_sequences_of_its_step(path: Path) -> None:
     with opened(path, schedule=Schedule(2), policy="load-on-demand") as engine:
-        begun = threading.Event()
-        engine._loop.post(begun.wait)
-        requests = [engine.submit("Hello", max_tokens=6, **GREEDY) for _ in range(3)]
-        engine.arena.plugin.inject(3, errno.EIO)
-        begun.set()
+        with held(engine):
+            requests = [engine.submit("Hello", max_tokens=6, **GREEDY) for _ in range(3)]
+            engine.arena.plugin.inject(3, errno.EIO)
         for request in requests[:2]:  # the third waits for its turn
             with pytest.raises(ExpertReadError, match=path.name):
                 request.result()
@@ -403,6 +404,22 @@ def test_a_failed_read_fails_the_sequences_of_its_step(path: Path) -> None:
         check(engine)
         assert engine.submit("Hello", max_tokens=6, **GREEDY).result().tokens == answer.tokens
         assert engine.stats()["requests"]["failed"] == 2
+
+
+def test_llama_cpp_may_remark_on_a_step_while_another_thread_captures(path: Path) -> None:
+    """A capture's callback was once freed while llama.cpp was in it, which ended the process."""
+    with opened(path, policy="load-on-demand") as engine:
+        captured: list[str] = []
+        for _ in range(20):
+            engine.arena.plugin.inject(0, errno.EIO)
+            failing = engine.submit("Hello", max_tokens=4, **GREEDY)
+            while not failing.done:
+                with logs.capture() as log:
+                    pass
+                captured += [text for _, text in log.lines]
+            with pytest.raises(ExpertReadError):
+                failing.result()
+        assert captured == [], "and what it says belongs to its own thread"
 
 
 def test_an_exception_in_a_policy_fails_its_step_only(
@@ -431,10 +448,11 @@ def test_a_defect_of_the_engine_s_own_leaves_nobody_waiting(
 def test_who_gives_way_does_not_notice(path: Path) -> None:
     """In a pool for two and a half of four, every answer is complete and nobody hears of it."""
     with opened(path, cells=256) as engine:
-        requests = [
-            engine.submit(random_tokens(40, seed=i), max_tokens=60, prompt_logprobs=0, **GREEDY)
-            for i in range(4)
-        ]
+        with held(engine):
+            requests = [
+                engine.submit(random_tokens(40, seed=i), max_tokens=60, prompt_logprobs=0, **GREEDY)
+                for i in range(4)
+            ]
         for request in requests:
             events = list(request)
             assert [type(e) for e in events] == [PromptScored, *[Token] * 60, Finished]
