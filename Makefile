@@ -9,7 +9,7 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
-.PHONY: demo check lint types native test zoo chat mutants stress ray tsan clean
+.PHONY: demo check lint types native test zoo chat mutants stress ray suites soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -72,6 +72,15 @@ stress: build/stress $(READY)
 ray: $(READY)
 	$(BIN)/pip install -q -e '.[ray]'
 	$(BIN)/pytest -p no:hypothesispytest tests/ray_cluster.py
+
+# The server against suites of others: llama.cpp's tests of its own, schemathesis.
+suites: $(READY)
+	$(BIN)/pip install -q filelock requests wget schemathesis
+	$(BIN)/python tests/suites.py
+
+# Many clients of every temper at once; `make test` has some of them.
+soak: $(READY)
+	SOAK_REQUESTS=2000 $(BIN)/pytest tests/test_soak.py
 
 # The same under the thread sanitizer: fails at the first data race.
 tsan: build/stress-tsan

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import json
 import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_gguf.runtime.api.texts import Conversation
 from moe_gguf.runtime.batch.answers import Answerer
 from moe_gguf.runtime.batch.figures import Figures
 from moe_gguf.runtime.batch.job import Batch
 from moe_gguf.runtime.batch.lines import extent
 from moe_gguf.runtime.batch.output import Output
+from moe_gguf.runtime.chat.messages import messages_of, tools_of
+from moe_gguf.runtime.chat.parser import Call, Delta, Message
+from moe_gguf.runtime.chat.templates import Prompt
 from moe_gguf.runtime.engine.generation import Generation
 from moe_gguf.runtime.engine.request import (
     Cancelled,
@@ -38,7 +43,11 @@ N_VOCAB = 258
 
 
 class ByteTexts:
-    """Tokens of texts where each byte is one; a prompt begins with a token of its own."""
+    """Tokens of texts where each byte is one; a prompt begins with a token of its own.
+
+    Its template writes `<role>content`, its model sees images, thinks in `<think>…</think>` and
+    calls tools as `<call>{"name": …, "arguments": …}</call>`.
+    """
 
     n_ctx = 4096
     n_vocab = N_VOCAB
@@ -46,11 +55,34 @@ class ByteTexts:
     def encode(self, text: str) -> list[int]:
         return [BOS, *text.encode()]
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        if any(message["content"] == "refuse" for message in messages):
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        return self.encode(text)[not add_special :]
+
+    def conversation(self, asked: Conversation) -> Prompt:
+        tools = tools_of(asked.tools, asked.tool_choice)
+        told = messages_of(_seen(asked.messages))
+        if any(message["content"] == "refuse" for message in told):
             raise RequestError("the template refuses this")
-        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
-        return self.encode(f"{text}<assistant>")
+        text = "".join(f"<{one['role']}>{_said(one)}" for one in told)
+        if asked.reasoning_effort or asked.thinking:
+            text += "<think>"
+        if tools.choice == "required":
+            text += f"<must call {tools.offered[0]['function']['name']}>"
+        if not asked.continue_final:
+            text += "<assistant>"
+        return Prompt(
+            text=text,
+            tokens=self.encode(text),
+            constraint=asked.held_to,
+            stops=["<end>"],
+            preserved=frozenset(),
+            thinking=None,
+            delimiters=[],
+            parser_state={},
+        )
+
+    def reader(self, prompt: Prompt) -> ByteReader:
+        return ByteReader()
 
     def piece(self, token: int, special: bool = True) -> bytes:
         if token < BOS:
@@ -59,6 +91,83 @@ class ByteTexts:
 
     def text(self, tokens: Sequence[int]) -> str:
         return b"".join(map(self.piece, tokens)).decode(errors="replace")
+
+
+def _seen(messages: Any) -> Any:
+    """Images as words."""
+    if not isinstance(messages, list):
+        return messages
+    seen = {"type": "text", "text": "[image]"}
+    return [
+        {
+            **one,
+            "content": [
+                seen
+                if isinstance(part, dict)
+                and part.get("type") == "image_url"
+                and (part.get("image_url") or {}).get("url")
+                else part
+                for part in one["content"]
+            ],
+        }
+        if isinstance(one, dict) and isinstance(one.get("content"), list)
+        else one
+        for one in messages
+    ]
+
+
+def _said(message: dict[str, Any]) -> str:
+    content = message["content"]
+    text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+    reasoning = message.get("reasoning_content")
+    calls = "".join(
+        f"[{call['function']['name']} {call['function']['arguments']}]"
+        for call in message.get("tool_calls", ())
+    )
+    return f"({reasoning}){text}{calls}" if reasoning else text + calls
+
+
+class ByteReader:
+    """Reads what a model that is scripted writes."""
+
+    def __init__(self) -> None:
+        self.message = Message()
+        self._text = ""
+
+    def push(self, text: str) -> Delta:
+        """Whole parts only, but for plain content."""
+        self._text += text
+        return self._told(partial=True)
+
+    def finish(self, text: str = "", cut: bool = False) -> Delta:
+        self._text += text
+        return self._told(partial=False)
+
+    def _told(self, partial: bool) -> Delta:
+        rest, reasoning, calls = self._text, "", []
+        if rest.startswith("<think>"):
+            reasoning, _, rest = rest.removeprefix("<think>").partition("</think>")
+        while "<call>" in rest:
+            before, _, behind = rest.partition("<call>")
+            call, ended, rest = behind.partition("</call>")
+            rest = before + rest
+            if ended:
+                found = json.loads(call)
+                arguments = json.dumps(found["arguments"])
+                index = len(calls)
+                calls.append(Call(index, f"call{index}", found["name"], arguments))
+        if partial and "<" in rest[-6:]:
+            rest = rest[: rest.rindex("<")]
+        if partial and "</" in reasoning[-8:]:
+            reasoning = reasoning[: reasoning.rindex("</")]
+        told = self.message
+        delta = Delta(
+            reasoning[len(told.reasoning) :],
+            rest[len(told.content) :],
+            calls[len(told.calls) :],
+        )
+        told.add(delta)
+        return delta
 
 
 def score(token: int, n_top: int) -> Logprob:
@@ -72,13 +181,31 @@ def echo(request: Request) -> bytes:
     return bytes(token for token in request.tokens if token < BOS).upper()
 
 
+def speak(request: Request) -> bytes:
+    """What a model with tools and thoughts would say."""
+    prompt = bytes(token for token in request.tokens if token < BOS).decode(errors="replace")
+    thought = "<think>Let me see.</think>" if "<think>" in prompt else ""
+    if "<must call " in prompt:
+        name = prompt.rpartition("<must call ")[2].partition(">")[0]
+        call = json.dumps({"name": name, "arguments": {"location": "Paris"}})
+        return f"{thought}<call>{call}</call>".encode()
+    return f"{thought}Hello there, friend!".encode()
+
+
 Script = Callable[[Request], bytes]
 
 
 class Scripted:
     """Answers with ``script``, in random order, a token at a time; what it raises is raised."""
 
-    def __init__(self, script: Script = echo, pause_s: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        script: Script = echo,
+        pause_s: float = 0.0,
+        seed: int = 0,
+        before: threading.Event | None = None,  # nothing is computed until it is set
+    ) -> None:
+        self._before = before
         self.requests: list[Request] = []
         self.most = 0  # at a time
         self._script, self._pause_s = script, pause_s
@@ -86,6 +213,14 @@ class Scripted:
         self._running: list[tuple[Generation, list[Event] | Exception]] = []
         self._wake = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
+
+    parallel = 4
+
+    def stats(self) -> dict[str, Any]:
+        return {"hits": 3, "misses": 1, "requests": {"running": len(self._running)}}
+
+    def sequences(self) -> list[dict[str, Any]]:
+        return []
 
     def submit(self, prompt: list[int], **settings: Any) -> Generation:
         request = Request(tokens=prompt, **settings)
@@ -110,7 +245,13 @@ class Scripted:
         if not generation.done:
             generation.fail(Cancelled())
 
+    @property
+    def running(self) -> list[Generation]:
+        return [generation for generation, _ in list(self._running)]
+
     def _run(self) -> None:
+        if self._before is not None:
+            self._before.wait()
         while True:
             with self._wake:
                 while not self._running:

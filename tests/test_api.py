@@ -233,13 +233,13 @@ def part(kind: str, **fields: Any) -> list[dict[str, Any]]:
         ({"messages": ["Hi"]}, "messages[0]"),
         ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "bot", "content": "Hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": part("image_url", image_url={})}, "messages[0].content[0].type"),
-        ({"messages": part("text")}, "messages[0].content[0].text"),
+        ({"messages": part("text")}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": "refuse"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 5000}]}, "messages"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
         ({"modalities": ["text", "audio"]}, "modalities"),
@@ -266,11 +266,15 @@ def test_messages_as_people_send_them() -> None:
                 "role": "user",
                 "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
             },
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+            },
             {"role": "tool", "tool_call_id": "1", "content": "c"},
         ]
     )
-    text = "<system>Be brief.<user>a\nb<assistant><tool>c<assistant>"
+    text = "<developer>Be brief.<user>a\nb<assistant>[f {}]<tool>c<assistant>"
     assert bytes(call.requests[0].tokens[1:]).decode() == text
 
 
@@ -278,7 +282,9 @@ def test_messages_as_people_send_them() -> None:
 
 
 def test_a_completion() -> None:
-    assert response(completions("ab")) == {
+    body = response(completions("ab"))
+    assert body.pop("timings")["predicted_n"] == 2
+    assert body == {
         **{"id": "cmpl-1", "object": "text_completion", "created": 1700000000, "model": "tiny"},
         "choices": [{"index": 0, "text": "AB", "logprobs": None, "finish_reason": "stop"}],
         "usage": {

@@ -1,33 +1,30 @@
-"""Which bodies are understood, by the path that a client names."""
+"""Which bodies are understood, by the path that a client names, and what an understood one can do.
+
+A call says what is to be computed. Its answer is a body, or the same in pieces as it comes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-from ..engine.generation import Result
-from ..engine.request import Request
+from .anthropic import Messages
 from .chat import ChatCompletions
 from .completions import Completions
+from .responses import Responses
+from .stream import Call
 from .texts import Texts
-from .usage import Stamp
-
-
-class Call(Protocol):
-    """A body that was understood: what is to be computed, and what is answered then."""
-
-    requests: list[Request]
-
-    def response(self, results: Sequence[Result], stamp: Stamp) -> dict[str, Any]: ...
 
 
 class Kind(NamedTuple):
     prefix: str  # of a response's id
     read: Callable[[object, Texts], Call]  # Refusal for a body that is not understood
+    required: Sequence[str] = ()  # of its fields, by its specification
 
 
 KINDS: Mapping[str, Kind] = {
-    "/v1/chat/completions": Kind("chatcmpl-", ChatCompletions),
-    "/v1/completions": Kind("cmpl-", Completions),
-    # /v1/responses belongs here.
+    "/v1/chat/completions": Kind("chatcmpl-", ChatCompletions, ("model", "messages")),
+    "/v1/completions": Kind("cmpl-", Completions, ("prompt",)),
+    "/v1/responses": Kind("resp_", Responses, ("model",)),
 }
+MESSAGES = Kind("msg_", Messages, ("model", "messages", "max_tokens"))

@@ -13,14 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..engine.generation import Result
-from ..engine.request import Logprob, Request
+from ..engine.request import Event, Finished, Logprob, PromptScored, Request, Token
 from ..errors import RequestError
 from ..text import well_formed
 from . import settings
 from .fields import Fields
 from .refusal import Refusal
+from .stream import DONE, Piece
 from .texts import Texts, check_length
-from .usage import Stamp, finish_reason, finite, head, usage
+from .turn import finished
+from .usage import Stamp, finish_reason, finite, head, timings, usage
 
 MOST_PROMPTS = 2048  # of one body, as OpenAI's, and answers to all of them
 _DEFAULT_LENGTH = 16  # OpenAI's
@@ -37,7 +39,7 @@ class Completions:
     def __init__(self, body: object, texts: Texts) -> None:
         fields = Fields(body)
         self._texts = texts
-        self._echo = fields.flag("echo")
+        self.echo = fields.flag("echo")
         self._top = fields.integer("logprobs", 0, settings.MOST_TOP)
         self._n = settings.n_choices(fields)
         self._special = not fields.flag("skip_special_tokens", default=True)
@@ -46,6 +48,7 @@ class Completions:
         self._prompts = list(_prompts(fields, texts))
         if len(self._prompts) * self._n > MOST_PROMPTS:
             raise Refusal(f"more than {MOST_PROMPTS} answers are asked for in all", "n")
+        self.include_usage = settings.include_usage(fields)
         for prompt in self._prompts:
             check_length("prompt", prompt.tokens, max_tokens, texts)
         sampling = settings.sampling(fields, texts.n_vocab)
@@ -57,7 +60,7 @@ class Completions:
                 stop=fields.texts("stop", settings.MOST_STOPS),
                 constraint=settings.constraint(fields),
                 top_logprobs=self._top,
-                prompt_logprobs=self._top if self._echo else None,
+                prompt_logprobs=self._top if self.echo else None,
                 ignore_eos=fields.flag("ignore_eos"),
                 special=self._special,
             )
@@ -70,54 +73,125 @@ class Completions:
         return {
             **head(stamp, "text_completion"),
             "choices": [self._choice(i, result) for i, result in enumerate(results)],
-            "usage": usage(results, self._n),
+            "usage": self.usage([result.finished for result in results]),
+            "timings": timings(results[0].finished),
         }
+
+    def stream(self, stamp: Stamp) -> CompletionStream:
+        return CompletionStream(self, stamp)
+
+    def usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
+        return usage(ends, self._n)
+
+    def line(self, i: int) -> Line:
+        """The answer ``i`` in pieces."""
+        prompt = self._prompts[i // self._n]
+        return Line(
+            self._texts, prompt.tokens, self._before(prompt), self._special, self.echo, self._top
+        )
+
+    def _before(self, prompt: _Prompt) -> str:
+        """The prompt as text, where anybody wants it."""
+        if not self.echo and self._top is None:
+            return ""
+        return prompt.text if prompt.text is not None else self._texts.text(prompt.tokens)
 
     def _choice(self, index: int, result: Result) -> dict[str, Any]:
-        prompt = self._prompts[index // self._n]
-        before = ""
-        if self._echo or self._top is not None:
-            before = prompt.text if prompt.text is not None else self._texts.text(prompt.tokens)
+        line, end = self.line(index), result.finished
+        scored = line.scored(result.prompt_logprobs)
+        scored.add(line.generated(result.tokens, result.logprobs))
+        if end.ending is not None:
+            scored.add(line.generated([end.ending.token], [end.ending], is_end=True))
         return {
             "index": index,
-            "text": before + result.text if self._echo else result.text,
-            "logprobs": None if self._top is None else self._logprobs(prompt, before, result),
-            "finish_reason": finish_reason(result.finished.reason),
+            "text": line.before + result.text if self.echo else result.text,
+            "logprobs": None if self._top is None else scored.body(),
+            "finish_reason": finish_reason(end.reason),
         }
 
-    def _logprobs(self, prompt: _Prompt, before: str, result: Result) -> dict[str, Any]:
-        tokens: list[int] = []
-        scores: list[Logprob | None] = []
-        offsets: list[int] = []
-        if self._echo:
-            tokens += prompt.tokens
-            scores += [None, *result.prompt_logprobs]
-            ends = self._ends(prompt.tokens, special=True)
-            # What the text has not, a mark of its beginning, stands before it.
-            surplus = ends[-1] - len(before)
-            offsets += [max(0, end - surplus) for end in [0, *ends[:-1]]]
-        answered = [*result.logprobs]
-        if result.finished.ending is not None:
-            answered.append(result.finished.ending)
-        scores += answered
-        tokens += [score.token for score in answered]
-        ends = self._ends(result.tokens, self._special)
-        offsets += [len(before) + end for end in [0, *ends][: len(answered)]]
+
+class Scored:
+    """OpenAI's log probabilities of tokens of a completion."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.scores: list[float | None] = []
+        self.best: list[Mapping[str, float] | None] = []
+        self.offsets: list[int] = []
+
+    def add(self, other: Scored) -> None:
+        self.tokens += other.tokens
+        self.scores += other.scores
+        self.best += other.best
+        self.offsets += other.offsets
+
+    def body(self) -> dict[str, Any]:
         return {
-            "tokens": [self._name(token) for token in tokens],
-            "token_logprobs": [score and finite(score.logprob) for score in scores],
-            "top_logprobs": [score and self._best(score) for score in scores],
-            "text_offset": offsets,
+            "tokens": self.tokens,
+            "token_logprobs": self.scores,
+            "top_logprobs": self.best,
+            "text_offset": self.offsets,
         }
 
-    def _ends(self, tokens: Sequence[int], special: bool) -> list[int]:
+
+class Line:
+    """One answer's text behind its prompt, token by token: where in it each one stands."""
+
+    def __init__(
+        self,
+        texts: Texts,
+        prompt: Sequence[int],
+        before: str,
+        special: bool,
+        echo: bool,
+        top: int | None,
+    ) -> None:
+        self.before = before
+        self._texts, self._prompt, self._special = texts, prompt, special
+        self._echo, self._top = echo, top
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._end = len(before)  # of the text so far
+
+    def scored(self, logprobs: Sequence[Logprob]) -> Scored:
+        """The prompt's tokens, if they are echoed."""
+        found = Scored()
+        if not self._echo or self._top is None:
+            return found
+        ends = self._ends(self._prompt)
+        # What the text has not, a mark of its beginning, stands before it.
+        surplus = ends[-1] - len(self.before)
+        for token, score, end in zip(self._prompt, [None, *logprobs], [0, *ends[:-1]], strict=True):
+            self._add(found, token, score, max(0, end - surplus))
+        return found
+
+    def generated(
+        self, tokens: Sequence[int], logprobs: Sequence[Logprob], is_end: bool = False
+    ) -> Scored:
+        """The next tokens; the one with which a model ends has no text."""
+        found = Scored()
+        if self._top is None:
+            return found
+        for token, score in zip(tokens, logprobs, strict=True):
+            self._add(found, token, score, self._end)
+            if not is_end:
+                piece = self._texts.piece(token, self._special)
+                self._end += len(self._decoder.decode(piece))
+        return found
+
+    def _ends(self, tokens: Sequence[int]) -> list[int]:
         """How many whole characters there are when each of the tokens has come."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         n, ends = 0, []
         for token in tokens:
-            n += len(decoder.decode(self._texts.piece(token, special)))
+            n += len(decoder.decode(self._texts.piece(token, True)))
             ends.append(n)
         return ends
+
+    def _add(self, found: Scored, token: int, score: Logprob | None, offset: int) -> None:
+        found.tokens.append(self._name(token))
+        found.scores.append(score and finite(score.logprob))
+        found.best.append(score and self._best(score))
+        found.offsets.append(offset)
 
     def _best(self, score: Logprob) -> Mapping[str, float]:
         """The best, and the token itself; where two are named alike, the better one."""
@@ -134,6 +208,65 @@ class Completions:
             return piece.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+class CompletionStream:
+    """Chunks of one body's choices."""
+
+    def __init__(self, call: Completions, stamp: Stamp) -> None:
+        self._call, self._stamp = call, stamp
+        self._lines = [call.line(i) for i in range(len(call.requests))]
+        self._ends: dict[int, Finished] = {}
+
+    def begin(self) -> list[Piece]:
+        return []
+
+    def push(self, i: int, events: Sequence[Event]) -> list[Piece]:
+        line, scored, text = self._lines[i], Scored(), ""
+        for event in events:
+            if isinstance(event, PromptScored):
+                text += line.before if self._call.echo else ""
+                scored.add(line.scored(event.logprobs))
+            elif isinstance(event, Token):
+                text += event.text
+                if event.logprob is not None:
+                    scored.add(line.generated([event.token], [event.logprob]))
+        end = finished(events)
+        if end is not None:
+            self._ends[i] = end
+            text += end.text
+            if end.ending is not None:
+                scored.add(line.generated([end.ending.token], [end.ending], is_end=True))
+        pieces = []
+        if text or scored.tokens:
+            pieces.append(self._chunk(i, text, scored))
+        if end is not None:
+            reason = finish_reason(end.reason)
+            pieces.append(self._chunk(i, "", Scored(), reason, timings=timings(end)))
+        return pieces
+
+    def end(self) -> list[Piece]:
+        if not self._call.include_usage:
+            return [DONE]
+        used = self._call.usage([self._ends[i] for i in range(len(self._lines))])
+        return [Piece({**head(self._stamp, "text_completion"), "choices": [], "usage": used}), DONE]
+
+    def fail(self, refusal: Refusal) -> list[Piece]:
+        return [Piece(refusal.body()), DONE]
+
+    def _chunk(
+        self, i: int, text: str, scored: Scored, reason: str | None = None, **more: Any
+    ) -> Piece:
+        choice = {
+            "index": i,
+            "text": text,
+            "logprobs": scored.body() if scored.tokens else None,
+            "finish_reason": reason,
+        }
+        chunk = {**head(self._stamp, "text_completion"), "choices": [choice], **more}
+        if self._call.include_usage:
+            chunk["usage"] = None
+        return Piece(chunk)
 
 
 def _refuse_others(fields: Fields, n: int) -> None:

@@ -50,6 +50,10 @@ class Fields:
             raise self.wrong(name, "true or false")
         return value
 
+    def optional_flag(self, name: str) -> bool | None:
+        """None where it is left open."""
+        return None if self.value(name) is None else self.flag(name)
+
     def integer(self, name: str, low: int, high: int) -> int | None:
         value = self.number(name, low, high, f"a whole number from {low} to {high}")
         if value is None:

@@ -1,4 +1,4 @@
-"""Why a request is not answered, as a value with the form that OpenAI's clients read.
+"""Why a request is not answered, as a value with the forms that clients read.
 
 The boundary between exceptions and answers is ``refusal_of``; whoever sends the answer knows how.
 """
@@ -7,13 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UserError
+from ..engine.request import EngineClosed
+from ..errors import RequestError, UserError
 
 OUR_FAULT = 500
 
+# What kind of error a status is, to OpenAI's clients.
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+
 
 class Refusal(Exception):
-    """A request cannot be answered: one sentence, and the field it is about."""
+    """A request cannot be answered: one sentence, and the field it is about.
+
+    ``retry_s`` is when to ask again, where that helps.
+    """
 
     def __init__(
         self,
@@ -22,13 +37,18 @@ class Refusal(Exception):
         *,
         code: str | None = None,
         status: int = 400,
-        kind: str = "invalid_request_error",
+        retry_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
         self.status = status
-        self.kind = kind
+        self.retry_s = retry_s
+
+    @property
+    def kind(self) -> str:
+        ours = "server_error" if self.status >= OUR_FAULT else "invalid_request_error"
+        return _KINDS.get(self.status, ours)
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
@@ -40,7 +60,10 @@ def refusal_of(error: BaseException) -> Refusal:
     """What became of a request that raised this."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, RequestError):
+        return Refusal(str(error), error.param)
     if isinstance(error, UserError):
-        return Refusal(str(error), getattr(error, "param", None))
-    text = str(error) or type(error).__name__
-    return Refusal(text, status=OUR_FAULT, kind="server_error")
+        return Refusal(str(error))
+    if isinstance(error, EngineClosed):
+        return Refusal("the server is stopping", status=503)
+    return Refusal(str(error) or type(error).__name__, status=OUR_FAULT)

@@ -116,6 +116,12 @@ def n_choices(fields: Fields) -> int:
     return fields.integer("n", 1, MOST_CHOICES) or 1
 
 
+def include_usage(fields: Fields) -> bool:
+    """Whether a stream is to end with what it took."""
+    asked = fields.inner("stream_options")
+    return asked is not None and asked.flag("include_usage")
+
+
 def constraint(fields: Fields) -> GBNF | Schema | None:
     """What an answer must be: ``response_format``, or llama.cpp's ``grammar``, ``json_schema``."""
     found = {
@@ -133,13 +139,34 @@ def constraint(fields: Fields) -> GBNF | Schema | None:
     return next(iter(found.values()), None)
 
 
+def output_format(fields: Fields) -> Schema | None:
+    """What an answer must be, in Anthropic's bodies, by either of its names."""
+    config = fields.inner("output_config") or fields
+    for place, name in ((config, "format"), (fields, "output_format")):
+        asked = place.inner(name)
+        if asked is not None:
+            if asked.text("type") != "json_schema":
+                raise asked.wrong("type", "json_schema")
+            schema = _schema(asked, "schema")
+            if schema is None:
+                raise asked.wrong("schema", "a JSON schema")
+            return schema
+    return None
+
+
+def text_format(fields: Fields) -> Schema | None:
+    """What an answer must be, in bodies of ``/v1/responses``."""
+    text = fields.inner("text")
+    return None if text is None else _response_format(text, "format")
+
+
 def _grammar(fields: Fields) -> GBNF | None:
     text = fields.text("grammar")
     return GBNF(text=text) if text else None
 
 
-def _response_format(fields: Fields) -> Schema | None:
-    asked = fields.inner("response_format")
+def _response_format(fields: Fields, name: str = "response_format") -> Schema | None:
+    asked = fields.inner(name)
     if asked is None:
         return None
     match asked.text("type"):

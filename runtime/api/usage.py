@@ -1,12 +1,11 @@
-"""What all of OpenAI's response bodies say alike: who answers, why it ended, what it took."""
+"""What all response bodies say alike: who answers, why it ended, what it took."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..engine.generation import Result
-from ..engine.request import Reason
+from ..engine.request import Finished, Reason
 
 _LEAST = -9999.0  # how OpenAI writes that a token is impossible
 
@@ -33,15 +32,44 @@ def finish_reason(reason: Reason) -> str:
     return "stop" if reason == "stop" else "length"
 
 
-def usage(results: Sequence[Result], per_prompt: int = 1) -> dict[str, Any]:
-    """``results`` are ``per_prompt`` choices of each prompt, which counts once."""
-    ends = [result.finished for result in results]
+def usage(
+    ends: Sequence[Finished], per_prompt: int = 1, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
+    """``ends`` are of ``per_prompt`` choices of each prompt, which counts once."""
     firsts = ends[::per_prompt]
     prompt = sum(end.prompt_tokens for end in firsts)
     completion = sum(end.completion_tokens for end in ends)
-    return {
+    found = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in firsts)},
     }
+    if reasoning_tokens is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return found
+
+
+def timings(end: Finished) -> dict[str, Any]:
+    """How fast one answer was, under llama.cpp's names; what waited in the queue is not counted."""
+    queued, first, total = end.timings
+    prompt_ms, predicted_ms = (first - queued) * 1e3, (total - first) * 1e3
+    prompt_n = end.prompt_tokens - end.cached_tokens
+    # The first token comes with the prompt.
+    predicted_n = max(0, end.completion_tokens - 1)
+    return {
+        "cache_n": end.cached_tokens,
+        "prompt_n": prompt_n,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": _ratio(prompt_ms, prompt_n),
+        "prompt_per_second": _ratio(prompt_n * 1e3, prompt_ms),
+        "predicted_n": end.completion_tokens,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": _ratio(predicted_ms, predicted_n),
+        "predicted_per_second": _ratio(predicted_n * 1e3, predicted_ms),
+        "queued_ms": queued * 1e3,
+    }
+
+
+def _ratio(value: float, by: float) -> float:
+    return value / by if by > 0 else 0.0

@@ -11,8 +11,9 @@ import uuid
 from dataclasses import fields
 from typing import Any, NamedTuple, Protocol
 
-from ..api.calls import KINDS, Call
+from ..api.calls import KINDS
 from ..api.refusal import OUR_FAULT, Refusal, refusal_of
+from ..api.stream import Call
 from ..api.texts import Texts
 from ..api.usage import Stamp
 from ..engine.generation import Generation, Result

@@ -35,7 +35,7 @@ COMMANDS = {
     "lossless run.",
     "replay": "Replay TRACE under any policy and arena size, without the model.",
     "run": "Generate text with MODEL inside a memory budget.",
-    "serve": "Serve MODEL over the OpenAI API (llama-cpp-python's server, one request at a time).",
+    "serve": "Serve MODEL over HTTP: OpenAI's and Anthropic's protocols, and a page at /.",
     "trace": "Record which experts MODEL routes to while it generates (greedily).",
 }
 HIDDEN = {"carve-demo": "demo"}  # and the file it is in

@@ -15,6 +15,7 @@ from .terminal import debugging, note, quieten, warn
 if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..llama import Llama
+    from ..progress import Report
 
 M = TypeVar("M", "Llama", "Engine")
 
@@ -55,19 +56,27 @@ def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Ll
 
 def open_engine(model: str | Path, *, recorder: Any = None, **options: Any) -> Engine:
     """Open MODEL with the shared options, for one sequence at a time whose state is not kept unless
-    they say otherwise, and say what is in force."""
+    they say otherwise, and say what is in force. ``watch`` hears of the progress too."""
     from ..engine.engine import Engine
 
     single = {"parallel": 1, "score_rows": 1, "kept": 0}
     return _opened(Engine, model, recorder=recorder, **{**single, **options})
 
 
-def _opened(kind: Callable[..., M], model: str | Path, **options: Any) -> M:
+def _opened(
+    kind: Callable[..., M], model: str | Path, *, watch: Report | None = None, **options: Any
+) -> M:
     from ..progress import bar
 
     quieten()
     path = resolve(str(model))
-    with bar(f"loading {path.name}") as progress:
+    with bar(f"loading {path.name}") as report:
+
+        def progress(done: float, total: float) -> None:
+            report(done, total)
+            if watch is not None:
+                watch(done, total)
+
         opened = kind(path, progress=progress, verbose=debugging(), **options)
     if not debugging():  # a verbose model has said it
         note(opened.mode_line)

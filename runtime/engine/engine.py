@@ -244,6 +244,11 @@ class Engine:
                 self._template = Template(self.vocabulary, model.metadata)
             return self._template
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says of the model, by llama.cpp's keys."""
+        return self._model.metadata
+
     # -- what is known of it
 
     @property
@@ -263,6 +268,20 @@ class Engine:
     def last_step(self) -> Step | None:
         """The newest step that was computed, for a timeline of it."""
         return self._model.meter.last_step
+
+    def sequences(self) -> list[dict[str, Any]]:
+        """Those in memory now: how far each is, for whoever watches."""
+        return [
+            {
+                "slot": sequence.slot,
+                "number": sequence.number,
+                "prompt_tokens": sequence.n_prompt,
+                "computed": sequence.computed,
+                "generated": len(sequence.tokens) - sequence.n_prompt,
+                "max_tokens": sequence.request.max_tokens,
+            }
+            for sequence in list(self._loop.scheduler.running)
+        ]
 
     def stats(self) -> dict[str, Any]:
         """Counters since opening; the names are the same everywhere."""

@@ -145,7 +145,7 @@ class Loop:
         """RequestError for what cannot be sampled as it is asked."""
         part = Part(
             Sampler(self.model.model, request, self._constraints),
-            Output(self.model.vocabulary, request.stop, request.special),
+            Output(self.model.vocabulary, request.stop, request.special, shown=request.shown),
             generation,
             time.perf_counter(),
         )

@@ -7,7 +7,7 @@ stop text. Knows neither requests nor why an answer ends.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from ..vocab import Vocabulary
 
@@ -17,17 +17,22 @@ class Output:
 
     Of several ``stop`` texts that one ends it which is complete first, and of those the one that
     begins first; so it does not matter how tokens divide the text. ``special``: control tokens
-    appear, and may be part of a stop text. ``begins``: there is no text before the answer, so a
-    space that only marks the beginning of a text is left out. Bytes that are no UTF-8 become
-    U+FFFD.
+    appear, and may be part of a stop text; those in ``shown`` do in any case. ``begins``: there is
+    no text before the answer, so a space that only marks the beginning of a text is left out. Bytes
+    that are no UTF-8 become U+FFFD.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, stop: Sequence[str], special: bool, begins: bool = False
+        self,
+        vocabulary: Vocabulary,
+        stop: Sequence[str],
+        special: bool,
+        begins: bool = False,
+        shown: Set[int] = frozenset(),
     ) -> None:
         self._vocabulary = vocabulary
         self._stop = [text for text in stop if text]
-        self._special = special
+        self._special, self._shown = special, shown
         self._begins = begins
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # the longest end of the text that a stop text begins with
@@ -39,7 +44,7 @@ class Output:
         """
         piece = self._vocabulary.beginning if self._begins else self._vocabulary.piece
         self._begins = False
-        return self._sure(self._decoder.decode(piece(token, self._special)))
+        return self._sure(self._decoder.decode(piece(token, self._special or token in self._shown)))
 
     def flush(self) -> str:
         """What was held back, at the end of the answer."""

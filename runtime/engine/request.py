@@ -6,7 +6,7 @@ the answer knows what the text means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -54,8 +54,8 @@ class Request:
     the prompt is only scored. ``top_logprobs`` N: the log probabilities of each generated token and
     of the N best beside it; ``prompt_logprobs`` the same of the prompt's tokens, the first left
     out. ``stop`` ends the answer where one of the texts would begin. ``special``: control tokens
-    appear in the text. Higher ``priority`` goes first. ``owner``: computed states of one owner are
-    never used for another.
+    appear in the text; else only those of them that are ``shown``. Higher ``priority`` goes first.
+    ``owner``: computed states of one owner are never used for another.
     """
 
     tokens: Sequence[int]
@@ -67,6 +67,7 @@ class Request:
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
     special: bool = False
+    shown: Set[int] = frozenset()
     priority: int = 0
     owner: str = ""
 

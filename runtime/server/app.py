@@ -1,0 +1,43 @@
+"""The ASGI application: the endpoints, and the door they are behind."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from ..api.refusal import Refusal
+from . import anthropic, files, front, native, openai
+from .door import Door, response_of
+from .house import House
+
+
+def make_app(house: House) -> FastAPI:
+    """The application over what ``house`` serves, now or later."""
+    app = FastAPI(title="moe-gguf", docs_url=None, redoc_url=None)
+    for routes in (openai, anthropic, native, files):
+        app.include_router(routes.router(house))
+    open_paths = front.mount(app, house.settings.ui)
+
+    @app.exception_handler(HTTPException)
+    async def answered(request: Request, error: HTTPException) -> Response:
+        return response_of(request.url.path, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        return response_of(request.url.path, Refusal(f"{name}: {first['msg']}", name or None))
+
+    app.add_middleware(Door, house=house, page=open_paths)
+    if origins := house.settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+            allow_headers=["*"],
+            allow_credentials="*" not in origins,
+        )
+    return app

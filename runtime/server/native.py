@@ -1,0 +1,151 @@
+"""The endpoints of llama.cpp's server beside the protocols: state, tokens, templates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ..api.chat import conversation
+from ..api.fields import Fields
+from ..api.refusal import Refusal, refusal_of
+from ..api.texts import Texts
+from ..text import well_formed
+from . import metrics
+from .answer import json_of, json_response, while_there
+from .documents import takes
+from .house import House
+
+
+def router(house: House) -> APIRouter:
+    routes = APIRouter()
+    _state(routes, house)
+    for path, work in (
+        ("/tokenize", _tokenize),
+        ("/detokenize", _detokenize),
+        ("/apply-template", _apply_template),
+    ):
+        routes.add_api_route(
+            path, _prepared(house, work), methods=["POST"], openapi_extra=takes(path), name=path
+        )
+    return routes
+
+
+def _prepared(house: House, work: Any) -> Any:
+    async def call(request: Request) -> Response:
+        body = await json_of(request, house)
+        prepared = house.prepare(work, Fields(body), house.served.texts)
+        return json_response(await while_there(request, prepared))
+
+    return call
+
+
+def _state(routes: APIRouter, house: House) -> None:
+    @routes.get("/health")
+    @routes.get("/v1/health", include_in_schema=False)
+    async def health() -> Response:
+        if house.is_stopping:
+            raise Refusal("the server is stopping", status=503)
+        try:
+            _ = house.served
+        except Refusal as loading:
+            done, total = house.progress
+            share = done / total if total > 0 else 0.0
+            return json_response(
+                {**loading.body(), "status": "loading", "progress": share}, loading.status
+            )
+        return json_response({"status": "ok"})
+
+    @routes.get("/metrics")
+    async def numbers() -> Response:
+        return Response(await house.prepare(house.metrics.text), media_type=metrics.CONTENT_TYPE)
+
+    @routes.get("/stats")
+    async def stats() -> Response:
+        return json_response(await house.prepare(house.served.engine.stats))
+
+    @routes.get("/slots")
+    async def slots() -> Response:
+        return json_response(_slots(house))
+
+    @routes.get("/props")
+    async def props() -> Response:
+        return json_response(_props(house))
+
+
+def _slots(house: House) -> list[dict[str, Any]]:
+    served = house.served
+    busy = {one["slot"]: one for one in served.engine.sequences()}
+    return [
+        {
+            "id": i,
+            "n_ctx": served.texts.n_ctx,
+            "speculative": False,
+            "is_processing": i in busy,
+            **(
+                {
+                    "id_task": busy[i]["number"],
+                    "n_prompt_tokens": busy[i]["prompt_tokens"],
+                    "n_prompt_tokens_processed": min(busy[i]["computed"], busy[i]["prompt_tokens"]),
+                    "next_token": {"n_decoded": busy[i]["generated"]},
+                }
+                if i in busy
+                else {}
+            ),
+        }
+        for i in range(served.engine.parallel)
+    ]
+
+
+def _props(house: House) -> dict[str, Any]:
+    served = house.served
+    return {
+        "default_generation_settings": {"n_ctx": served.texts.n_ctx, "params": {}},
+        "total_slots": served.engine.parallel,
+        "model_alias": served.name,
+        "model_path": served.name,  # where it lies is nobody's business
+        "modalities": {"vision": False, "audio": False},
+        "is_sleeping": False,
+        **served.facts,
+    }
+
+
+def _tokenize(fields: Fields, texts: Texts) -> dict[str, Any]:
+    text = fields.text("content")
+    if text is None:
+        raise fields.wrong("content", "text")
+    tokens = texts.tokenize(
+        well_formed(text),
+        add_special=fields.flag("add_special"),
+        parse_special=fields.flag("parse_special", default=True),
+    )
+    if not fields.flag("with_pieces"):
+        return {"tokens": tokens}
+    return {"tokens": [{"id": token, "piece": _piece(texts.piece(token))} for token in tokens]}
+
+
+def _piece(piece: bytes) -> str | list[int]:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return [*piece]
+
+
+def _detokenize(fields: Fields, texts: Texts) -> dict[str, Any]:
+    tokens = fields.value("tokens")
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise fields.wrong("tokens", "a list of tokens")
+    for token in tokens:
+        if not 0 <= token < texts.n_vocab:
+            raise Refusal(
+                f"token {token} is not in this model's vocabulary of {texts.n_vocab}", "tokens"
+            )
+    return {"content": texts.text(tokens)}
+
+
+def _apply_template(fields: Fields, texts: Texts) -> dict[str, Any]:
+    try:
+        return {"prompt": texts.conversation(conversation(fields)).text}
+    except Exception as error:
+        raise refusal_of(error) from error

@@ -1,0 +1,131 @@
+"""OpenAI's endpoints: chat completions, completions, responses, the list of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ..api import chat, responses
+from ..api.calls import KINDS
+from ..api.refusal import Refusal
+from ..api.texts import Texts
+from .answer import answer, json_of, json_response, while_there
+from .documents import takes
+from .house import House
+
+
+def router(house: House) -> APIRouter:
+    routes = APIRouter()
+    for path in KINDS:
+        # Clients' base addresses end with /v1, or do not.
+        for address in (path, path.removeprefix("/v1")):
+            routes.add_api_route(
+                address,
+                _call(house, path),
+                methods=["POST"],
+                openapi_extra=takes(path),
+                include_in_schema=address == path,
+                name=path,
+            )
+    _models(routes, house)
+    _others(routes, house)
+    return routes
+
+
+def _call(house: House, path: str) -> Any:
+    async def call(request: Request) -> Response:
+        return await answer(request, house, KINDS[path])
+
+    return call
+
+
+def _counted(house: House, count: Callable[[object, Texts], dict[str, Any]]) -> Any:
+    async def call(request: Request) -> Response:
+        body = await json_of(request, house)
+        work = house.prepare(count, body, house.served.texts)
+        return json_response(await while_there(request, work))
+
+    return call
+
+
+def _models(routes: APIRouter, house: House) -> None:
+    @routes.get("/v1/models")
+    @routes.get("/models", include_in_schema=False)
+    async def models() -> Response:
+        model = model_card(house)
+        meta = {"name": model["id"], "model": model["id"], "slug": model["id"], **_codex(model)}
+        return json_response({"object": "list", "data": [model], "models": [meta]})
+
+    @routes.get("/v1/models/{name:path}")
+    async def one(name: str) -> Response:
+        model = model_card(house)
+        if name != model["id"]:
+            raise Refusal(f"there is no model {name[:100]}: {model['id']} is served", status=404)
+        return json_response(model)
+
+
+def model_card(house: House) -> dict[str, Any]:
+    """A model as OpenAI lists it, with its context length under the names that clients read."""
+    served = house.served
+    n_ctx, facts = served.texts.n_ctx, served.facts
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": int(house.started_s),
+        "owned_by": "moe-gguf",
+        "context_length": n_ctx,
+        "context_window": n_ctx,
+        "max_model_len": n_ctx,
+        "meta": {
+            "n_ctx": n_ctx,
+            "n_vocab": served.texts.n_vocab,
+            "n_ctx_train": facts.get("n_ctx_train", n_ctx),
+            "n_params": facts.get("n_params"),
+            "size": facts.get("size"),
+        },
+    }
+
+
+def _codex(model: dict[str, Any]) -> dict[str, Any]:
+    """What else Codex reads of a model."""
+    return {
+        "display_name": model["id"],
+        "context_window": model["context_length"],
+        "supported_reasoning_levels": [],
+        "visibility": "list",
+    }
+
+
+def _others(routes: APIRouter, house: House) -> None:
+    @routes.post("/v1/embeddings", openapi_extra=takes("/v1/embeddings"))
+    @routes.post("/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        raise Refusal(
+            f"{house.served.name} generates text and has no embeddings: ask another server",
+            status=501,
+        )
+
+    for path, count in (
+        ("/v1/responses", responses.count_tokens),
+        ("/v1/chat/completions", chat.count_tokens),
+    ):
+        for address in (path, path.removeprefix("/v1")):
+            routes.add_api_route(
+                f"{address}/input_tokens",
+                _counted(house, count),
+                methods=["POST"],
+                openapi_extra=takes(path),
+                include_in_schema=address == path,
+                name=f"{path}/input_tokens",
+            )
+
+    @routes.get("/v1/responses/{name}")
+    async def stored(name: str) -> Response:
+        raise Refusal("responses are not stored here", status=404)
+
+    @routes.post("/v1/responses/compact", openapi_extra=takes("/v1/responses"))
+    async def compact() -> Response:
+        raise Refusal("conversations are not compacted here: send them whole", status=404)

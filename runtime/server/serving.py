@@ -1,0 +1,146 @@
+"""A server's life: listening before the model is open, serving, and a stop that lets calls finish.
+
+HTTP runs in a thread of its own, so that the main one opens the model, and hears of signals.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from ..errors import UserError, option, reason
+from .app import make_app
+from .house import House, Served
+from .report import note
+
+_MOST_HEADER_BYTES = 64 << 10
+_IDLE_S = 75  # a connection without a request
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 is any that is free. UserError when the address cannot be had."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port} ({reason(error)}): give another {option('host')} or "
+            f"{option('port')}"
+        ) from None
+    return listener
+
+
+class Server:
+    """HTTP over ``house`` on a socket, from now until ``stop``."""
+
+    def __init__(self, house: House, listener: socket.socket) -> None:
+        self._house, self._listener = house, listener
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                make_app(house),
+                http="h11",  # whose headers have a bound
+                ws="none",
+                h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+                timeout_keep_alive=_IDLE_S,
+                timeout_graceful_shutdown=1,
+                log_level="critical",  # the door tells of failures
+                lifespan="off",
+                server_header=False,
+                backlog=1024,
+            ),
+            house,
+        )
+        self._thread = threading.Thread(target=self._run, name="moe-gguf http", daemon=True)
+        self._failure: BaseException | None = None
+        self._ended = threading.Event()
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._server.run(sockets=[self._listener])
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._ended.set()
+
+    @property
+    def url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+    @property
+    def is_ready(self) -> bool:
+        return bool(self._server.started)
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended, at most that long; raises what ended it."""
+        # Not join: one that a signal interrupts takes the thread for ended.
+        self._ended.wait(seconds)
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Take no more, and end when what is in progress has ended, or its grace."""
+        self._server.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, house: House) -> None:
+        super().__init__(config)
+        self._house = house
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await self._house.stop(self._house.settings.grace_s)
+        await super().shutdown(sockets)
+
+
+def serve(house: House, listener: socket.socket, open_model: Callable[[], Served]) -> None:
+    """Serve what ``open_model`` opens, and what is told of it until then, until SIGINT or SIGTERM.
+
+    Raises what opening raises; a signal meanwhile is KeyboardInterrupt.
+    """
+    server = Server(house, listener)
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        served = open_model()
+        house.open(served)
+        try:
+            note(f"serving {served.name} at {server.url} (Ctrl-C stops)")
+            _wait(server)
+        except KeyboardInterrupt:
+            pass
+    finally:
+        _stop(server, house)
+
+
+def _wait(server: Server) -> None:
+    while server.is_alive:
+        server.wait(1.0)
+
+
+def _stop(server: Server, house: House) -> None:
+    """With the grace that is granted; a second signal ends that."""
+    server.stop()
+
+    def at_once(number: int, frame: FrameType | None) -> None:
+        house.hurry()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, at_once)
+    _wait(server)
+    house.close()
