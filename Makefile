@@ -71,7 +71,7 @@ stress: build/stress $(READY)
 # cluster takes half a minute to start.
 ray: $(READY)
 	$(BIN)/pip install -q -e '.[ray]'
-	$(BIN)/pytest tests/ray_cluster.py
+	$(BIN)/pytest -p no:hypothesispytest tests/ray_cluster.py
 
 # The server against suites of others: llama.cpp's tests of its own, schemathesis.
 suites: $(READY)

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -37,35 +38,50 @@ class Log:
         return re.sub(r"^(\w+: )+", "", errors[0]).removeprefix("error loading model: ")
 
 
-# Log callbacks, innermost last. llama.cpp keeps only the pointer, so each must stay referenced.
+# Whom lines go to that nobody captures.
 _listeners: list[Any] = [llama_cpp._logger.llama_log_callback]
 
 
-def _listen(callback: Any) -> None:
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+class _Captures(threading.local):
+    """The captures of one thread, innermost last: what others compute meanwhile is none of them."""
+
+    def __init__(self) -> None:
+        self.logs: list[tuple[Log, bool]] = []
+
+
+_captures = _Captures()
+
+
+@llama_cpp.llama_log_callback
+def _on_line(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    """The only callback llama.cpp is given: a thread may be in it at any time, so none is freed."""
+    if not _captures.logs:
+        _listeners[-1](level, text, user_data)
+        return
+    log, echo = _captures.logs[-1]
+    line = text.decode("utf-8", errors="replace")
+    log.add(level, line)
+    if echo:
+        print(line, end="", file=sys.stderr, flush=True)
+
+
+def _listen() -> None:
+    llama_cpp.llama_log_set(_on_line, ctypes.c_void_p(0))
 
 
 @contextmanager
 def capture() -> Iterator[Log]:
-    """Collect llama.cpp's log instead of printing it; with ``verbose`` models, print it as well."""
+    """Collect what llama.cpp says in this thread instead of printing it; with ``verbose`` models,
+    print it as well."""
     log = Log()
     # llama-cpp-python's own switch: 0 until the first model says whether it is verbose.
     echo = 0 < llama_cpp._logger.logger.level <= logging.DEBUG
-
-    @llama_cpp.llama_log_callback
-    def on_line(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-        line = text.decode("utf-8", errors="replace")
-        log.add(level, line)
-        if echo:
-            print(line, end="", file=sys.stderr, flush=True)
-
-    _listeners.append(on_line)
-    _listen(on_line)
+    _listen()
+    _captures.logs.append((log, echo))
     try:
         yield log
     finally:
-        _listeners.remove(on_line)
-        _listen(_listeners[-1])
+        _captures.logs.pop()
 
 
 @llama_cpp.llama_log_callback
@@ -81,7 +97,7 @@ def echo() -> None:
 def silence() -> None:
     """Print nothing of llama.cpp's from now on: a command says what matters in its own words."""
     _listeners[0] = _deaf
-    _listen(_listeners[-1])
+    _listen()
 
 
 class Sizes(NamedTuple):

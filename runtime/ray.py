@@ -40,7 +40,6 @@ except ImportError as missing:
 
 _BLOCK_ROWS = 64
 _OVERLAP = 2  # batches in an engine at a time, so that none waits for the last row of another
-_SCORE_ROWS = 64
 _ANSWER = ("response", "error")
 # Where a row has no body of OpenAI's, these are one.
 _BARE = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
@@ -63,7 +62,6 @@ class Engine:
     def __init__(
         self, model: str, *, body: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        options = {"score_rows": _SCORE_ROWS, **options}
         self._engine = LocalEngine(model, **options)
         self._body = dict(body or {})
         name = self._engine.found.layout.name

@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from moe_gguf.ray import Engine
 from moe_gguf.runtime import ray as ours
 
-OPTIONS: dict[str, Any] = {"memory": "300MB", "n_ctx": 128, "n_threads": 1, "parallel": 2}
+OPTIONS: dict[str, Any] = {"memory": "600MB", "n_ctx": 128, "n_threads": 1, "parallel": 2}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_batch_file_over_two_nodes_is_taken_up_again(
     assert len(first) == 100
     source.write_text("\n".join(lines))
     command = [sys.executable, "-m", "moe_gguf", "batch", model, source, folder]
-    options = ["--memory", "300MB", "--ctx", "128", "--threads", "1", "--parallel", "2"]
+    options = ["--memory", "600MB", "--ctx", "128", "--threads", "1", "--parallel", "2"]
     done = subprocess.run(
         [*command, *options, "--ray", cluster.address], capture_output=True, text=True
     )

@@ -30,6 +30,8 @@ from moe_gguf.runtime.batch.figures import Figures, summary
 from moe_gguf.runtime.batch.job import Batch, Broken
 from moe_gguf.runtime.batch.lines import extent
 from moe_gguf.runtime.batch.output import Output
+from moe_gguf.runtime.batch.workload import workload
+from moe_gguf.runtime.engine.planner import Workload
 from moe_gguf.runtime.engine.request import EngineClosed, Request
 from moe_gguf.runtime.errors import ExpertReadError, RequestError, UserError
 
@@ -268,6 +270,23 @@ def test_an_engine_that_closes_ends_the_batch(source: Path, target: Path) -> Non
     with pytest.raises(EngineClosed):
         answer(source, target, Scripted(script))
     assert read(target) == []
+
+
+def test_a_planner_is_told_what_to_expect(source: Path) -> None:
+    source.write_text(
+        "\n".join(
+            [
+                asked("a", "x" * 40, max_tokens=8),
+                asked("b", ["x" * 80, [1] * 30], max_tokens=16),
+                asked("c", [5] * 20),
+                "{",
+                asked("d", 7),
+            ]
+        )
+    )
+    assert workload(source, 50) == Workload(20, 12, 40)
+    source.write_text("")
+    assert workload(source, 0) == Workload(most=1)
 
 
 # --- the output file ----------------------------------------------------------------------------
@@ -526,7 +545,7 @@ def test_what_a_model_answers_and_scores(tiny_file: TinyFile, source: Path, targ
 def test_the_command(moe_gguf: Command, tiny_file: TinyFile, source: Path, target: Path) -> None:
     source.write_text("\n".join([asked("a", max_tokens=4), "{", asked("b", max_tokens=4)]))
     command = ("batch", tiny_file("qwen3moe"), source, target, "--threads", 1, "--ctx", 128)
-    result = moe_gguf(*command, "--parallel", 2, "--json")
+    result = moe_gguf(*command, "--parallel", 1, "--json")
     assert result.code == 0
     document = json.loads(result.out)
     assert (document["lines"], document["answered"], document["refused"]) == (3, 2, 1)
@@ -545,7 +564,21 @@ def test_ctrl_c_says_how_to_go_on(tiny_file: TinyFile, source: Path, target: Pat
     source.write_text("\n".join(asked(f"{i}", max_tokens=60) for i in range(400)))
     model = tiny_file("qwen3moe")
     process = subprocess.Popen(
-        [*(sys.executable, "-m", "moe_gguf", "batch", model, source, target, "--threads", "1")],
+        [
+            *(
+                sys.executable,
+                "-m",
+                "moe_gguf",
+                "batch",
+                model,
+                source,
+                target,
+                "--threads",
+                "1",
+                "--parallel",
+                "1",
+            )
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -30,6 +30,7 @@ from harness import fix_slots, random_tokens
 from tape import Tape
 
 from moe_gguf import Engine, ExpertReadError, UserError
+from moe_gguf.runtime import logs
 from moe_gguf.runtime.engine.generation import Generation
 from moe_gguf.runtime.engine.request import (
     GBNF,
@@ -403,6 +404,22 @@ def test_a_failed_read_fails_the_sequences_of_its_step(path: Path) -> None:
         check(engine)
         assert engine.submit("Hello", max_tokens=6, **GREEDY).result().tokens == answer.tokens
         assert engine.stats()["requests"]["failed"] == 2
+
+
+def test_llama_cpp_may_remark_on_a_step_while_another_thread_captures(path: Path) -> None:
+    """A capture's callback was once freed while llama.cpp was in it, which ended the process."""
+    with opened(path, policy="load-on-demand") as engine:
+        captured: list[str] = []
+        for _ in range(20):
+            engine.arena.plugin.inject(0, errno.EIO)
+            failing = engine.submit("Hello", max_tokens=4, **GREEDY)
+            while not failing.done:
+                with logs.capture() as log:
+                    pass
+                captured += [text for _, text in log.lines]
+            with pytest.raises(ExpertReadError):
+                failing.result()
+        assert captured == [], "and what it says belongs to its own thread"
 
 
 def test_an_exception_in_a_policy_fails_its_step_only(

@@ -22,7 +22,7 @@ from conftest import TinyFile, ZooFile
 from test_planner import issue_machine
 
 from moe_gguf import Engine
-from moe_gguf.runtime import opening
+from moe_gguf.runtime import cache, opening
 from moe_gguf.runtime.cli.main import cli
 from moe_gguf.runtime.engine import measure, planning
 from moe_gguf.runtime.engine.measurements import Measurements, place, recall, remember
@@ -48,24 +48,22 @@ def found_at(path: Path, **options: Any) -> Found:
 
 
 def test_what_was_measured_is_remembered_for_this_model_and_these_threads(
-    tiny_file: TinyFile, tmp_path: Path
+    tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = issue_machine()
     found = found_at(tiny_file("qwen3moe"))
+    monkeypatch.setattr(cache, "_chosen", tmp_path)  # nobody else has measured here
     here = place(found, 1)
     assert here is not None
     remember(here, taken)
-    try:
-        assert recall(place(found, 1)) == taken == planning.known(found, 1)
-        others = [
-            place(found, 2),
-            place(found_at(tiny_file("qwen3moe"), policy="lru"), 1),
-            place(found_at(tiny_file("mixtral")), 1),
-        ]
-        assert [recall(other) for other in others] == [None] * 3
-        assert recall(None) is None
-    finally:
-        here.unlink()
+    assert recall(place(found, 1)) == taken == planning.known(found, 1)
+    others = [
+        place(found, 2),
+        place(found_at(tiny_file("qwen3moe"), policy="lru"), 1),
+        place(found_at(tiny_file("mixtral")), 1),
+    ]
+    assert [recall(other) for other in others] == [None] * 3
+    assert recall(None) is None
 
 
 def test_what_was_measured_on_a_busy_machine_is_believed_for_an_hour_only(

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TinyFile
+from conftest import Command, TinyFile
 from gguf import GGUFReader
 from harness import Logits, Model, ours, random_tokens, rows, stock
 from test_bench import REQUEST
-from test_cli import Command, moe_gguf  # noqa: F401  the fixture
 from test_replay import random_trace
 
 from moe_gguf.policies import POLICIES, Facts, policy
@@ -420,7 +419,7 @@ def traced(model: Path, to: Path) -> tuple[object, ...]:
 
 
 def test_trace_adds_and_run_starts_warm(
-    moe_gguf: Command,  # noqa: F811
+    moe_gguf: Command,
     model_copy: Path,
     tmp_path: Path,
 ) -> None:
@@ -443,7 +442,7 @@ def test_trace_adds_and_run_starts_warm(
 
 
 def test_mistakes_with_statistics_are_told_before_the_work(
-    moe_gguf: Command,  # noqa: F811
+    moe_gguf: Command,
     model_copy: Path,
     tmp_path: Path,
 ) -> None:

@@ -18,7 +18,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,13 +99,10 @@ def ask_for(engine: Engine, tokens: Sequence[int], n: int = 3, owner: str = "") 
     return engine.submit(tokens, max_tokens=n, temp=0.0, ignore_eos=True, owner=owner)
 
 
-@contextmanager
-def at_once(engine: Engine) -> Iterator[None]:
-    """What is submitted inside arrives before the next step."""
-    go = threading.Event()
-    engine._loop.post(go.wait)
-    yield
-    go.set()
+def at_once(engine: Engine, submit: Callable[[], list[Any]]) -> list[Any]:
+    """What is submitted in the engine's own thread arrives before its next step."""
+    generations: list[Any] = engine._loop.post(submit).result()
+    return generations
 
 
 def answered(engine: Engine, tokens: Sequence[int], n: int = 3) -> list[int]:
@@ -144,8 +140,7 @@ def test_1_a_start_of_many_is_computed_once(kind: str, models: Models) -> None:
     tape, start = Tape(), random_tokens(90, seed=9)
     prompts = [start + random_tokens(20, seed=i) for i in range(3)]
     with engine_of(path, tape) as engine:
-        with at_once(engine):
-            together = [ask_for(engine, prompt) for prompt in prompts]
+        together = at_once(engine, lambda: [ask_for(engine, prompt) for prompt in prompts])
         ends = [list(generation)[-1] for generation in together]
     assert [end.cached_tokens for end in ends] == [0, 90, 90]
     assert n_rows(tape) == 90 + 3 * (20 + 2)
@@ -220,8 +215,7 @@ def test_1_a_preempted_sequence_goes_on_where_it_was(models: Models) -> None:
     tape = Tape()
     with engine_of(path, tape, parallel=3, cells=256) as engine:
         prompts = [random_tokens(60, seed=i) for i in range(3)]
-        with at_once(engine):
-            together = [ask_for(engine, prompt, n=80) for prompt in prompts]
+        together = at_once(engine, lambda: [ask_for(engine, prompt, n=80) for prompt in prompts])
         ends = [list(generation)[-1] for generation in together]
         stats = engine.stats()["requests"]
         engine._loop.states.check_integrity()
@@ -266,8 +260,7 @@ def test_3_nothing_passes_between_owners(models: Models, tmp_path: Path) -> None
     path, _ = models("plain")
     prompt, other = random_tokens(60), random_tokens(60, seed=2)
     with engine_of(path, parallel=2, cache_dir=tmp_path) as engine:
-        with at_once(engine):
-            running = [ask_for(engine, prompt, 20, owner) for owner in ("a", "b")]
+        running = at_once(engine, lambda: [ask_for(engine, prompt, 20, o) for o in ("a", "b")])
         assert [list(g)[-1].cached_tokens for g in running] == [0, 0], "while they run"
         assert ask(engine, prompt, owner="c").cached_tokens == 0, "in memory"
         assert ask(engine, prompt, owner="").cached_tokens == 0

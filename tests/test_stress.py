@@ -56,9 +56,10 @@ class Schedule:
 
     def __init__(self, name: str, n_slots: int, rng: random.Random) -> None:
         facts = Facts(n_slots, N_EXPERTS, N_USED, range(N_LAYERS))
-        cache, order, self.predictor, _ = policy(name, facts)
-        self.order = BrokenOrder(order)
-        self.residency = Residency(n_slots, N_EXPERTS, cache, self.order)
+        chosen = policy(name, facts)
+        self.predictor = chosen.predictor
+        self.order = BrokenOrder(chosen.order)
+        self.residency = Residency(n_slots, N_EXPERTS, chosen.cache, self.order, chosen.scan)
         self.held = [EMPTY] * n_slots  # the key each slot holds or is being filled with
         self.rng = rng
         self.layer = -1
@@ -71,7 +72,9 @@ class Schedule:
         n = N_EXPERTS if rng.random() < 0.03 else rng.randrange(1, 2 * N_USED)
         # Squared, so that some experts are popular and policies have something to keep.
         experts = list(dict.fromkeys(int(N_EXPERTS * rng.random() ** 2) for _ in range(n)))
-        event = RouteEvent(self.layer, 1, experts, [1] * len(experts), Phase.DECODE, 1)
+        event = RouteEvent(
+            self.layer, 1, experts, [1] * len(experts), Phase.DECODE, rng.choice((1, 8))
+        )
         self.order.broken = rng.random() < 0.01
         try:
             self._plan(event)
@@ -102,9 +105,8 @@ class Schedule:
             if load:
                 self.held[slot] = base + expert
             assert self.held[slot] == base + expert, "a pinned expert lost its slot"
-        if len(event.experts) <= self.residency.n_slots:
+        if len(event.experts) <= self.residency.n_slots and self.residency.scan is None:
             assert len(set(plan.slots)) == len(plan.slots), "a slot is recycled without need"
-        self.busy = set(plan.slots)
 
     def _guess(self, event: RouteEvent) -> None:
         rng, residency = self.rng, self.residency
@@ -118,8 +120,7 @@ class Schedule:
         placed = residency.guess(event, [Guess(key, 0.5) for key in keys], keys)
         assert kept <= residency.slot_of.keys(), "a guess evicts what is pinned"
         for key, slot in placed:
-            assert slot not in self.busy, "a guess overwrites a slot in use"
-            self.held[slot] = key
+            self.held[slot] = key  # if the event computes there, once that is done
             self.placed += 1
 
     def _give_up_guesses(self) -> None:

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ..batch.output import Output
     from ..engine.engine import Engine
 
-# Tokens of prompts that are scored in a step: each costs the memory of a row of logits.
-SCORE_ROWS = 64
-
 
 @click.command()
 @model_options
@@ -58,11 +55,12 @@ def batch(
     if ray is not None:
         if as_json:
             raise UserError("--json is for one machine: Ray's dashboard has a cluster's figures")
-        _run_on_ray(ray, model, source, target, options)
+        _run_on_ray(ray, model, source, target, {"goal": goal, **options})
         return
     from ..batch.figures import Figures
     from ..batch.lines import extent, lines
     from ..batch.output import Output
+    from ..batch.workload import workload
 
     # Before the model is opened, so that mistakes show now.
     found = extent(source)
@@ -75,7 +73,9 @@ def batch(
         if output.n_before < found.n_asked:
             if output.n_before:
                 note(f"moe-gguf: {output.n_before} of {found.n_asked} lines are answered already")
-            stats = _open_and_run(partial(open_engine, model, **options), source, output, figures)
+            asked = workload(source, found.n_asked - output.n_before)
+            opening = partial(open_engine, model, goal=goal, workload=asked, **options)
+            stats = _open_and_run(opening, source, output, figures)
     except KeyboardInterrupt:
         _say_how_to_go_on("interrupted", figures)
         sys.exit(130)
@@ -93,8 +93,13 @@ def _open_and_run(
     open_engine: Callable[..., Engine], source: Path, output: Output, figures: Figures
 ) -> dict[str, Any]:
     """The engine's statistics of the run."""
+    from ..engine.planner import SCORE_ROWS
+    from ..engine.planning import lines
+
     engine = open_engine(score_rows=SCORE_ROWS)
     try:
+        for line in lines(engine.plan) if engine.plan else ():
+            note(line)
         figures.start()
         _run(engine, source, output, figures)
         return engine.stats()

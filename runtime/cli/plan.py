@@ -51,6 +51,8 @@ def plan(
         document = plan_document(path, **options)
         if document["fits"]:
             document |= schedule_document(path, goal, parallel, measure, report, **options)
+    if as_json:
+        document.pop("schedule_lines", None)
     click.echo(json.dumps(document) if as_json else plan_text(document))
     if not document["fits"]:
         sys.exit(1)
@@ -130,8 +132,8 @@ def schedule_document(
         )  # fmt: skip
     except UserError as error:
         return {"schedule": None, "schedule_reason": error.spelled(as_flag)}
-    text = planning.lines(made)
-    return {"schedule": planning.document(made) | {"text": text}, "schedule_reason": None}
+    schedule = planning.document(made)
+    return {"schedule": schedule, "schedule_reason": None, "schedule_lines": planning.lines(made)}
 
 
 def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
@@ -201,9 +203,8 @@ def plan_text(document: dict[str, Any]) -> str:
     ]
     if d["predicted"] is not None:
         lines.append(_predicted_text(d["predicted"]))
-    if d.get("schedule") is not None:
-        lines += d["schedule"]["text"]
-    elif d.get("schedule_reason"):
+    lines += d.get("schedule_lines", ())
+    if d.get("schedule_reason"):
         lines.append(f"schedule of several sequences: {d['schedule_reason']}")
     if d["warning"]:
         lines.append(f"warning: {d['warning']}")

@@ -82,7 +82,9 @@ class Curves:
     def switch(self, share: float) -> float:
         """That are read more after another sequence had its turn, by one."""
         reuse = self.measured.reuse
-        return at([(0.0, 0.0), *zip(reuse.shares, reuse.switch, strict=True), (1.0, 0.0)], share)
+        # Never more where there are more slots; what few slots cannot lose is the caller's limit.
+        falling = _upwards(reuse.switch[::-1])[::-1]
+        return at([*zip(reuse.shares, falling, strict=True), (1.0, 0.0)], share)
 
     @cached_property
     def _lefts(self) -> list[float]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import cache
 from ..files import replacing
 from ..formats.stream import stream_of
 from ..opening import Found
@@ -131,9 +132,7 @@ def _grows(values: Sequence[float]) -> bool:
 
 def folder() -> Path:
     """Where measurements are kept, one small file each."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("moe-gguf")) / "measured"
+    return cache.folder() / "measured"
 
 
 def place(found: Found, n_threads: int | None) -> Path | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import llama_cpp
 
-from .. import logs
 from .context import Observer
 
 _PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
@@ -71,32 +70,30 @@ class Memory:
         """Put what ``save`` returned in the place of what is remembered of a sequence; of any other
         bytes nobody knows what comes. False where there is no room: then nothing is remembered."""
         flags = _PARTIAL if partial else 0
-        with logs.capture():  # llama.cpp says that there is no room
-            got = llama_cpp.llama_state_seq_set_data_ext(
-                self._ctx, _pointer(data), len(data), seq, flags
-            )
+        # Its log is not captured here: that is the process's, and this is one thread of several.
+        got = llama_cpp.llama_state_seq_set_data_ext(
+            self._ctx, _pointer(data), len(data), seq, flags
+        )
         if self._observer is not None:
             self._observer.restored(seq, partial, data)
         return bool(got == len(data))
 
     def save_file(self, seq: int, path: Path, tokens: Sequence[int]) -> None:
         """``save`` to one of llama.cpp's files, with the sequence's tokens; takes no memory."""
-        with logs.capture() as log:
-            array = (llama_cpp.llama_token * len(tokens))(*tokens)
-            name = str(path).encode(errors="surrogateescape")
-            if not llama_cpp.llama_state_seq_save_file(self._ctx, name, seq, array, len(tokens)):
-                raise OSError(log.reason())
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        name = str(path).encode(errors="surrogateescape")
+        if not llama_cpp.llama_state_seq_save_file(self._ctx, name, seq, array, len(tokens)):
+            raise OSError("llama.cpp could not write it")
         if self._observer is not None:
             self._observer.saved_file(seq, path)
 
     def restore_file(self, seq: int, path: Path, n_tokens: int) -> bool:
         """``restore`` from a file that ``save_file`` wrote; what follows in it does not matter."""
-        with logs.capture():
-            array, n = (llama_cpp.llama_token * n_tokens)(), ctypes.c_size_t()
-            name = str(path).encode(errors="surrogateescape")
-            got = llama_cpp.llama_state_seq_load_file(
-                self._ctx, name, seq, array, n_tokens, ctypes.byref(n)
-            )
+        array, n = (llama_cpp.llama_token * n_tokens)(), ctypes.c_size_t()
+        name = str(path).encode(errors="surrogateescape")
+        got = llama_cpp.llama_state_seq_load_file(
+            self._ctx, name, seq, array, n_tokens, ctypes.byref(n)
+        )
         if self._observer is not None:
             self._observer.restored_file(seq, path)
         return bool(got)

@@ -82,7 +82,7 @@ def _reads(
     layers = list(range(n_layers))
     facts = Facts(n_slots, n_experts, n_used, layers, n_sequences=n_sequences)
     chosen = policy(name, facts)
-    residency = Residency(n_slots, n_experts, chosen.cache, chosen.order)
+    residency = Residency(n_slots, n_experts, chosen.cache, chosen.order, chosen.scan)
     half = len(steps) // 2
     missing = 0
     for i, step in enumerate(steps):

@@ -326,15 +326,15 @@ class States:
         data = self.memory.save(slot)  # its window alone
         self.memory.remove(slot)
         self.room(n)
-        if not self.memory.restore(slot, data):
+        if self.ledger.used + n > self.cells or not self.memory.restore(slot, data):
             return False
         self.ledger.grow(slot, n)
         return True
 
     def _put(self, slot: int, owner: str, copy: Copy | Entry, n: int) -> bool:
         """Restore a copy into an empty slot, and cut it to ``n`` tokens."""
-        self.room(len(copy.tokens))
-        if not self._restore(slot, owner, copy):
+        self.room(n_copy := len(copy.tokens))
+        if self.ledger.used + n_copy > self.cells or not self._restore(slot, owner, copy):
             self._drop(slot)
             return False
         self.ledger.grow(slot, len(copy.tokens))
