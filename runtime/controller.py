@@ -140,7 +140,7 @@ class Controller:
         event, residency = self._event, self.residency
         predictor.observe(event, ids)
         guesses = predictor.guess(event, inputs)
-        missing = [guess for guess in guesses if guess.key not in residency.slot_of]
+        missing = [guess for guess in guesses if not residency.holds(guess.key)]
         chosen: Sequence[Guess] = ()
         if missing and self._pays:
             n_bytes = blob_bytes[missing[0].key // residency.n_experts]

@@ -64,6 +64,7 @@ class Callbacks:
         self._plan_experts: Any = (i32 * n).from_address(call.plan_experts)
         self._plan_slots: Any = (i32 * n).from_address(call.plan_slots)
         self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
+        self._plan_pools: Any = (i32 * n).from_address(call.plan_pools)
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
         self._bind()
@@ -113,6 +114,8 @@ class Callbacks:
         self._plan_experts[:n] = plan.experts
         self._plan_slots[:n] = plan.slots
         self._plan_loads[:n] = plan.loads
+        if plan.pools:
+            self._plan_pools[:n] = plan.pools
         if not continuation:
             call.wants_guesses = brain.wants_guesses(self._meters)
             call.settled = brain.is_settled(event)

@@ -1,0 +1,72 @@
+"""The devices that ggml knows in this process, beside the processor."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import llama_cpp
+
+from ..errors import UserError, option
+from .library import load
+
+_GPU, _IGPU = 1, 2  # enum ggml_backend_dev_type
+CPU, AUTO = "cpu", "auto"
+
+
+class Device(NamedTuple):
+    """A device that computes in memory of its own; sizes in bytes, ``free`` as of now."""
+
+    name: str
+    description: str
+    free: int
+    total: int
+
+
+def devices() -> list[Device]:
+    """Those of this process's ggml that are GPUs, dedicated ones first."""
+    load()
+    host = llama_cpp.llama_cpp._lib
+    handle = ctypes.c_void_p
+    for name, restype, argtypes in (
+        ("ggml_backend_dev_count", ctypes.c_size_t, []),
+        ("ggml_backend_dev_get", handle, [ctypes.c_size_t]),
+        ("ggml_backend_dev_type", ctypes.c_int, [handle]),
+        ("ggml_backend_dev_name", ctypes.c_char_p, [handle]),
+        ("ggml_backend_dev_description", ctypes.c_char_p, [handle]),
+        ("ggml_backend_dev_memory", None, [handle, *[ctypes.POINTER(ctypes.c_size_t)] * 2]),
+    ):
+        function = getattr(host, name)
+        function.restype, function.argtypes = restype, argtypes
+    found: list[tuple[int, Device]] = []
+    for i in range(host.ggml_backend_dev_count()):
+        device = host.ggml_backend_dev_get(i)
+        kind = host.ggml_backend_dev_type(device)
+        if kind not in (_GPU, _IGPU):
+            continue
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        host.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        texts = (host.ggml_backend_dev_name(device), host.ggml_backend_dev_description(device))
+        named = Device(*(text.decode(errors="replace") for text in texts), free.value, total.value)
+        found.append((kind, named))
+    return [device for _, device in sorted(found, key=lambda pair: pair[0])]
+
+
+def choose(name: str) -> Device | None:
+    """The device of that name, in either case; None for the processor. ``auto``: the first GPU.
+
+    UserError names those that there are.
+    """
+    if name.lower() == CPU:
+        return None
+    known = devices()
+    if name.lower() == AUTO:
+        return known[0] if known else None
+    for device in known:
+        if device.name.lower() == name.lower():
+            return device
+    names = ", ".join([CPU, *(device.name.lower() for device in known)])
+    raise UserError(
+        f"there is no device {name!r} here: use {option('device', AUTO)} or one of {names}; a GPU "
+        "needs a llama-cpp-python that was built for it"
+    )
