@@ -239,7 +239,7 @@ def start(
 
 
 def _below(budget: Budget, found: Found, pools: DeviceBudget) -> Budget:
-    """No more slots in memory than experts that a device lacks, and those it is filled by way of."""
+    """No more slots in memory than experts that a device lacks, and those to fill it through."""
     n_host = (len(found.layout.layers) - len(pools.n_slots)) * found.layout.n_experts
     staging = max(min_slots(found.n_all), _FILL_BYTES // budget.slot_bytes)
     return budget._replace(n_slots=min(budget.n_slots, max(staging, n_host + pools.n_missing)))

@@ -138,6 +138,9 @@ class DeviceNeeds(NamedTuple):
         return sum(self)
 
 
+NOTHING = DeviceNeeds()
+
+
 class DeviceBudget(NamedTuple):
     """A division of a device's memory that works. The mappings are by layer."""
 

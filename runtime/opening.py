@@ -133,7 +133,7 @@ class Measured:
     needs: Needs
     n_ctx: int
     tables: tuple[PlacedTensor, ...] = ()  # that stay on disk
-    on_device: DeviceNeeds = DeviceNeeds()
+    on_device: DeviceNeeds = budgets.NOTHING
 
     def divide_device(self) -> DeviceBudget | None:
         """Give the pools what a device's needs leave of its memory as it is now, nothing of the

@@ -1,7 +1,7 @@
 """The test device of tests/native/lag.cpp: built once, loaded into this process's ggml.
 
-It computes with ggml-cpu's kernels, so that what comes out of it is the processor's to the last bit,
-and makes everything else as hard as a GPU does.
+It computes with ggml-cpu's kernels, so that what comes out of it is the processor's to the last
+bit, and makes everything else as hard as a GPU does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SYNCHRONIZE, COMPUTE_WAITS, COPY_WAITS, HOST_WAITS = (1 << i for i in range(4))
 
 
 class Counts(NamedTuple):
-    """How often each wait was asked for, and what was copied to and launched on the device."""
+    """How often each wait was asked for, and what was copied of weights and launched."""
 
     synchronize: int
     compute_waits: int

@@ -158,7 +158,7 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
         return;
     }
     ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, fetched_.size());
-    if (model_.dialogue.gates && ids->ne[1] <= GUESS_TOKENS) {
+    if (guesses_ && ids->ne[1] <= GUESS_TOKENS) {
         inputs_.resize(ggml_nbytes(x));
         ggml_backend_tensor_get_async(stream_, x, inputs_.data(), 0, inputs_.size());
         x_.data = inputs_.data();
@@ -237,8 +237,9 @@ bool device_executor::event(int first, int last) {
     c_.x               = &x;
     c_.n_tokens        = last - first;
     said.ids.assign(ids_.begin() + (ptrdiff_t)first * c_.n_used, ids_.begin() + (ptrdiff_t)last * c_.n_used);
-    bool ok = said.begin(c_);
-    if (x.data == nullptr) {
+    bool ok  = said.begin(c_);
+    guesses_ = said.call.wants_guesses != 0;
+    if (x.data == nullptr) {  // this one was not told of
         said.call.wants_guesses = 0;
     }
     ok = ok && bring();

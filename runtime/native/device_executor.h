@@ -55,17 +55,18 @@ class device_executor {
     ranges                                             ranges_;
     std::unordered_map<uint64_t, std::vector<segment>> cuts_;  // by the graph's uid
     std::vector<segment>                               uncached_;
-    chain                                              c_;           // the running event: what a dialogue wants to know of it
-    chain                                              whole_;       // all of the segment, where it goes in ranges
-    ggml_tensor                                        x_{};         // its input, in host memory
-    std::vector<char>                                  fetched_;     // ids as they lie on the device
-    std::vector<char>                                  inputs_;      // likewise x
-    std::vector<int32_t>                               ids_;         // [n_tokens][n_used] of the segment
-    std::vector<int32_t>                               slots_;       // likewise in the pool; read by the stream until it is next waited for
-    std::vector<int>                                   waiting_;     // slots in host memory
-    std::vector<int32_t>                               in_range_;    // expert -> number of the range that needs it
-    int32_t                                            range_  = 0;  // numbers all ranges
-    int64_t                                            waited_ = 0;  // the stream has been told to wait for copies up to this ticket
+    chain                                              c_;        // the running event: what a dialogue wants to know of it
+    chain                                              whole_;    // all of the segment, where it goes in ranges
+    ggml_tensor                                        x_{};      // its input, in host memory
+    std::vector<char>                                  fetched_;  // ids as they lie on the device
+    std::vector<char>                                  inputs_;   // likewise x
+    std::vector<int32_t>                               ids_;      // [n_tokens][n_used] of the segment
+    std::vector<int32_t>                               slots_;    // likewise in the pool; read by the stream until it is next waited for
+    bool                                               guesses_ = false;  // the event before wanted some: they are made from x
+    std::vector<int>                                   waiting_;          // slots in host memory
+    std::vector<int32_t>                               in_range_;         // expert -> number of the range that needs it
+    int32_t                                            range_  = 0;       // numbers all ranges
+    int64_t                                            waited_ = 0;       // the stream has been told to wait for copies up to this ticket
 };
 
 }  // namespace moe

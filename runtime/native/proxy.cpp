@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <string>
 
 #include "device_executor.h"
@@ -27,14 +28,13 @@ ggml_backend_dev_t real(ggml_backend_dev_t dev) { return proxy::of(dev).real; }
 // ---- backend: one per llama context; what it does not do itself, the real one does
 
 struct device_backend {
-    ggml_backend_t  inner;
-    device_executor executor;
+    std::unique_ptr<ggml_backend, void (*)(ggml_backend_t)> inner;  // goes last
+    device_executor                                         executor;
 
-    device_backend(ggml_backend_t b, moe_model & model) : inner(b), executor(b, model) {}
-    ~device_backend() { ggml_backend_free(inner); }
+    device_backend(ggml_backend_t b, moe_model & model) : inner(b, ggml_backend_free), executor(b, model) {}
 };
 
-ggml_backend_t inner(ggml_backend_t backend) { return ((device_backend *)backend->context)->inner; }
+ggml_backend_t inner(ggml_backend_t backend) { return ((device_backend *)backend->context)->inner.get(); }
 
 const char * backend_name(ggml_backend_t backend) { return ggml_backend_name(inner(backend)); }
 

@@ -113,36 +113,64 @@ ggml_tensor * ranges::find(const built & in, const ggml_tensor * t) {
     return it == in.end() ? nullptr : it->second;
 }
 
+// Inputs first: in the graph's memory what is computed before a matmul may lie on top of the input of an
+// earlier one.
 ggml_status ranges::keep(const chain & c) {
     kept_.clear();
     kept_tensors_.clear();
-    size_t bytes = 0;
+    kept_tensors_.reserve(c.inputs.size() + c.before.size());
+    size_t bytes = ALIGN;
     for (const ggml_tensor * t : c.inputs) {
-        bytes += is_of_tokens(c, t) ? padded(ggml_nelements(t) * ggml_type_size(t->type)) : 0;
+        bytes += padded(ggml_nelements(t) * ggml_type_size(t->type));
     }
-    reserve(inputs_, std::max<size_t>(bytes, ALIGN));
-    kept_tensors_.reserve(c.inputs.size());
+    for (const ggml_tensor * t : c.before) {
+        bytes += padded(ggml_nelements(t) * ggml_type_size(t->type));
+    }
+    reserve(inputs_, bytes);
+    const auto is_before = [&c](const ggml_tensor * t) {
+        const ggml_tensor * base = t->view_src ? t->view_src : t;
+        return std::find(c.before.begin(), c.before.end(), base) != c.before.end();
+    };
     ggml_cgraph * graph = begin(c.before.size() + c.inputs.size());
-    for (ggml_tensor * t : c.before) {
-        ggml_graph_add_node(graph, t);
+    for (const ggml_tensor * t : c.inputs) {
+        if (is_of_tokens(c, t) && !is_before(t)) {
+            ggml_tensor * copy = clone(t, t->ne[2]);
+            copy->op           = GGML_OP_CONT;
+            copy->src[0]       = (ggml_tensor *)t;
+            add(graph, t, copy);
+        }
+    }
+    for (const ggml_tensor * t : c.before) {
+        ggml_tensor * copy = clone(t, t->ne[2]);
+        for (int j = 0; j < GGML_MAX_SRC; j++) {
+            ggml_tensor * done = t->src[j] ? find(kept_, t->src[j]) : nullptr;
+            copy->src[j]       = done ? done : t->src[j];
+        }
+        add(graph, t, copy);
     }
     for (const ggml_tensor * t : c.inputs) {
-        if (!is_of_tokens(c, t)) {
-            continue;
+        if (is_before(t) && t->view_src) {  // a view of one that was just computed
+            ggml_tensor * base = find(kept_, t->view_src);
+            kept_tensors_.push_back(*t);
+            ggml_tensor & view = kept_tensors_.back();
+            view.op            = GGML_OP_NONE;
+            view.buffer        = base->buffer;
+            view.data          = (char *)base->data + t->view_offs;
+            kept_.push_back({t, &view});
         }
-        ggml_tensor * copy = ggml_new_tensor_3d(meta_, t->type, t->ne[0], t->ne[1], t->ne[2]);
-        copy->op           = GGML_OP_CONT;
-        copy->src[0]       = (ggml_tensor *)t;
-        copy->flags |= GGML_TENSOR_FLAG_COMPUTE;
-        put(inputs_, copy);
-        ggml_graph_add_node(graph, copy);
-        kept_tensors_.push_back(*copy);
-        ggml_tensor & kept = kept_tensors_.back();
-        kept.op            = GGML_OP_NONE;
-        kept.src[0]        = nullptr;
-        kept_.push_back({t, &kept});
     }
     return ggml_backend_graph_compute_async(stream_, graph);
+}
+
+// A node whose result is kept.
+void ranges::add(ggml_cgraph * graph, const ggml_tensor * of, ggml_tensor * node) {
+    put(inputs_, node);
+    ggml_graph_add_node(graph, node);
+    kept_tensors_.push_back(*node);
+    ggml_tensor & kept = kept_tensors_.back();
+    kept.op            = GGML_OP_NONE;
+    memset(kept.src, 0, sizeof(kept.src));
+    kept_.push_back({of, &kept});
 }
 
 // ---- a piece

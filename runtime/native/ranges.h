@@ -44,6 +44,7 @@ class ranges {
     void                 put(memory & m, ggml_tensor * t);
     ggml_cgraph *        begin(size_t n_nodes);
     ggml_tensor *        clone(const ggml_tensor * t, int64_t n_tokens);
+    void                 add(ggml_cgraph * graph, const ggml_tensor * of, ggml_tensor * node);
     ggml_tensor *        number(ggml_tensor & of, int first, int last);
     ggml_tensor *        source(const chain & c, const ggml_tensor * s, int first, int last);
     static ggml_tensor * find(const built & in, const ggml_tensor * t);

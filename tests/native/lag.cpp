@@ -8,7 +8,8 @@
 // - Events are real, and there is a pinned host type.
 //
 // So whoever leaves out a wait computes with poison. lag_ignore leaves out a kind of wait on purpose:
-// a test that does not fail then does not test it. lag_count tells how often each was asked for.
+// a test that does not fail then does not test it (of those for a whole stream, only the ones for ids). lag_count tells how often each was
+// asked for.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -100,6 +101,7 @@ class stream {
 
     ggml_backend_t    cpu;
     std::atomic<bool> computes{false};
+    bool              brings_ids = false;  // since it was synchronized last, one thread's
 
   private:
     void run() {
@@ -239,7 +241,7 @@ void backend_set(ggml_backend_t backend, ggml_tensor * t, const void * data, siz
     GGML_ASSERT(t->buffer->buft == device_type->ggml() && "unsupported buffer type");
     GGML_ASSERT(offset + size <= ggml_nbytes(t));
     char * const to = (char *)t->data + offset;
-    uploaded += (int64_t)size;
+    uploaded += t->buffer->usage == GGML_BACKEND_BUFFER_USAGE_WEIGHTS ? (int64_t)size : 0;
     stream_of(backend).push([=] {
         memset(to, POISON, size);
         delay(size);
@@ -248,14 +250,17 @@ void backend_set(ggml_backend_t backend, ggml_tensor * t, const void * data, siz
 }
 
 void backend_get(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offset, size_t size) {
-    const char * const from = (const char *)t->data + offset;
+    const char * const from       = (const char *)t->data + offset;
+    stream_of(backend).brings_ids = t->type == GGML_TYPE_I32;
     stream_of(backend).push([=] { memcpy(data, from, size); });
 }
 
 void backend_synchronize(ggml_backend_t backend) {
-    if (asks(SYNCHRONIZE)) {
-        stream_of(backend).drain();
+    stream & s = stream_of(backend);
+    if (asks(SYNCHRONIZE) || !s.brings_ids) {
+        s.drain();
     }
+    s.brings_ids = false;
 }
 
 bool computes_nothing(const ggml_tensor * t) {
@@ -412,7 +417,7 @@ API void lag_delay(int us, int64_t bytes_per_s) {
     upload_bytes_per_s = bytes_per_s;
 }
 API void lag_refuse_pinned(int refuse) { refuse_pinned = refuse; }
-// Since the last call: waits of each kind, bytes copied to the device by streams, graphs launched.
+// Since the last call: waits of each kind, bytes of weights copied by streams, graphs launched.
 API void lag_count(int64_t * counts) {
     for (int w = 0; w < N_WAITS; w++) {
         counts[w] = asked[w].exchange(0);
