@@ -45,6 +45,7 @@ from moe_gguf.runtime.opening import Measured
 from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.placement import expert_bytes
 from moe_gguf.runtime.plugin.abi import Stats
+from moe_gguf.runtime.plugin.devices import address
 from moe_gguf.runtime.routers import read_routers
 from moe_gguf.runtime.sizes import GB
 from moe_gguf.runtime.stats import Meter
@@ -120,7 +121,7 @@ class Stock(Model):
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         devices = (ctypes.c_void_p * 2)()
         if device is not None:
-            devices[0] = llama_cpp.llama_cpp._lib.ggml_backend_dev_by_name(device.encode())
+            devices[0] = address(device)
             params.n_gpu_layers = 999
         params.devices = ctypes.cast(devices, ctypes.c_void_p).value
         with logs.capture() as log:

@@ -103,8 +103,6 @@ def lag() -> Iterator[Lag]:
     library = build()
     load()
     host = llama_cpp.llama_cpp._lib
-    host.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-    host.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
     host.ggml_backend_unload.argtypes = [ctypes.c_void_p]
     with logs.capture():
         registered = host.ggml_backend_load(os.fsencode(library))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import llama_cpp
 
@@ -23,13 +24,15 @@ class Device(NamedTuple):
     total: int
 
 
-def devices() -> list[Device]:
-    """Those of this process's ggml that are GPUs, dedicated ones first."""
+@functools.cache
+def _ggml() -> Any:
+    """ggml with the functions that are called here."""
     load()
     host = llama_cpp.llama_cpp._lib
     handle = ctypes.c_void_p
     for name, restype, argtypes in (
         ("ggml_backend_dev_count", ctypes.c_size_t, []),
+        ("ggml_backend_dev_by_name", handle, [ctypes.c_char_p]),
         ("ggml_backend_dev_get", handle, [ctypes.c_size_t]),
         ("ggml_backend_dev_type", ctypes.c_int, [handle]),
         ("ggml_backend_dev_name", ctypes.c_char_p, [handle]),
@@ -38,6 +41,18 @@ def devices() -> list[Device]:
     ):
         function = getattr(host, name)
         function.restype, function.argtypes = restype, argtypes
+    return host
+
+
+def address(name: str) -> int | None:
+    """The ggml_backend_dev_t of a device by ggml's own name."""
+    found: int | None = _ggml().ggml_backend_dev_by_name(name.encode())
+    return found
+
+
+def devices() -> list[Device]:
+    """Those of this process's ggml that are GPUs, dedicated ones first."""
+    host = _ggml()
     found: list[tuple[int, Device]] = []
     for i in range(host.ggml_backend_dev_count()):
         device = host.ggml_backend_dev_get(i)
