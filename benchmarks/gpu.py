@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--module", type=Path, help="a library of ggml's to load the device from")
     parser.add_argument("--memory", default="auto")
+    parser.add_argument("--reads", default="auto")
     parser.add_argument("--rows", default=ROWS)
     parser.add_argument("--row")
     parser.add_argument("--json", type=Path)
@@ -114,7 +115,7 @@ def run_rows(args: argparse.Namespace) -> int:
 
 def child(args: argparse.Namespace, name: str, folder: Path, seconds: float) -> dict[str, Any]:
     command = [sys.executable, __file__, "row", str(args.model), "--row", name, "--work", folder]
-    command += ["--device", args.device, "--memory", args.memory]
+    command += ["--device", args.device, "--memory", args.memory, "--reads", args.reads]
     command += ["--tokens", str(args.tokens), "--prompt", str(args.prompt)]
     command += ["--sequences", *map(str, args.sequences)]
     if args.module is not None:
@@ -306,7 +307,7 @@ def stock(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
 def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
     policy, _, rest = args.row.partition("@")
     share, _, how = rest.partition("/")
-    found = opening.find(args.model, Options(args.memory, policy, device=device.name))
+    found = opening.find(args.model, Options(args.memory, policy, args.reads, device=device.name))
     layout, placement = found.layout, found.placement
     assert placement is not None
     shape = shape_of(args)

@@ -9,6 +9,8 @@ namespace moe {
 namespace {
 
 constexpr size_t ALIGN = 256;
+// Ids of the largest usual batches: a graph whose launch is recorded finds them where they were.
+constexpr size_t IDS_BYTES = 1 << 20;
 
 size_t padded(size_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
 size_t row_bytes(const ggml_tensor * t) { return t->ne[0] * ggml_type_size(t->type); }
@@ -83,7 +85,7 @@ ggml_tensor * ranges::slots(int n_used, int n_tokens) {
     t.ne[2] = t.ne[3] = 1;
     make_contiguous(&t);
     slots_ = experts_ = t;
-    reserve(ids_, 2 * padded(ggml_nbytes(&t)));
+    reserve(ids_, std::max(IDS_BYTES, 2 * padded(ggml_nbytes(&t))));
     put(ids_, &slots_);
     put(ids_, &experts_);
     return &slots_;
