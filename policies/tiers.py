@@ -17,8 +17,9 @@ class Tiers(Residency):
     """The table in memory, below the pools of a device.
 
     ``n_pool`` is the slots of each layer that the device computes; a layer with all its experts
-    there, each in the slot of its own number, is never asked for. Of another layer an event wants
-    at most as many experts as its pool has slots: whoever computes divides those that want more.
+    there, each in the slot of its own number, is never asked for. An event that wants more experts
+    than its pool has slots leaves the pool as it is, but for free slots: a prompt does not evict
+    what is generated with. (A device without room for such an event divides it before it asks.)
     """
 
     is_plain = False
@@ -44,6 +45,8 @@ class Tiers(Residency):
         pool = self.pools.get(event.layer)
         if pool is None:  # computed on the processor
             return super().plan(event)
+        if len(event.experts) > pool.n_slots:
+            return self._plan_wide(event, pool)
         above = pool.plan(event)
         n = above.n_hits
         missing = above.experts[n:]
@@ -60,6 +63,26 @@ class Tiers(Residency):
             loads=[0] * n + below.loads,
             n_hits=n,
             pools=above.slots[:n] + [place[expert] for expert in below.experts],
+        )
+
+    def _plan_wide(self, event: RouteEvent, pool: Residency) -> Plan:
+        """Of more experts than slots: those that find none have -1 for one, but in memory."""
+        base = event.layer * self.n_experts
+        place = {e: slot for e in event.experts if (slot := pool.slot_of.get(base + e)) is not None}
+        held = list(place)
+        missing = [i for i, expert in enumerate(event.experts) if expert not in place]
+        experts = [event.experts[i] for i in missing]
+        counts = [event.counts[i] for i in missing]
+        ranked = sorted(range(len(missing)), key=counts.__getitem__, reverse=True)
+        for key, slot in pool.fill(base + experts[r] for r in ranked):
+            place[key - base] = slot
+        below = super().plan(event._replace(experts=experts, counts=counts))
+        return below._replace(
+            experts=held + below.experts,
+            slots=[-1] * len(held) + below.slots,
+            loads=[0] * len(held) + below.loads,
+            n_hits=len(held),
+            pools=[place.get(expert, -1) for expert in held + below.experts],
         )
 
     def holds(self, key: int) -> bool:

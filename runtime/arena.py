@@ -202,7 +202,7 @@ def start(
     if pools is not None:
         budget = _below(budget, found, pools)
         by_layer = (pools.n_slots.get(n, 0) for n in range(found.layout.layers[-1].layer + 1))
-        plugin.allocate_pools(list(by_layer))
+        plugin.allocate_pools(list(by_layer), pools.window > 0)
     plugin.allocate(budget.n_slots)
     gates = _GatesMaker(found, plugin, routers)
     facts = _facts(found, budget.n_slots, gates)

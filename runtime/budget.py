@@ -126,6 +126,10 @@ DEVICE_HEADROOM_BYTES = 512 * MB
 DEVICE_HEADROOM = 0.02
 
 
+# A window may take one part in so many of what is left for experts.
+WINDOW_SHARE = 4
+
+
 class DeviceNeeds(NamedTuple):
     """Bytes a device needs besides its pools."""
 
@@ -149,6 +153,7 @@ class DeviceBudget(NamedTuple):
     n_slots: Mapping[int, int]
     expert_bytes: Mapping[int, int]
     n_experts: int
+    window: int = 0  # bytes, for all experts of one layer at a time; 0: there is none
 
     @property
     def experts(self) -> int:
@@ -173,8 +178,13 @@ class DeviceBudget(NamedTuple):
             ("trunk", self.needs.trunk, ""),
             ("KV cache", self.needs.kv, ""),
             ("compute", self.needs.compute, "graph buffers"),
+            *([("window", self.window, "for prompts, a layer at a time")] if self.window else []),
             ("experts", self.experts, share),
-            ("total", self.needs.total + self.experts, f"of {format_size(self.total)}"),
+            (
+                "total",
+                self.needs.total + self.window + self.experts,
+                f"of {format_size(self.total)}",
+            ),
         ]
 
 
@@ -188,10 +198,11 @@ def fit_pools(
 ) -> DeviceBudget:
     """Give the layers of a device the same number of slots, the first ones perhaps one more.
 
-    Never fewer than one token uses, and no more than there are experts. UserError naming the
-    smallest ``total`` that works.
+    Never fewer than one token uses, and no more than there are experts. A window comes first where
+    it leaves most of the memory. UserError naming the smallest ``total`` that works.
     """
     room = total - needs.total
+    window = max(expert_bytes.values(), default=0) * n_experts
 
     def taken(n: int) -> int:
         return sum(min(n, n_experts) * n_bytes for n_bytes in expert_bytes.values())
@@ -204,6 +215,9 @@ def fit_pools(
             f"{format_size(needs.kv)}, compute {format_size(needs.compute)}, {n_used} experts of "
             f"each layer); a smaller {option('n_ctx')} or fewer {option('gpu_layers')} also help"
         )
+    if window * WINDOW_SHARE > room or taken(n_experts) <= room:
+        window = 0
+    room -= window
     n = max(k for k in range(n_used, n_experts + 1) if taken(k) <= room)
     n_slots = dict.fromkeys(expert_bytes, n)
     left = room - taken(n)
@@ -211,4 +225,4 @@ def fit_pools(
         if n < n_experts and n_bytes <= left:
             n_slots[layer] += 1
             left -= n_bytes
-    return DeviceBudget(total, needs, n_slots, expert_bytes, n_experts)
+    return DeviceBudget(total, needs, n_slots, expert_bytes, n_experts, window)

@@ -139,14 +139,17 @@ def fixed(measured: Measured, n_slots: int | None) -> Budget:
     return Budget(total, needs, slot_bytes, n_slots, found.n_all, found.working_set)
 
 
-def fixed_pools(measured: Measured, n_slots: int | None) -> DeviceBudget | None:
+def fixed_pools(
+    measured: Measured, n_slots: int | None, window: bool = False
+) -> DeviceBudget | None:
     """So many slots of each of a device's layers, whatever they need; None: one per expert."""
     layout, placement = measured.found.layout, measured.found.placement
     if placement is None:
         return None
     layers = {layer.layer: expert_bytes(layer) for layer in placement.layers(layout)}
     n = layout.n_experts if n_slots is None else n_slots
-    return DeviceBudget(GB, DeviceNeeds(), dict.fromkeys(layers, n), layers, layout.n_experts)
+    slots = dict.fromkeys(layers, n)
+    return DeviceBudget(GB, DeviceNeeds(), slots, layers, layout.n_experts, int(window))
 
 
 def with_parts(name: str, **given: Any) -> PolicyMaker:
@@ -181,6 +184,7 @@ class Ours(Model):
         pace: Pace | None = None,
         routers: RouterReader = read_routers,
         n_pool: int | None = None,
+        window: bool = False,
         **more: Any,
     ) -> None:
         found = opening.find(path, Options(GB, policy, reads, lanes, **more))
@@ -195,7 +199,7 @@ class Ours(Model):
                 policy, cache=cache, order=order, predictor=predictor, pace=pace
             ),
             budget=fixed(loaded.measured, n_slots),
-            pools=fixed_pools(loaded.measured, n_pool),
+            pools=fixed_pools(loaded.measured, n_pool, window),
             routers=routers,
             recorder=recorder,
         )

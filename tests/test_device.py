@@ -6,6 +6,7 @@ to stock without a device. A pass proves:
  1  whole      layers with room for all experts: nothing is asked, a graph is one launch
  2  pools      room for some: what is missing is copied, exactly that, with one wait per layer
  3  ranges     an event of more experts than a pool has slots, down to what one token uses
+ 3  window     likewise with room for all of a layer: stock also for prompts, and pools stay
  4  waits      each kind of wait that is left out is seen
  5  memory     slots that are written again while copies read them; memory that is not pinned
  6  layers     some layers on the device, the rest on the processor
@@ -86,6 +87,10 @@ def generation(model: Model) -> Logits:
     return np.concatenate(logits)
 
 
+def long_prompt(model: Model) -> Logits:
+    return model.context().decode(rows(random_tokens(64)))
+
+
 def token_by_token(model: Model) -> Logits:
     context = model.context()
     return np.concatenate(
@@ -161,9 +166,27 @@ def test_03_ranges(layout: str, tiny_file: TinyFile, reference: Reference) -> No
         assert model.stats().ranges > 0
 
 
+@pytest.mark.parametrize("n_slots", [None, 3])
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled"])
+def test_03_window(
+    layout: str, n_slots: int | None, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = tiny_file("qwen3moe", scales=True) if layout == "scaled" else tiny_file(layout)
+    with ours(path, n_slots, n_pool=n_used(layout), window=True, **DEVICE) as model:
+        context = model.context()
+        for i, token in enumerate(random_tokens(8, seed=2)):
+            context.decode(rows([token], i))
+        held = [model.plugin.pool_keys(n.layer) for n in model.found.layout.layers]
+        same(long_prompt(model), reference(path, long_prompt))
+        assert model.stats().ranges == 0
+        assert held == [model.plugin.pool_keys(n.layer) for n in model.found.layout.layers]
+        same(generation(model), reference(path, generation))
+
+
 WAITS: dict[str, tuple[int, dict[str, Any]]] = {
     "for ids": (SYNCHRONIZE, {"n_pool": 8}),
     "for copies": (COMPUTE_WAITS, {"n_pool": 8}),
+    "for copies to the window": (COMPUTE_WAITS, {"n_pool": 4, "window": True}),
     "for the range before": (COPY_WAITS, {"n_pool": 4}),
     "for what a copy reads": (HOST_WAITS, {"n_pool": 4, "n_slots": 4}),
 }

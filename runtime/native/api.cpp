@@ -47,8 +47,10 @@ int64_t      moe_model_work_bytes(moe_model * model, int32_t n_used, int32_t n_u
 }
 int32_t moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate(n_slots) ? 0 : -1; }
 int32_t moe_model_is_pinned(moe_model * model) { return model->arena->is_pinned(); }
-int32_t moe_model_pools(moe_model * model, const int32_t * n_slots) { return model->allocate_pools(n_slots) ? 0 : -1; }
-void    moe_model_pool_keys(moe_model * model, int32_t layer, int32_t * keys) {
+int32_t moe_model_pools(moe_model * model, const int32_t * n_slots, int32_t window) {
+    return model->allocate_pools(n_slots, window != 0) ? 0 : -1;
+}
+void moe_model_pool_keys(moe_model * model, int32_t layer, int32_t * keys) {
     for (int slot = 0; slot < model->pools->n_slots(layer); slot++) {
         keys[slot] = model->pools->key_of(layer, slot);
     }

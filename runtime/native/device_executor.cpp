@@ -105,7 +105,7 @@ ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml
             continue;
         }
         patches.push_back({node, node->src[0], node->src[2]});
-        node->src[0] = model_.pools->tensor(*model_.weights.find(node->src[0]));
+        node->src[0] = place_of(node->src[0]);
         node->src[2] = slots ? slots : node->src[2];
     }
     const ggml_status status = ggml_backend_graph_compute_async(stream_, &view);
@@ -114,6 +114,12 @@ ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml
         p.node->src[2] = p.ids;
     }
     return status;
+}
+
+// Where a weight's experts are, as far as they are needed now.
+ggml_tensor * device_executor::place_of(const ggml_tensor * weight) {
+    const moe_tensor & found = *model_.weights.find(weight);
+    return wide_ ? model_.pools->window(found) : model_.pools->tensor(found);
 }
 
 // ---- experts
@@ -127,6 +133,12 @@ ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
     std::lock_guard<std::mutex> lock(model_.step);
     take_over();
     if (fitting(0) < n_tokens) {
+        if (model_.pools->has_window()) {
+            wide_                    = true;
+            const ggml_status status = event(0, n_tokens) ? launch(graph, s, nullptr) : GGML_STATUS_FAILED;
+            wide_                    = false;
+            return status;
+        }
         if (whole_.recognise(graph->nodes + s.begin, s.end - s.begin)) {
             return in_ranges();
         }
@@ -244,17 +256,7 @@ bool device_executor::event(int first, int last) {
     }
     ok = ok && bring();
     if (ok) {
-        int64_t ticket = 0;
-        for (const dialogue::entry & e : said.entries) {
-            ticket = std::max(ticket, model_.pools->ticket_of(c_.layer, e.pool));
-            for (int i = e.first; i < e.first + e.count; i++) {
-                slots_[first * c_.n_used + said.pairs[i]] = e.pool;
-            }
-        }
-        if (ticket > waited_) {
-            model_.pools->wait_on(stream_, ticket);
-            waited_ = ticket;
-        }
+        use_slots(first);
     }
     model_.record(MOE_EVENT_LAYER, c_.layer, t0);
     said.end(!ok);
@@ -262,11 +264,42 @@ bool device_executor::event(int first, int last) {
     return ok;
 }
 
+// Has the stream wait for what the event computes on; where that is a pool, its slots are in slots_ then.
+void device_executor::use_slots(int first) {
+    const dialogue & said   = model_.dialogue;
+    int64_t          ticket = wide_ ? model_.pools->last_ticket() : 0;
+    for (const dialogue::entry & e : said.entries) {
+        if (wide_) {
+            break;
+        }
+        ticket = std::max(ticket, model_.pools->ticket_of(c_.layer, e.pool));
+        for (int i = e.first; i < e.first + e.count; i++) {
+            slots_[first * c_.n_used + said.pairs[i]] = e.pool;
+        }
+    }
+    if (ticket > waited_) {
+        model_.pools->wait_on(stream_, ticket);
+        waited_ = ticket;
+    }
+}
+
+// What the pool has already.
+void device_executor::copy_to_window() {
+    for (const dialogue::entry & e : model_.dialogue.entries) {
+        if (e.slot < 0) {
+            model_.pools->copy_to_window(c_.layer, e.pool);
+        }
+    }
+}
+
 // Every expert of the plan into its slot of the pool, each as soon as it is in host memory.
 bool device_executor::bring() {
     dialogue & said    = model_.dialogue;
     bool       guessed = false;
     submit_ready_loads();
+    if (wide_) {
+        copy_to_window();
+    }
     for (;;) {
         bool any = false;
         if (!advance(any)) {
@@ -304,6 +337,9 @@ bool device_executor::advance(bool & any) {
                 return false;
             case slot_state::READY:
                 model_.upload(e.slot, c_.layer, e.pool);
+                if (wide_ && e.pool >= 0) {
+                    model_.pools->copy_to_window(c_.layer, e.pool);
+                }
                 e.done = any = true;
                 break;
             default:

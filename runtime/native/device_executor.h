@@ -3,7 +3,8 @@
 //
 //   trunk     up to the next such layer, in one launch; layers with all experts in their pool are part of it
 //   experts   from a layer's first expert matmul to its last: one wait for the ids, then one launch
-//   ranges    if an event needs more experts than the pool has slots: as many tokens at a time as fit
+//   window    an event of more experts than the pool has slots: all of them side by side, with the graph's ids
+//   ranges    likewise without a window: as many tokens at a time as fit the pool
 //
 // Nodes are patched in place and restored after the launch, which has captured them by then. So a graph
 // keeps its identity, and with it whatever the device knows of it: fused kernels, recorded launches.
@@ -40,11 +41,14 @@ class device_executor {
     const std::vector<segment> & cut(ggml_cgraph * graph);
     const moe_tensor *           asked(const ggml_tensor * node) const;
     ggml_status                  launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots);
+    ggml_tensor *                place_of(const ggml_tensor * weight);
     ggml_status                  experts(ggml_cgraph * graph, const segment & s);
     ggml_status                  in_ranges();
     void                         fetch(ggml_tensor * const * nodes, int n);
     int                          fitting(int first);
     bool                         event(int first, int last);
+    void                         use_slots(int first);
+    void                         copy_to_window();
     bool                         bring();
     void                         submit_ready_loads();
     bool                         advance(bool & any);
@@ -62,6 +66,7 @@ class device_executor {
     std::vector<char>                                  inputs_;   // likewise x
     std::vector<int32_t>                               ids_;      // [n_tokens][n_used] of the segment
     std::vector<int32_t>                               slots_;    // likewise in the pool; read by the stream until it is next waited for
+    bool                                               wide_    = false;  // the event uses the window
     bool                                               guesses_ = false;  // the event before wanted some: they are made from x
     std::vector<int>                                   waiting_;          // slots in host memory
     std::vector<int32_t>                               in_range_;         // expert -> number of the range that needs it

@@ -233,6 +233,9 @@ bool dialogue::on_device() const { return model_.pools && model_.pools->has(c_->
 const char * dialogue::read_pool(int i, int index) {
     pools &   p      = *model_.pools;
     const int expert = call.plan_experts[i], slot = call.plan_pools[i];
+    if (slot == -1 && p.has_window() && call.n_experts > p.n_slots(c_->layer) && call.plan_slots[i] >= 0) {
+        return nullptr;
+    }
     if (slot < 0 || slot >= p.n_slots(c_->layer)) {
         return "names a slot of a pool that does not exist";
     }

@@ -49,10 +49,12 @@ bool moe_model::allocate(int n_slots) {
 }
 
 // What is whole is so from the start: nothing else is ever put there.
-bool moe_model::allocate_pools(const int32_t * n_slots) { return pools && pools->allocate(n_slots); }
+bool moe_model::allocate_pools(const int32_t * n_slots, bool window) { return pools && pools->allocate(n_slots, window); }
 
 void moe_model::upload(int slot, int layer, int pool_slot) {
-    read_by_[slot] = pools->upload(layer, pool_slot, reads->key_of(slot), arena->place(slot, 0));
+    const int    key    = reads->key_of(slot);
+    const char * memory = arena->place(slot, 0);
+    read_by_[slot]      = pool_slot < 0 ? pools->upload_to_window(key, memory) : pools->upload(layer, pool_slot, key, memory);
 }
 
 bool moe_model::upload_all(const int32_t * slots, const int32_t * pool_slots, int n) {

@@ -29,8 +29,8 @@ struct moe_model {
     // Starts reading an expert into a slot.
     void load(int slot, int key, bool guess);
     // By layer, on the device.
-    bool allocate_pools(const int32_t * n_slots);
-    // Starts copying what a slot holds into one of a layer's pool.
+    bool allocate_pools(const int32_t * n_slots, bool window);
+    // Starts copying what a slot holds into one of a layer's pool; -1: into the window.
     void upload(int slot, int layer, int pool_slot);
     // Copies experts from slots to pools and waits for all of them; false after a failure.
     bool upload_all(const int32_t * slots, const int32_t * pool_slots, int n);

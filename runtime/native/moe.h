@@ -159,7 +159,9 @@ struct moe_call {
     int32_t * predicted_keys;  // [n_predicted], the nearest layer first, best first
     float *   predicted_chances;
 
-    int32_t * plan_pools;  // [n_experts] on a device: the slot in the layer's pool. What is there already has a plan_slot of -1.
+    // [n_experts] on a device: the slot in the layer's pool. What is there already has a plan_slot of -1. In an
+    // event of more experts than the pool has slots -1: for this event only, into the window.
+    int32_t * plan_pools;
 
     int64_t * settled_hits;   // by layer: experts that were found unasked, since the model was opened
     int64_t   settled_pairs;  // likewise (token, rank) pairs
@@ -300,8 +302,10 @@ MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
 MOE_API int32_t moe_model_is_pinned(struct moe_model * model);
 // Allocates the pools on the device, by layer n_slots[n_layers], 0 for one that
 // is computed on the processor; once, before the first decode. A layer with
-// a slot for every expert is not asked for: expert e is in slot e from the start. 0, or -1 when memory is refused.
-MOE_API int32_t moe_model_pools(struct moe_model * model, const int32_t * n_slots);
+// a slot for every expert is not asked for: expert e is in slot e from the start. With a window there is room
+// besides for all experts of any layer, in turn; without one, an event of more experts than a pool has slots
+// is asked for in pieces. 0, or -1 when memory is refused.
+MOE_API int32_t moe_model_pools(struct moe_model * model, const int32_t * n_slots, int32_t window);
 // keys[slots of the layer]: the key each slot of a pool holds, -1 for none.
 MOE_API void moe_model_pool_keys(struct moe_model * model, int32_t layer, int32_t * keys);
 // Copies n experts from slots that hold them into slots of their layers' pools, and returns when all are

@@ -255,6 +255,21 @@ void backend_get(ggml_backend_t backend, const ggml_tensor * t, void * data, siz
     stream_of(backend).push([=] { memcpy(data, from, size); });
 }
 
+bool backend_copy(ggml_backend_t from, ggml_backend_t to, const ggml_tensor * src, ggml_tensor * dst) {
+    if (from != to) {
+        return false;
+    }
+    const void * const source = src->data;
+    void * const       target = dst->data;
+    const size_t       size   = ggml_nbytes(src);
+    stream_of(to).push([=] {
+        memset(target, POISON, size);
+        delay();
+        memcpy(target, source, size);
+    });
+    return true;
+}
+
 void backend_synchronize(ggml_backend_t backend) {
     stream & s = stream_of(backend);
     if (asks(SYNCHRONIZE) || !s.brings_ids) {
@@ -366,6 +381,7 @@ ggml_backend_t device_init(ggml_backend_dev_t device, const char *) {
     iface.free             = backend_free;
     iface.set_tensor_async = backend_set;
     iface.get_tensor_async = backend_get;
+    iface.cpy_tensor_async = backend_copy;
     iface.synchronize      = backend_synchronize;
     iface.graph_compute    = backend_compute;
     iface.event_record     = backend_record;
