@@ -138,10 +138,11 @@ def child(args: argparse.Namespace, name: str, folder: Path, seconds: float) -> 
 
 
 def brief(row: dict[str, Any]) -> str:
-    names = ("gb_per_s", "identical", "decode_tps", "prefill_tps", "hit_rate", "open_s", "error")
+    names = ("gb_per_s", "identical", "decode_tps", "hit_rate", "open_s", "error")
     parts = [f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}"
              for k in names if k in row]  # fmt: skip
-    parts += [f"{k} {v:.4g}" for k, v in row.items() if k.startswith("batch_")]
+    speeds = [(k, v) for k, v in row.items() if k.startswith(("batch_", "prefill_"))]
+    parts += [f"{k} {v:.4g}" for k, v in speeds if k.endswith("_tps")]
     return ", ".join(parts)[:600]
 
 
@@ -156,7 +157,9 @@ def run_row(args: argparse.Namespace, device: Device) -> dict[str, Any]:
         runner.decode(args.tokens)
         for n in args.sequences:
             runner.batch(n)
-        runner.prefill(args.prompt)
+        for n_ubatch in sorted({min(512, args.prompt), args.prompt}):
+            runner.use(n_ubatch)
+            runner.prefill(args.prompt, f"prefill_{n_ubatch}_")
     return {"complete": True}
 
 
@@ -169,14 +172,26 @@ class Runner:
     """The steps of a row, on a model that is open."""
 
     def __init__(self, model: Any, arena: Arena | None, shape: ContextShape, opoff: bool) -> None:
-        params = shape.params()
-        params.n_ubatch = min(512, params.n_batch)
-        params.op_offload = opoff
+        self.model = model
+        self.params = shape.params()
+        self.params.op_offload = opoff
         self.arena = arena
         self.meter = None if arena is None else Meter(arena)
-        self.context = Context(model, params, arena, self.meter)
+        self.context: Context | None = None
+        self.use(min(512, self.params.n_batch))
+
+    def use(self, n_ubatch: int) -> None:
+        """A fresh context that computes so many tokens at once."""
+        self.close()
+        self.params.n_ubatch = n_ubatch
+        self.context = Context(self.model, self.params, self.arena, self.meter)
         self.memory = llama_cpp.llama_get_memory(self.context.ctx)
         self.n_vocab = self.context.n_vocab
+
+    def close(self) -> None:
+        if self.context is not None:
+            self.context.close()
+            self.context = None
 
     def facts(self) -> dict[str, Any]:
         if self.arena is None:
@@ -189,6 +204,7 @@ class Runner:
             self.meter.reset()
 
     def step(self, rows: list[Row], phase: Phase) -> Logits:
+        assert self.context is not None
         return self.context.decode(rows, phase)
 
     def identity(self, folder: Path) -> None:
@@ -252,7 +268,7 @@ class Runner:
         tell(**{f"batch_{n}_tps": n * len(times[8:]) / sum(times[8:])})
         self.counted(f"of_{n}_")
 
-    def prefill(self, n: int) -> None:
+    def prefill(self, n: int, prefix: str) -> None:
         """A prompt, twice; the second counts."""
         seconds = 0.0
         for seed in (1, 2):
@@ -261,8 +277,8 @@ class Runner:
             began = time.perf_counter()
             self.step(rows, Phase.PREFILL)
             seconds = time.perf_counter() - began
-            tell(prefill_tps=n / seconds)
-        self.counted("prefill_")
+            tell(**{f"{prefix}tps": n / seconds})
+        self.counted(prefix)
 
 
 def shape_of(args: argparse.Namespace) -> ContextShape:
@@ -299,7 +315,7 @@ def stock(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
     try:
         yield runner
     finally:
-        runner.context.close()
+        runner.close()
         llama_cpp.llama_model_free(model)
 
 
@@ -318,7 +334,12 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
         n = max(found.n_used, round(float(share) * layout.n_experts))
         layers = {layer.layer: expert_bytes(layer) for layer in placement.layers(layout)}
         pools = DeviceBudget(
-            device.free, measured.on_device, dict.fromkeys(layers, n), layers, layout.n_experts
+            device.free,
+            measured.on_device,
+            dict.fromkeys(layers, n),
+            layers,
+            layout.n_experts,
+            max(layers.values()) * layout.n_experts,
         )
         arena = start(loaded, pools=pools)
         if how != "cold":
@@ -328,7 +349,7 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
         try:
             yield runner
         finally:
-            runner.context.close()
+            runner.close()
             llama_cpp.llama_model_free(loaded.model)
     arena.close()
 
