@@ -34,6 +34,7 @@ class Tiers(Residency):
         pool_cache: Callable[[int, int], CachePolicy],
     ) -> None:
         super().__init__(n_slots, n_experts, cache, order)
+        self.keeps = True  # the policy has kept every expert that the device got so far
         self.whole = frozenset(layer for layer, n in n_pool.items() if n >= n_experts)
         self.pools = {
             layer: Residency(n, n_experts, pool_cache(layer, n), order)
@@ -48,6 +49,7 @@ class Tiers(Residency):
         if len(event.experts) > pool.n_slots:
             return self._plan_wide(event, pool)
         above = pool.plan(event)
+        self.keeps = self.keeps and not pool._n_passed
         n = above.n_hits
         missing = above.experts[n:]
         if not missing:
@@ -84,6 +86,16 @@ class Tiers(Residency):
             n_hits=len(held),
             pools=[place.get(expert, -1) for expert in held + below.experts],
         )
+
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """An event found these on the device."""
+        base, cache = layer * self.n_experts, self.pools[layer].cache
+        for expert in experts:
+            cache.touch(base + expert)
+
+    def is_complete(self, layers: Sequence[int]) -> bool:
+        """Whether memory holds every expert that a device may ask it for."""
+        return len(self.slot_of) == (len(layers) - len(self.whole)) * self.n_experts
 
     def holds(self, key: int) -> bool:
         layer = key // self.n_experts

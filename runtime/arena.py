@@ -81,7 +81,8 @@ class Arena:
         return self.callbacks.failure()
 
     def _reconcile(self) -> None:
-        """Make the tables true."""
+        """Make the tables true, once they have heard of all that passed."""
+        self.callbacks.flush()
         self.residency.reconcile(self.plugin.slot_keys())
         if isinstance(self.residency, Tiers):
             for layer in self.residency.pools:
@@ -133,6 +134,7 @@ class Arena:
 
     def demands(self) -> Demands:
         """The counts of demands since the model was opened, those that settled included."""
+        self.callbacks.flush()
         asked = self.controller.demands()
         settled, pairs = self.callbacks.settled(self.controller.layers)
         hits = {n: asked.hits.get(n, 0) + settled.get(n, 0) for n in asked.hits.keys() | settled}
@@ -239,10 +241,14 @@ def start(
 
 
 def _below(budget: Budget, found: Found, pools: DeviceBudget) -> Budget:
-    """No more slots in memory than experts that a device lacks, and those to fill it through."""
-    n_host = (len(found.layout.layers) - len(pools.n_slots)) * found.layout.n_experts
+    """No more slots in memory than experts of layers that are not wholly on the device, and those
+    to fill it through."""
+    n_experts = found.layout.n_experts
+    n_whole = sum(n >= n_experts for n in pools.n_slots.values())
     staging = max(min_slots(found.n_all), _FILL_BYTES // budget.slot_bytes)
-    return budget._replace(n_slots=min(budget.n_slots, max(staging, n_host + pools.n_missing)))
+    return budget._replace(
+        n_slots=min(budget.n_slots, max(staging, found.n_all - n_whole * n_experts))
+    )
 
 
 class _PoolCaches:

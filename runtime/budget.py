@@ -165,11 +165,6 @@ class DeviceBudget(NamedTuple):
         """Of the experts of its layers."""
         return sum(self.n_slots.values()) / (self.n_experts * max(1, len(self.n_slots)))
 
-    @property
-    def n_missing(self) -> int:
-        """Experts of its layers that find no slot."""
-        return sum(self.n_experts - n for n in self.n_slots.values())
-
     def rows(self) -> list[tuple[str, int, str]]:
         """(name, bytes, remark) of every item of the table."""
         n, n_all = sum(self.n_slots.values()), self.n_experts * len(self.n_slots)

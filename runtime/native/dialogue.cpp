@@ -25,6 +25,8 @@ dialogue::dialogue(moe_model & model) : model_(model) {
     call.plan_pools        = p + 7 * n + 3 * MOE_MAX_GUESSES;
     call.predicted_chances = chances_.data();
     call.settled_hits      = settled_hits_.data();
+    skipped_.resize(MOE_MAX_SKIPPED);
+    call.skipped = skipped_.data();
     step(MOE_PHASE_PREFILL, 1);
 }
 
@@ -147,6 +149,9 @@ bool dialogue::ask() {
         return plan_settled();
     }
     call.settled = 0;
+    if (call.may_skip && call.phase == MOE_PHASE_DECODE && plan_skipped()) {
+        return read_plan();
+    }
     drop_wrong_guesses();
     const int64_t t0 = now_ns();
     call.now_ns      = t0;
@@ -175,6 +180,29 @@ bool dialogue::plan_settled() {
         call.settled_hits[c_->layer] += call.n_experts;
         call.settled_pairs += (int64_t)c_->n_tokens * c_->n_used;
     }
+    return true;
+}
+
+// The plan when a device has all of it: whether it has.
+bool dialogue::plan_skipped() {
+    if (!on_device() || call.continuation || call.n_skipped + 3 + call.n_experts > MOE_MAX_SKIPPED ||
+        call.n_experts > model_.pools->n_slots(c_->layer)) {
+        return false;
+    }
+    for (int i = 0; i < call.n_experts; i++) {
+        call.plan_experts[i] = call.experts[i];
+        call.plan_slots[i]   = -1;
+        call.plan_pools[i]   = model_.pools->slot_of(model_.weights.key_of(0, c_->layer, call.experts[i]));
+        if (call.plan_pools[i] < 0) {
+            return false;
+        }
+    }
+    int32_t * told = call.skipped + call.n_skipped;
+    *told++        = c_->layer;
+    *told++        = c_->n_tokens * c_->n_used;
+    *told++        = call.n_experts;
+    std::copy(call.experts, call.experts + call.n_experts, told);
+    call.n_skipped += 3 + call.n_experts;
     return true;
 }
 

@@ -63,6 +63,7 @@ class dialogue {
     void         remember_tensors();
     bool         ask();
     bool         plan_settled();
+    bool         plan_skipped();
     bool         read_plan();
     const char * read_entry(int i);
     bool         on_device() const;
@@ -86,7 +87,8 @@ class dialogue {
     std::vector<int32_t> index_of_;  // expert -> index in call.experts; -1 between events
     std::vector<int32_t> first_of_;  // index -> first pair
     std::vector<int32_t> occupant_;  // slot -> last entry planned for it; -1 between events
-    std::vector<int32_t> pooled_;    // slot of a pool -> event that took it last
+    std::vector<int32_t> skipped_;
+    std::vector<int32_t> pooled_;  // slot of a pool -> event that took it last
     int32_t              n_events_ = 0;
     std::vector<int32_t> dropped_;
     std::vector<int32_t> abandoned_;

@@ -25,6 +25,7 @@ extern "C" {
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
 #define MOE_MAX_GUESSES 256
+#define MOE_MAX_SKIPPED 16384
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
 
@@ -162,6 +163,12 @@ struct moe_call {
     // [n_experts] on a device: the slot in the layer's pool. What is there already has a plan_slot of -1. In an
     // event of more experts than the pool has slots -1: for this event only, into the window.
     int32_t * plan_pools;
+
+    // On a device, where the callback has set may_skip: events of a decode step that found all in their pool
+    // pass unasked, and are told before the next one: layer, (token, rank) pairs, number of experts, experts.
+    int32_t * skipped;
+    int32_t   n_skipped;  // numbers; whoever has read them makes it 0
+    int32_t   may_skip;
 
     int64_t * settled_hits;   // by layer: experts that were found unasked, since the model was opened
     int64_t   settled_pairs;  // likewise (token, rank) pairs

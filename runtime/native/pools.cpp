@@ -33,7 +33,7 @@ ggml_tensor shape(const moe_tensor & weight, int n_slots) {
 }  // namespace
 
 pools::pools(const weights & w, ggml_backend_dev_t device)
-    : weights_(w), device_(device), stream_(ggml_backend_dev_init(device, nullptr)), slots_(w.n_layers) {
+    : weights_(w), device_(device), stream_(ggml_backend_dev_init(device, nullptr)), where_(w.n_keys(), -1), slots_(w.n_layers) {
     if (stream_ == nullptr) {
         throw std::runtime_error(std::string("the device ") + ggml_backend_dev_name(device) + " cannot be used");
     }
@@ -126,8 +126,18 @@ void pools::send(const std::vector<ggml_tensor> & to, int layer, int slot, const
 
 int64_t pools::upload(int layer, int slot, int key, const char * memory) {
     send(tensors_, layer, slot, memory);
+    forget(layer, slot);
+    where_[key]         = slot;
     slots_[layer][slot] = {key, issue()};
     return issued_;
+}
+
+void pools::forget(int layer, int slot) {
+    int & key = slots_[layer][slot].key;
+    if (key >= 0) {
+        where_[key] = -1;
+    }
+    key = -1;
 }
 
 int64_t pools::upload_to_window(int key, const char * memory) {

@@ -45,7 +45,9 @@ class pools {
     // The key a slot holds, or will before any stream that waits for its ticket goes on; -1: none.
     int     key_of(int layer, int slot) const { return slots_[layer][slot].key; }
     int64_t ticket_of(int layer, int slot) const { return slots_[layer][slot].ticket; }
-    void    forget(int layer, int slot) { slots_[layer][slot].key = -1; }
+    void    forget(int layer, int slot);
+    // Where a key is, or -1.
+    int slot_of(int key) const { return where_[key]; }
     // Starts copying an expert's matrices, of which `memory` is the slot in host memory; its ticket.
     int64_t upload(int layer, int slot, int key, const char * memory);
     // Likewise into the window.
@@ -87,6 +89,7 @@ class pools {
     ggml_backend_event_t              before_ = nullptr;
     ggml_backend_buffer_t             buffer_ = nullptr, window_buffer_ = nullptr;
     std::vector<ggml_tensor>          tensors_, window_;  // by index of the weight
+    std::vector<int>                  where_;             // key -> slot
     std::vector<std::vector<slot>>    slots_;             // by layer
     int64_t                           issued_ = 0, done_ = 0;
 };

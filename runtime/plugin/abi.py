@@ -135,6 +135,9 @@ class Call(ctypes.Structure):
         ("predicted_keys", ctypes.c_void_p),
         ("predicted_chances", ctypes.c_void_p),
         ("plan_pools", ctypes.c_void_p),
+        ("skipped", i32_array),
+        ("n_skipped", i32),
+        ("may_skip", i32),
         ("settled_hits", ctypes.POINTER(i64)),
         ("settled_pairs", i64),
     ]
