@@ -126,7 +126,8 @@ def child(args: argparse.Namespace, name: str, folder: Path, seconds: float) -> 
         )
         out, err = done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
-        out, err = ((t or b"").decode(errors="replace") for t in (late.stdout, late.stderr))
+        said = (late.stdout or b"", late.stderr or b"")
+        out, err = (t if isinstance(t, str) else t.decode(errors="replace") for t in said)
         err += f"\nno more after {seconds:.0f} s"
     documents = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     merged: dict[str, Any] = {}

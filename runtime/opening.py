@@ -200,16 +200,16 @@ def measure(
         llama_cpp.llama_model_free(model)
     if not context:
         raise UserError(f"llama.cpp cannot make a context for this model: {log.reason()}")
-    device = found.placement and found.placement.device.name
-    announced = logs.context_sizes(log, device)
+    placement = found.placement
+    announced = logs.context_sizes(log, None if placement is None else placement.device.name)
     n_ubatch = min(context_params.n_ubatch, context_params.n_ctx)
     logits = n_outputs * found.layout.n_vocab * 4
     work = binding.plugin.work_bytes(found.n_used, n_ubatch)
     on_device = DeviceNeeds()
-    if found.placement is not None:
+    if placement is not None:
         on_device = DeviceNeeds(
-            trunk=sum(t.n_bytes for t in found.placement.trunk(found.layout)),
-            kv=int(announced.kv * found.placement.share(found.layout)),
+            trunk=sum(t.n_bytes for t in placement.trunk(found.layout)),
+            kv=int(announced.kv * placement.share(found.layout)),
             compute=announced.on_device,
         )
     needs = Needs(

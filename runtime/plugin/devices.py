@@ -61,9 +61,9 @@ def devices() -> list[Device]:
             continue
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         host.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        texts = (host.ggml_backend_dev_name(device), host.ggml_backend_dev_description(device))
-        named = Device(*(text.decode(errors="replace") for text in texts), free.value, total.value)
-        found.append((kind, named))
+        name = host.ggml_backend_dev_name(device).decode()
+        text = host.ggml_backend_dev_description(device).decode(errors="replace")
+        found.append((kind, Device(name, text, free.value, total.value)))
     return [device for _, device in sorted(found, key=lambda pair: pair[0])]
 
 
