@@ -49,7 +49,10 @@ class Tiers(Residency):
         if len(event.experts) > pool.n_slots:
             return self._plan_wide(event, pool)
         above = pool.plan(event)
-        self.keeps = self.keeps and not pool._n_passed
+        base = event.layer * self.n_experts
+        self.keeps = self.keeps and all(
+            base + expert in pool.slot_of for expert in above.experts[above.n_hits :]
+        )
         n = above.n_hits
         missing = above.experts[n:]
         if not missing:
