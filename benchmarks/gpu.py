@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--module", type=Path, help="a library of ggml's to load the device from")
+    parser.add_argument("--rpc", help="HOST:PORT of a server, with ggml's RPC module as --module")
     parser.add_argument("--memory", default="auto")
     parser.add_argument("--reads", default="auto")
     parser.add_argument("--rows", default=ROWS)
@@ -82,12 +83,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         with logs.capture():
             if not library.ggml_backend_load(str(args.module).encode()):
                 parser.error(f"ggml does not take {args.module}")
+            if args.rpc:
+                add_server(args.module, args.rpc)
     device = choose(args.device)
     if device is None:
         parser.error("there is no GPU here")
     document = identity(device) if args.what == "identity" else run_row(args, device)
     print(json.dumps(document), flush=True)
     return 0 if document.get("ok", True) else 1
+
+
+def add_server(module: Path, endpoint: str) -> None:
+    """Make a server's devices known to this process's ggml."""
+    rpc, library, handle = ctypes.CDLL(str(module)), llama_cpp.llama_cpp._lib, ctypes.c_void_p
+    rpc.ggml_backend_rpc_add_server.restype = handle
+    rpc.ggml_backend_rpc_add_server.argtypes = [ctypes.c_char_p]
+    library.ggml_backend_register.argtypes = [handle]
+    server = rpc.ggml_backend_rpc_add_server(endpoint.encode())
+    if not server:
+        raise SystemExit(f"no server answers at {endpoint}")
+    library.ggml_backend_register(server)
 
 
 # --- rows, each in a process --------------------------------------------------------------------
@@ -120,6 +135,8 @@ def child(args: argparse.Namespace, name: str, folder: Path, seconds: float) -> 
     command += ["--sequences", *map(str, args.sequences)]
     if args.module is not None:
         command += ["--module", args.module]
+    if args.rpc:
+        command += ["--rpc", args.rpc]
     try:
         done = subprocess.run(
             list(map(str, command)), capture_output=True, text=True, timeout=seconds, check=False
