@@ -33,7 +33,7 @@ from conftest import TinyFile
 from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, stock
 from lag import COMPUTE_WAITS, COPY_WAITS, HOST_WAITS, NAME, SYNCHRONIZE, Lag, lag
 
-from moe_gguf import Llama, UserError
+from moe_gguf import Engine, Llama, UserError
 from moe_gguf.policies import POLICIES
 from moe_gguf.policies.pace import Everything
 from moe_gguf.runtime import logs
@@ -298,6 +298,20 @@ def test_10_llama(tiny_file: TinyFile, lag: Lag) -> None:
     assert stats["device"] == NAME.lower()
     assert 0 < stats["device_slots"] < 48
     assert stats["bytes_uploaded"] > 0
+
+
+def test_10_engine(tiny_file: TinyFile, lag: Lag) -> None:
+    """Several at once, on the device and on the processor."""
+    path = tiny_file("qwen3moe")
+
+    def texts(**options: Any) -> list[str]:
+        with contextlib.closing(
+            Engine(path, memory="1GB", n_ctx=256, parallel=3, **options)
+        ) as engine:
+            asked = [engine.submit(random_tokens(9, s), temp=0.0, max_tokens=6) for s in range(3)]
+            return [generation.result().text for generation in asked]
+
+    assert texts(**DEVICE, device_memory="11MB") == texts()
 
 
 def test_10_plan(tiny_file: TinyFile, lag: Lag) -> None:
