@@ -3,8 +3,8 @@
     python benchmarks/gpu.py identity --device cuda0
     python benchmarks/gpu.py rows model.gguf --device cuda0 --json gpu.json
 
-``identity`` holds tiny models of every expert layout against stock on the same device: decoding and
-layers that are wholly there to the last bit, events in pieces by their error. ``rows`` runs each
+``identity`` holds tiny models of every expert layout against stock on the same device: decoding,
+windows and layers that are wholly there to the last bit, events in pieces by their error. ``rows`` runs each
 row in a process of its own and writes the document anew after each, so that one that is cut short
 keeps what it has; it ends before ``--deadline`` seconds are over. Rows:
 
@@ -437,13 +437,17 @@ def identity(device: Device) -> dict[str, Any]:
             with harness.stock(path, device=device.name) as model:
                 expected = {"decode": singles(model), "prefill": prompt(model)}
             used = {"mixtral": 2, "llama4": 1}.get(layout, 4)
-            for pool, n in {"whole": None, "pool": 2 * used, "least": used}.items():
-                with harness.ours(path, device=device.name, n_pool=n) as model:
+            kinds = {"whole": None, "window": used, "pool": 2 * used, "least": used}
+            for pool, n in kinds.items():
+                window = pool == "window"
+                with harness.ours(path, device=device.name, n_pool=n, window=window) as model:
                     got = {"decode": singles(model), "prefill": prompt(model)}
                 for step, logits in expected.items():
                     cases[f"{layout} {pool} {step}"] = compared(got[step], logits)
                     print(layout, pool, step, cases[f"{layout} {pool} {step}"], file=sys.stderr)
-    exact = {k: v for k, v in cases.items() if "decode" in k or "whole" in k}
+    exact = {
+        k: v for k, v in cases.items() if any(word in k for word in ("decode", "whole", "window"))
+    }
     return {
         "device": device._asdict(),
         "ok": all(case["equal"] for case in exact.values()),
