@@ -3,10 +3,10 @@
     python benchmarks/gpu.py identity --device cuda0
     python benchmarks/gpu.py rows model.gguf --device cuda0 --json gpu.json
 
-``identity`` holds tiny models of every expert layout against stock on the same device: decoding,
-windows and layers that are wholly there to the last bit, events in pieces by their error. ``rows`` runs each
-row in a process of its own and writes the document anew after each, so that one that is cut short
-keeps what it has; it ends before ``--deadline`` seconds are over. Rows:
+``identity`` holds tiny models of every layout against stock on the same device: decoding,
+windows and layers that are wholly there to the last bit, events in pieces by their error. ``rows``
+runs each row in a process of its own and writes the document anew after each, so that one that is
+cut short keeps what it has; it ends before ``--deadline`` seconds are over. Rows:
 
     ceiling           copies of 64 MB from pinned memory to the device, nothing else
     stock             every weight on the device
