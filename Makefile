@@ -9,7 +9,7 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
-.PHONY: demo check lint types native test zoo chat mutants stress ray suites soak tsan clean
+.PHONY: demo check lint types native test zoo chat mutants rpc stress ray suites soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -58,6 +58,20 @@ chat: $(READY)
 # Damaged headers: what is not refused must not kill llama.cpp; `make test` tries 150.
 mutants: $(READY)
 	MUTANTS=10000 $(BIN)/pytest tests/test_bad_input.py -k does_not_kill
+
+# Devices behind ggml's RPC, its module built from llama.cpp's own source: a minute, after a download.
+rpc: build/rpc/bin/libggml-rpc.so $(READY)
+	$(BIN)/pytest tests/test_rpc.py
+
+build/rpc/bin/libggml-rpc.so: $(READY)
+	mkdir -p build/llama
+	$(BIN)/pip download -q --no-deps --no-binary :all: --no-build-isolation -d build/llama \
+		llama-cpp-python==$$($(BIN)/python -c 'import llama_cpp; print(llama_cpp.__version__)')
+	tar xzf build/llama/llama_cpp_python-*.tar.gz -C build/llama --strip-components=1
+	cmake -S build/llama/vendor/llama.cpp -B build/rpc -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+		-DGGML_BACKEND_DL=ON -DGGML_CPU=OFF -DGGML_RPC=ON -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMON=OFF
+	cmake --build build/rpc --target ggml-rpc
 
 # Random schedules, long: the native reads, the slot table, requests to an Engine; `make test` runs a
 # few of each. A batch of 1,000 lines is killed 20 times.

@@ -24,6 +24,8 @@ predictor measured on it says nothing. Three mechanisms of trained models are pu
 from __future__ import annotations
 
 import argparse
+import collections
+import concurrent.futures
 import ctypes
 import dataclasses
 import itertools
@@ -304,14 +306,16 @@ class Weights:
 # --- file --------------------------------------------------------------------------------------
 
 
-def write_model(path: Path, shape: Shape, calibration: Calibration, seed: int = 0) -> None:
-    """Write the model to `path`, one tensor in memory at a time; the same bytes for the same seed.
+def write_model(
+    path: Path, shape: Shape, calibration: Calibration, seed: int = 0, jobs: int = 1
+) -> None:
+    """Write the model to `path`, few tensors in memory at a time; the same bytes for a seed.
 
     Appears under its name only when complete; a failure leaves nothing behind.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        _write(partial, shape, calibration, seed)
+        _write(partial, shape, calibration, seed, jobs)
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # or its write-back would disturb the next benchmark's reads
         os.replace(partial, path)
@@ -319,7 +323,7 @@ def write_model(path: Path, shape: Shape, calibration: Calibration, seed: int = 
         partial.unlink(missing_ok=True)
 
 
-def _write(path: Path, shape: Shape, calibration: Calibration, seed: int) -> None:
+def _write(path: Path, shape: Shape, calibration: Calibration, seed: int, jobs: int) -> None:
     writer = gguf.GGUFWriter(path, arch="qwen3moe")
     writer.add_name(f"random {shape.name} (seed {seed})")
     writer.add_description(json.dumps(dataclasses.asdict(calibration)))
@@ -368,13 +372,28 @@ def _write(path: Path, shape: Shape, calibration: Calibration, seed: int) -> Non
     writer.write_ti_data_to_file()
     weights = Weights(shape, calibration, seed)
     try:
-        for index, tensor in enumerate(todo):
-            writer.write_tensor_data(weights.make(index, tensor))
+        for index, data in enumerate(_made(weights, todo, jobs)):
+            writer.write_tensor_data(data)
             if (index + 1) * 10 // len(todo) > index * 10 // len(todo):
                 print(f"{shape.name}: {index + 1} of {len(todo)} tensors", file=sys.stderr)
         writer.flush()
     finally:
         writer.close()
+
+
+def _made(weights: Weights, todo: list[Tensor], jobs: int) -> Iterator[npt.NDArray[Any]]:
+    """The tensors in their order; each is what it is whoever makes it."""
+    if jobs == 1:
+        yield from itertools.starmap(weights.make, enumerate(todo))
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        coming: collections.deque[concurrent.futures.Future[npt.NDArray[Any]]] = collections.deque()
+        for place in enumerate(todo):
+            coming.append(pool.submit(weights.make, *place))
+            if len(coming) > 2 * jobs:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 # --- statistics --------------------------------------------------------------------------------
@@ -603,6 +622,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stats", type=Path, metavar="MODEL", help="only measure this MoE GGUF")
     parser.add_argument("--no-stats", action="store_true", help="only write")
     parser.add_argument("--threads", type=int, help="threads to measure with (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make tensors")
     fields = [field.name for field in dataclasses.fields(Calibration)]
     for name in fields:
         parser.add_argument(f"--{name}", type=float, help="instead of the preset's constant")
@@ -616,7 +636,8 @@ def main(argv: list[str] | None = None) -> int:
             given = {
                 name: getattr(args, name) for name in fields if getattr(args, name) is not None
             }
-            write_model(args.out, shape, dataclasses.replace(calibration, **given), args.seed)
+            calibration = dataclasses.replace(calibration, **given)
+            write_model(args.out, shape, calibration, args.seed, args.jobs)
         if not args.no_stats:
             print(report(measure(args.stats or args.out, threads=args.threads)))
     except (OSError, ValueError) as error:

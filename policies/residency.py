@@ -21,6 +21,9 @@ class Plan(NamedTuple):
     Resident experts come first. ``loads[i]`` is not 0 when expert i must be read into ``slots[i]``
     first: 1 whole, 2 its low copy. A slot that appears twice is recycled inside the layer: its
     second expert is read after its first was computed.
+
+    On a device ``pools`` are slots of the layer's pool there, and an expert that has one already
+    has no other: its slot is -1.
     """
 
     experts: list[int]
@@ -29,6 +32,7 @@ class Plan(NamedTuple):
     n_hits: int
     n_low_pairs: int = 0  # (token, rank) pairs computed from a low copy
     n_low_loads: int = 0
+    pools: Sequence[int] = ()
 
 
 class Residency:
@@ -303,6 +307,10 @@ class Residency:
         self.stale = {key: None for key in self.stale if key in slot_of}
         used = set(slot_of.values())
         self.free = [slot for slot in range(self.n_slots - 1, -1, -1) if slot not in used]
+
+    def holds(self, key: int) -> bool:
+        """Whether a demand for it would read nothing."""
+        return key in self.slot_of
 
     def resident(self, layer: int) -> Sequence[int]:
         """The experts of one layer that have a slot."""

@@ -11,15 +11,16 @@ from dataclasses import replace
 
 import psutil
 
-from ..policies.base import Phase, Predictor
+from ..policies.base import CachePolicy, Phase, Predictor
 from ..policies.layered import hottest
 from ..policies.precision import MixedResidency
 from ..policies.predict import Gates, GatesMaker
 from ..policies.presets import Facts, Policy, PolicyMaker, policy
 from ..policies.residency import Residency
+from ..policies.tiers import Tiers
 from . import mode_line
 from .ahead import Ahead
-from .budget import Budget
+from .budget import Budget, DeviceBudget, min_slots
 from .controller import Controller, Demands, Guessing, Recorder
 from .formats.layout import ModelLayout, PlacedTensor
 from .opening import Found, Loaded
@@ -49,9 +50,11 @@ class Arena:
         gates: NativeGates | None,
         is_blind: bool,
         tables: Sequence[PlacedTensor],
+        pools: DeviceBudget | None = None,
     ) -> None:
         self.found = found
         self.budget = budget
+        self.pools = pools  # a device's, if there is one
         self.tables = tables  # that are on disk
         # Whoever calls llama_decode tells it the tokens first, so that their rows are on their way.
         self.ahead = Ahead(found.layout, tables, plugin.fetch_rows) if tables else None
@@ -74,8 +77,16 @@ class Arena:
 
     def recover(self) -> BaseException:
         """After a failed step: make the table true again and return the reason of the failure."""
-        self.residency.reconcile(self.plugin.slot_keys())
+        self._reconcile()
         return self.callbacks.failure()
+
+    def _reconcile(self) -> None:
+        """Make the tables true, once they have heard of all that passed."""
+        self.callbacks.flush()
+        self.residency.reconcile(self.plugin.slot_keys())
+        if isinstance(self.residency, Tiers):
+            for layer in self.residency.pools:
+                self.residency.reconcile_pool(layer, self.plugin.pool_keys(layer))
 
     def interrupt(self, error: Exception) -> None:
         """From any thread: every step fails with this from now on, the running one included."""
@@ -106,10 +117,24 @@ class Arena:
             raise
         return len(placed)
 
+    def fill_pools(self) -> None:
+        """Bring every expert of the layers that have room for all to the device, by way of slots
+        whose experts are forgotten. Before the first step."""
+        assert isinstance(self.residency, Tiers)
+        n_experts, n_slots = self.residency.n_experts, self.budget.n_slots
+        at_once = min(n_slots, max(1, _FILL_BYTES // self.found.slots.slot_bytes))
+        for layer in sorted(self.residency.whole):
+            for first in range(0, n_experts, at_once):
+                experts = range(first, min(n_experts, first + at_once))
+                keys = [layer * n_experts + expert for expert in experts]
+                self.plugin.fill(list(zip(keys, range(n_slots), strict=False)))
+                self.plugin.upload(list(zip(range(n_slots), experts, strict=False)))
+
     # -- what is known of it
 
     def demands(self) -> Demands:
         """The counts of demands since the model was opened, those that settled included."""
+        self.callbacks.flush()
         asked = self.controller.demands()
         settled, pairs = self.callbacks.settled(self.controller.layers)
         hits = {n: asked.hits.get(n, 0) + settled.get(n, 0) for n in asked.hits.keys() | settled}
@@ -135,7 +160,14 @@ class Arena:
 
     def mode_line(self) -> str:
         """The one line that says what is in force."""
-        return mode_line.mode_line(self.found, self.budget, self.tables, self.is_blind)
+        return mode_line.mode_line(
+            self.found,
+            self.budget,
+            self.tables,
+            self.is_blind,
+            self.pools,
+            self.plugin.is_pinned,
+        )
 
     def warm_line(self) -> str:
         """What came of starting warm."""
@@ -152,6 +184,7 @@ def start(
     *,
     make_policy: PolicyMaker | None = None,
     budget: Budget | None = None,
+    pools: DeviceBudget | None = None,
     routers: RouterReader = read_routers,
     recorder: Recorder | None = None,
     progress: Report | None = None,
@@ -164,8 +197,14 @@ def start(
     """
     measured, plugin = loaded.measured, loaded.binding.plugin
     found = measured.found
+    if pools is None:
+        pools = measured.divide_rest()
     if budget is None:
         budget = measured.with_process(int(psutil.Process().memory_info().rss)).divide()
+    if pools is not None:
+        budget = _below(budget, found, pools)
+        by_layer = (pools.n_slots.get(n, 0) for n in range(found.layout.layers[-1].layer + 1))
+        plugin.allocate_pools(list(by_layer), pools.window > 0)
     plugin.allocate(budget.n_slots)
     gates = _GatesMaker(found, plugin, routers)
     facts = _facts(found, budget.n_slots, gates)
@@ -176,15 +215,59 @@ def start(
         guessing = Guessing(chosen.predictor, chosen.pace, blob_bytes, MAX_GUESSES)
     layers = [layer.layer for layer in found.layout.layers]
     residency = _residency(found, budget.n_slots, chosen)
+    if pools is not None:
+        pool_caches = _PoolCaches(facts, make_policy or _named(found.options.policy))
+        residency = Tiers(
+            budget.n_slots,
+            found.layout.n_experts,
+            chosen.cache,
+            chosen.order,
+            pools.n_slots,
+            pool_caches,
+        )
     controller = Controller(residency, layers, recorder, guessing)
     # The statistics may be large and have told the policy what they know.
     small = replace(found, statistics=None)
-    arena = Arena(small, budget, plugin, controller, gates.made, gates.is_blind, measured.tables)
+    arena = Arena(
+        small, budget, plugin, controller, gates.made, gates.is_blind, measured.tables, pools
+    )
+    if pools is not None:
+        arena.fill_pools()
     if found.statistics is not None:
         # What is worth most is admitted last.
         keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]
         arena.n_warmed = arena.fill(keys, progress)
     return arena
+
+
+def _below(budget: Budget, found: Found, pools: DeviceBudget) -> Budget:
+    """No more slots in memory than experts of layers that are not wholly on the device, and those
+    to fill it through."""
+    n_experts = found.layout.n_experts
+    n_whole = sum(n >= n_experts for n in pools.n_slots.values())
+    staging = max(min_slots(found.n_all), _FILL_BYTES // budget.slot_bytes)
+    return budget._replace(
+        n_slots=min(budget.n_slots, max(staging, found.n_all - n_whole * n_experts))
+    )
+
+
+class _PoolCaches:
+    """A fresh cache of the same policy for each layer's pool."""
+
+    def __init__(self, facts: Facts, make_policy: PolicyMaker) -> None:
+        self._facts = facts
+        self._make_policy = make_policy
+
+    def __call__(self, layer: int, n_slots: int) -> CachePolicy:
+        facts = replace(
+            self._facts,
+            n_slots=n_slots,
+            layers=[layer],
+            popularity=self._facts.history(layer),
+            transitions=lambda: None,
+            gates=lambda how: None,
+        )
+        return self._make_policy(facts).cache
 
 
 class _GatesMaker:

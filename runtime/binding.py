@@ -22,6 +22,7 @@ from .formats.slots import SlotLayout
 from .formats.stream import stream_of
 from .formats.tables import row_bytes
 from .kernels import Kernels, Transforms
+from .placement import Placement
 from .plugin.abi import ABI, COPIES, Config, Part, Table, Tensor, Transform, TrunkTensor
 from .plugin.model import PluginModel
 
@@ -41,11 +42,25 @@ class Binding:
     """
 
     def __init__(
-        self, layout: ModelLayout, slots: SlotLayout, mode: disk.ReadMode, kernels: Kernels
+        self,
+        layout: ModelLayout,
+        slots: SlotLayout,
+        mode: disk.ReadMode,
+        kernels: Kernels,
+        placement: Placement | None = None,
     ) -> None:
-        self.plugin = PluginModel(config_of(layout, slots, mode, kernels.transforms, kernels.trunk))
-        self._experts = [t.name for layer in layout.layers for t in layer.tensors]
+        config = config_of(layout, slots, mode, kernels.transforms, kernels.trunk)
+        if placement is not None:
+            config.device = placement.device.name.encode()
+        self.plugin = PluginModel(config)
+        on_device = [] if placement is None else placement.layers(layout)
+        self._experts = _names(layer for layer in layout.layers if layer not in on_device)
+        self._device_experts = _names(on_device)
+        self._trunk = [t.name for t in layout.trunk]
+        self._placement = placement
         self._repacked = kernels.trunk
+        self._n_layers = layout.n_layers
+        self._devices: list[Any] = []  # likewise
         self._overrides: list[ctypes.Array[BuftOverride]] = []  # llama.cpp points into them
 
     def hold_tables(self, tables: Sequence[PlacedTensor], cache_bytes: int) -> None:
@@ -77,6 +92,12 @@ class Binding:
         # ggml-cpu's own.
         if not no_alloc:
             types += [(p, plugin.repack_buffer_type()) for p in patterns(self._repacked)]
+        placement = self._placement
+        if placement is not None:
+            experts, trunk = plugin.device_expert_buffer_type(), plugin.device_buffer_type()
+            on_device = [name for name in self._trunk if placement.has_tensor(name)]
+            types += [(p, experts) for p in patterns(self._device_experts)]
+            types += [(p, trunk) for p in patterns(on_device)]
         overrides = _overrides([*types, (".*", plugin.trunk_buffer_type())])
         self._overrides.append(overrides)
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
@@ -89,10 +110,20 @@ class Binding:
         # What is to be repacked, the overrides say; left to itself llama.cpp would try AMX too.
         params.use_extra_bufts = False
         params.n_gpu_layers = 0
+        if placement is not None:
+            devices = (ctypes.c_void_p * 2)(plugin.device(), None)
+            self._devices.append(devices)
+            params.devices = ctypes.cast(devices, ctypes.c_void_p).value
+            params.n_gpu_layers = max(0, self._n_layers + 1 - placement.first)
+            params.main_gpu, params.split_mode = 0, llama_cpp.LLAMA_SPLIT_MODE_LAYER
         return params
 
     def close(self) -> None:
         self.plugin.close()
+
+
+def _names(layers: Iterable[MoeLayer]) -> list[str]:
+    return [t.name for layer in layers for t in layer.tensors]
 
 
 def _overrides(types: Sequence[tuple[str, int]]) -> ctypes.Array[BuftOverride]:

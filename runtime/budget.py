@@ -6,6 +6,7 @@ compute buffers, Python, slots.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from .columns import columns
@@ -116,3 +117,107 @@ def fit(total: int, needs: Needs, slot_bytes: int, n_all: int, working_set: int)
             f"{floor} slots of {format_size(slot_bytes)}); a smaller {option('n_ctx')} also helps"
         )
     return Budget(total, needs, slot_bytes, n_slots, n_all, working_set)
+
+
+# --- a device's memory --------------------------------------------------------------------------
+
+# Of a device's free memory auto leaves this to what kernels and the driver allocate as they go.
+DEVICE_HEADROOM_BYTES = 512 * MB
+DEVICE_HEADROOM = 0.02
+
+
+# A window may take one part in so many of what is left for experts.
+WINDOW_SHARE = 4
+
+
+class DeviceNeeds(NamedTuple):
+    """Bytes a device needs besides its pools."""
+
+    trunk: int = 0
+    kv: int = 0
+    compute: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+NOTHING = DeviceNeeds()
+
+
+class DeviceBudget(NamedTuple):
+    """A division of a device's memory that works. The mappings are by layer."""
+
+    total: int
+    needs: DeviceNeeds
+    n_slots: Mapping[int, int]
+    expert_bytes: Mapping[int, int]
+    n_experts: int
+    window: int = 0  # bytes, for all experts of one layer at a time; 0: there is none
+
+    @property
+    def experts(self) -> int:
+        """Bytes of all pools."""
+        return sum(n * self.expert_bytes[layer] for layer, n in self.n_slots.items())
+
+    @property
+    def resident_share(self) -> float:
+        """Of the experts of its layers."""
+        return sum(self.n_slots.values()) / (self.n_experts * max(1, len(self.n_slots)))
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(name, bytes, remark) of every item of the table."""
+        n, n_all = sum(self.n_slots.values()), self.n_experts * len(self.n_slots)
+        share = f"{n} of {n_all} slots, {self.resident_share:.0%} of the experts"
+        return [
+            ("trunk", self.needs.trunk, ""),
+            ("KV cache", self.needs.kv, ""),
+            ("compute", self.needs.compute, "graph buffers"),
+            *([("window", self.window, "for prompts, a layer at a time")] if self.window else []),
+            ("experts", self.experts, share),
+            (
+                "total",
+                self.needs.total + self.window + self.experts,
+                f"of {format_size(self.total)}",
+            ),
+        ]
+
+
+def device_auto(free: int) -> int:
+    """What ``auto`` takes of so many bytes that are free on a device."""
+    return max(0, free - max(DEVICE_HEADROOM_BYTES, int(free * DEVICE_HEADROOM)))
+
+
+def fit_pools(
+    total: int, needs: DeviceNeeds, expert_bytes: Mapping[int, int], n_experts: int, n_used: int
+) -> DeviceBudget:
+    """Give the layers of a device the same number of slots, the first ones perhaps one more.
+
+    Never fewer than one token uses, and no more than there are experts. A window comes first where
+    it leaves most of the memory. UserError naming the smallest ``total`` that works.
+    """
+    room = total - needs.total
+    window = max(expert_bytes.values(), default=0) * n_experts
+
+    def taken(n: int) -> int:
+        return sum(min(n, n_experts) * n_bytes for n_bytes in expert_bytes.values())
+
+    least = needs.total + taken(n_used)
+    if total < least:
+        raise UserError(
+            f"{format_size(total)} of device memory is too little for this model: the smallest "
+            f"that works is {-(-least // MB) + 1}MB (trunk {format_size(needs.trunk)}, KV cache "
+            f"{format_size(needs.kv)}, compute {format_size(needs.compute)}, {n_used} experts of "
+            f"each layer); a smaller {option('n_ctx')} or fewer {option('gpu_layers')} also help"
+        )
+    if window * WINDOW_SHARE > room or taken(n_experts) <= room:
+        window = 0
+    room -= window
+    n = max(k for k in range(n_used, n_experts + 1) if taken(k) <= room)
+    n_slots = dict.fromkeys(expert_bytes, n)
+    left = room - taken(n)
+    for layer, n_bytes in expert_bytes.items():
+        if n < n_experts and n_bytes <= left:
+            n_slots[layer] += 1
+            left -= n_bytes
+    return DeviceBudget(total, needs, n_slots, expert_bytes, n_experts, window)

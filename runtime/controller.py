@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from ..policies.base import Guess, Ids, Inputs, Phase, Predictor, RouteEvent
 from ..policies.pace import Meters, Pace
 from ..policies.residency import Plan, Residency
+from ..policies.tiers import Tiers
 
 
 class Recorder(Protocol):
@@ -90,6 +91,23 @@ class Controller:
         self.residency.drop(keys)
         self._cancelled = keys
 
+    def on_skipped(self, layer: int, n_pairs: int, experts: Sequence[int]) -> None:
+        residency = self.residency
+        assert isinstance(residency, Tiers)
+        residency.touch(layer, experts)
+        self.pairs += n_pairs
+        self.layer_hits[layer] = self.layer_hits.get(layer, 0) + len(experts)
+
+    def may_skip(self) -> bool:
+        """Nobody wants to hear of each event, and nothing is left to be guessed."""
+        residency = self.residency
+        return (
+            isinstance(residency, Tiers)
+            and residency.keeps
+            and self.recorder is None
+            and (self.guessing is None or residency.is_complete(self.layers))
+        )
+
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         self._event = event
         if self.recorder is not None:
@@ -140,7 +158,7 @@ class Controller:
         event, residency = self._event, self.residency
         predictor.observe(event, ids)
         guesses = predictor.guess(event, inputs)
-        missing = [guess for guess in guesses if guess.key not in residency.slot_of]
+        missing = [guess for guess in guesses if not residency.holds(guess.key)]
         chosen: Sequence[Guess] = ()
         if missing and self._pays:
             n_bytes = blob_bytes[missing[0].key // residency.n_experts]

@@ -80,9 +80,13 @@ def _learn(ggml_type: int, divisor: int) -> Interleaving | None:
 
 
 class Transforms:
-    """The rules a model needs on this machine, numbered for the plugin."""
+    """The rules a model needs on this machine, numbered for the plugin.
 
-    def __init__(self, header: GgufHeader) -> None:
+    ``plain``: this processor's own layout is none to compute on either, but to be undone.
+    """
+
+    def __init__(self, header: GgufHeader, plain: bool = False) -> None:
+        self._plain = plain
         self._header = header
         self.rules: dict[str, Interleaving] = {}
 
@@ -90,7 +94,7 @@ class Transforms:
         """(moe_layout, index of the transform) of a matrix stored in this layout."""
         if layout == PLAIN:
             return LAYOUT_PLAIN, 0
-        own = interleaving(ggml_type, ne)
+        own = None if self._plain else interleaving(ggml_type, ne)
         if own is not None and layout == own.name:
             return LAYOUT_REPACKED, 0
         if layout not in self.rules:
@@ -122,15 +126,20 @@ class Kernels(NamedTuple):
         return tuple(self.transforms.rules)
 
 
-def kernels_of(layout: ModelLayout) -> tuple[ModelLayout, Kernels]:
-    """The model as it will be held, and the kernels that compute with it."""
-    transforms = Transforms(layout.metadata)
+def kernels_of(layout: ModelLayout, on_device: bool = False) -> tuple[ModelLayout, Kernels]:
+    """The model as it will be held, and the kernels that compute with it.
+
+    ``on_device``: those of a device, which want weights plain, and an output matrix in its memory.
+    """
+    transforms = Transforms(layout.metadata, plain=on_device)
     codes = {
         transforms.code(name, kind, tensor.ne[:2])[0]
         for layer in layout.layers
         for copy in layer.copies
         for tensor, name, kind in zip(layer.tensors, copy.layouts, copy.types, strict=True)
     }
+    if on_device:
+        return untied(layout), Kernels(False, (), transforms)
     if LAYOUT_REPACKED not in codes:
         return layout, Kernels(False, (), transforms)
     layout = repacked_layout(layout)

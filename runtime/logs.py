@@ -105,6 +105,7 @@ class Sizes(NamedTuple):
 
     kv: int
     compute: int
+    on_device: int = 0  # graph buffers of the device that was asked about
 
 
 # llama.cpp has no C call for these sizes; it prints them, also when it only simulates (no_alloc).
@@ -114,7 +115,7 @@ _KV_STATE = re.compile(r"DSV4 .* state, .*?size =\s*([0-9.]+) MiB|ratio = .*size
 _COMPUTE = re.compile(r"(\S+\s+(?:compute|output)) buffer size =\s*([0-9.]+) MiB")
 
 
-def context_sizes(log: Log) -> Sizes:
+def context_sizes(log: Log, device: str | None = None) -> Sizes:
     """The KV cache (or recurrent state) and graph buffers announced in a log."""
     kv = 0.0
     # A simulation names a buffer once per backend that computes in it, CPU and plugin.
@@ -124,4 +125,6 @@ def context_sizes(log: Log) -> Sizes:
             kv += float(next(group for group in match.groups() if group))
         elif match := _COMPUTE.search(line):
             compute[match[1]] = max(compute.get(match[1], 0.0), float(match[2]))
-    return Sizes(int(kv * _MIB), int(sum(compute.values()) * _MIB))
+    on_device = sum(n for name, n in compute.items() if name.split()[0] == device)
+    host = sum(compute.values()) - on_device
+    return Sizes(int(kv * _MIB), int(host * _MIB), int(on_device * _MIB))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .budget import Budget, Needs
+from .budget import Budget, DeviceBudget, Needs
 from .formats.ggml_types import GGML_TYPES
 from .formats.layout import PlacedTensor
 from .opening import Found
@@ -12,9 +12,16 @@ from .sizes import format_size
 from .text import shown
 
 
-def mode_line(found: Found, budget: Budget, tables: Sequence[PlacedTensor], is_blind: bool) -> str:
+def mode_line(
+    found: Found,
+    budget: Budget,
+    tables: Sequence[PlacedTensor],
+    is_blind: bool,
+    pools: DeviceBudget | None = None,
+    is_pinned: bool = True,
+) -> str:
     """One line: model, budget, reads, policy, device; ``tables`` are on disk; ``is_blind``: no
-    guesses are made."""
+    guesses are made; ``pools`` are the device's, and whether it copies from memory directly."""
     layout, needs = found.layout, budget.needs
     lossy = ", ".join(_losses(found))
     named = f"{shown(layout.path.name)} ({shown(layout.architecture)}"
@@ -25,7 +32,7 @@ def mode_line(found: Found, budget: Budget, tables: Sequence[PlacedTensor], is_b
         f"{format_size(needs.compute)} + experts {format_size(budget.experts)} "
         f"({budget.n_slots} slots, {budget.resident_share:.0%}) + process "
         f"{format_size(needs.process)}; reads {found.mode}; policy {_policy(found, is_blind)}; "
-        f"device {found.options.device}{_tables(tables)}{_kernels(found)}"
+        f"device {found.device}{_pools(pools, is_pinned)}{_tables(tables)}{_kernels(found)}"
         f"{lossy and f', LOSSY: {lossy}'}"
     )
 
@@ -41,6 +48,19 @@ def _tables(tables: Sequence[PlacedTensor]) -> str:
         return ""
     names = ", ".join(f"{t.name} ({format_size(t.n_bytes)})" for t in tables)
     return f"; on disk: {names}"
+
+
+def _pools(pools: DeviceBudget | None, is_pinned: bool) -> str:
+    """How a device's memory is divided."""
+    if pools is None:
+        return ""
+    needs, n = pools.needs, sum(pools.n_slots.values())
+    pinned = "" if is_pinned else ", copied to from pageable memory, which is slow"
+    return (
+        f": {format_size(pools.total)} = trunk {format_size(needs.trunk)} + KV "
+        f"{format_size(needs.kv)} + compute {format_size(needs.compute)} + experts "
+        f"{format_size(pools.experts)} ({n} slots, {pools.resident_share:.0%}){pinned}"
+    )
 
 
 def _rows(needs: Needs) -> str:

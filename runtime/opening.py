@@ -19,7 +19,7 @@ from ..policies.precision import Precision
 from . import budget as budgets
 from . import disk, history, logs, sizes, system, trial
 from .binding import Binding
-from .budget import Budget, Needs
+from .budget import Budget, DeviceBudget, DeviceNeeds, Needs
 from .errors import UserError, option
 from .formats.gguf_header import read_header
 from .formats.layout import ModelLayout, PlacedTensor
@@ -29,6 +29,8 @@ from .formats.tables import tables_of
 from .history import Identity, Routing
 from .kernels import Kernels, kernels_of
 from .options import Options
+from .placement import Placement, expert_bytes, place
+from .plugin.devices import choose
 from .progress import Report
 
 # A smaller table stays in memory, unless it is asked to go.
@@ -50,6 +52,7 @@ class Found:
     kernels: Kernels
     statistics: Routing | None  # of earlier runs, to start warm from
     tables: tuple[PlacedTensor, ...]  # what may stay on disk
+    placement: Placement | None = None  # None: the processor computes all of it
 
     @property
     def working_set(self) -> int:
@@ -80,7 +83,12 @@ class Found:
 
     def bind(self) -> Binding:
         """The native model for it, the caller's to close."""
-        return Binding(self.layout, self.slots, self.mode, self.kernels)
+        return Binding(self.layout, self.slots, self.mode, self.kernels, self.placement)
+
+    @property
+    def device(self) -> str:
+        """The name of what computes it."""
+        return "cpu" if self.placement is None else self.placement.device.name.lower()
 
 
 def find(path: Path, options: Options) -> Found:
@@ -103,10 +111,18 @@ def find(path: Path, options: Options) -> Found:
     probe = disk.probe_all(layout.files)
     spare = system.auto_size() - total
     mode = disk.choose(layout, probe, options.reads, options.lanes, spare)
-    layout, kernels = kernels_of(layout)
+    placement = place(layout, choose(options.device), options.gpu_layers)
+    if placement is not None and options.precision.lossy:
+        raise UserError(
+            f"a device holds no low copies: leave out {option('low_share')} and "
+            f"{option('low_on_miss')}, or use {option('device', 'cpu')}"
+        )
+    layout, kernels = kernels_of(layout, placement is not None)
     slots = slot_layout(layout, probe.offset_align)
     tables = () if options.table_rows == "resident" else tables_of(layout)
-    return Found(options, layout, n_used, total, slots, mode, kernels, statistics, tables)
+    return Found(
+        options, layout, n_used, total, slots, mode, kernels, statistics, tables, placement
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +133,32 @@ class Measured:
     needs: Needs
     n_ctx: int
     tables: tuple[PlacedTensor, ...] = ()  # that stay on disk
+    on_device: DeviceNeeds = budgets.NOTHING
+
+    def divide_device(self) -> DeviceBudget | None:
+        """Give the pools what a device's needs leave of its memory as it is now, nothing of the
+        model being there; UserError when that is too little. None without a device."""
+        return self._divide_device(None)
+
+    def divide_rest(self) -> DeviceBudget | None:
+        """Likewise, once all but the pools is there."""
+        placement = self.found.placement
+        device = placement and choose(placement.device.name)
+        return self._divide_device(device.free + self.on_device.total if device else None)
+
+    def _divide_device(self, free: int | None) -> DeviceBudget | None:
+        found, placement = self.found, self.found.placement
+        if placement is None:
+            return None
+        asked = found.options.device_memory
+        if asked == "auto":
+            total = budgets.device_auto(placement.device.free if free is None else free)
+        else:
+            total = asked if isinstance(asked, int) else sizes.parse_size(asked)
+        layers = {n.layer: expert_bytes(n) for n in placement.layers(found.layout)}
+        return budgets.fit_pools(
+            total, self.on_device, layers, found.layout.n_experts, found.n_used
+        )
 
     def divide(self) -> Budget:
         """Give the slots what the needs leave of the budget; UserError when that is too little."""
@@ -158,17 +200,26 @@ def measure(
         llama_cpp.llama_model_free(model)
     if not context:
         raise UserError(f"llama.cpp cannot make a context for this model: {log.reason()}")
-    announced = logs.context_sizes(log)
+    placement = found.placement
+    announced = logs.context_sizes(log, None if placement is None else placement.device.name)
     n_ubatch = min(context_params.n_ubatch, context_params.n_ctx)
     logits = n_outputs * found.layout.n_vocab * 4
     work = binding.plugin.work_bytes(found.n_used, n_ubatch)
+    on_device = DeviceNeeds()
+    if placement is not None:
+        on_device = DeviceNeeds(
+            trunk=sum(t.n_bytes for t in placement.trunk(found.layout)),
+            kv=int(announced.kv * placement.share(found.layout)),
+            compute=announced.on_device,
+        )
     needs = Needs(
-        trunk=found.layout.trunk_bytes,
-        kv=announced.kv,
+        trunk=found.layout.trunk_bytes - on_device.trunk,
+        kv=announced.kv - on_device.kv,
         compute=announced.compute + logits + work,
         process=rss + budgets.MARGIN_BYTES,
     )
-    return place_tables(Measured(found, needs, int(context_params.n_ctx)))
+    measured = Measured(found, needs, int(context_params.n_ctx), on_device=on_device)
+    return place_tables(measured)
 
 
 def place_tables(measured: Measured) -> Measured:

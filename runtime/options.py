@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 READ_MODES = ("auto", "direct", "buffered")
 MOST_LANES = 64
 TABLE_ROWS = ("auto", "resident", "disk")
-DEVICES = ("cpu",)
 
 
 class Entry(NamedTuple):
@@ -63,7 +62,15 @@ class Options:
         "where embedding tables are, of which a token needs a few rows: resident in memory, "
         "on disk, or auto: on disk where memory is short and they are large",
     )
-    device: str = entry("cpu", "NAME", "where experts are computed (cpu)")
+    device: str = entry(
+        "cpu", "NAME", "where the model is computed: cpu, a GPU by ggml's name (cuda0), or auto"
+    )
+    device_memory: str | int = entry(
+        "auto", "SIZE", "what the device may use: weights, KV cache, experts; auto: what is free"
+    )
+    gpu_layers: int | None = entry(
+        None, "N|auto", "so many layers, the last ones, are the device's; auto: all"
+    )
     warm: bool = entry(
         False, None, "fill memory first with what was popular in runs of trace --save-routing"
     )
@@ -71,10 +78,8 @@ class Options:
     def __post_init__(self) -> None:
         from ..policies.presets import check_policy  # numpy comes with it, and help needs none
 
-        if self.device not in DEVICES:
-            raise UserError(
-                f"device {self.device!r} is not supported yet: use {option('device', 'cpu')}"
-            )
+        if self.gpu_layers is not None and self.gpu_layers < 0:
+            raise UserError(f"{self.gpu_layers} layers make no sense: give 0 or more, or auto")
         try:
             check_policy(self.policy)
         except ValueError as error:

@@ -30,7 +30,7 @@ def read_routers(layout: ModelLayout, plugin: PluginModel) -> dict[int, Router]:
     def array(layer: int, *names: str) -> Floats | None:
         found = (tensors.get(f"blk.{layer}.{name}") for name in names)
         tensor = next((tensor for tensor in found if tensor is not None), None)
-        return None if tensor is None else _values(tensor, plugin)
+        return None if tensor is None else _values(tensor, layout, plugin)
 
     routers: dict[int, Router] = {}
     for layer in layout.layers:
@@ -49,12 +49,16 @@ def read_routers(layout: ModelLayout, plugin: PluginModel) -> dict[int, Router]:
     return routers
 
 
-def _values(tensor: PlacedTensor, plugin: PluginModel) -> Floats | None:
-    """A trunk tensor in float32, rows last; None where the loaded model keeps it otherwise."""
+def _values(tensor: PlacedTensor, layout: ModelLayout, plugin: PluginModel) -> Floats:
+    """A trunk tensor in float32, rows last: of the loaded model, or, where that keeps it otherwise
+    (on a device, say), of its file."""
     address = plugin.trunk_data(tensor.name)
     if address is None:
-        return None
-    memory = memoryview((ctypes.c_char * tensor.n_bytes).from_address(address))
+        with layout.files[tensor.file].open("rb") as file:
+            file.seek(tensor.offset)
+            memory = memoryview(file.read(tensor.n_bytes))
+    else:
+        memory = memoryview((ctypes.c_char * tensor.n_bytes).from_address(address))
     kind = GGMLQuantizationType(tensor.ggml_type)
     shape = tensor.ne[::-1]
     if kind is GGMLQuantizationType.F32:

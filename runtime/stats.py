@@ -163,7 +163,11 @@ class Meter:
             "slots": budget.n_slots,
             "policy": found.options.policy,
             "reads": str(found.mode),
-            "device": found.options.device,
+            "device": found.device,
+            "device_slots": 0 if arena.pools is None else sum(arena.pools.n_slots.values()),
+            "uploads": native.uploads,
+            "bytes_uploaded": native.upload_bytes,
+            "device_waits": native.waits,
         }
 
 

@@ -59,6 +59,9 @@ COMPUTE_S = 0.1  # of CPU, for a token of a larger model
 N_CTX, N_BATCH = 64, 16  # enough for every graph there is, and little memory
 _TEXT = bytes(range(1, 256)) + " Hello wörld 1234 \U0001f600 <|eos|></s>\n".encode()
 
+# A child computes on the processor: a GPU would want more than a child may take.
+_ALONE = {"GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+
 _DEADLY = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _LAST_WORDS = re.compile(r"GGML_ASSERT|GGML_ABORT|what\(\):|terminate called|: error|failed")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
@@ -114,7 +117,7 @@ def send(header: bytes, stream_bytes: int, cpu_s: float = CPU_S) -> Verdict:
                 stdout=subprocess.DEVNULL,
                 stderr=said,
                 cwd=child.FOLDER,
-                env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+                env=os.environ | _ALONE,
                 start_new_session=True,  # Ctrl-C is for this process, which ends the child
                 timeout=cpu_s * WALL_S_PER_CPU_S,
                 check=False,

@@ -6,6 +6,7 @@ choice, because a tiny model fits into any budget that also holds Python.
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,15 +34,18 @@ from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.pace import Everything, Pace
 from moe_gguf.policies.precision import MixedResidency
 from moe_gguf.policies.presets import PolicyMaker, policy
+from moe_gguf.policies.tiers import Tiers
 from moe_gguf.runtime import logs, opening
 from moe_gguf.runtime.arena import Arena, RouterReader, start
-from moe_gguf.runtime.budget import Budget, Needs
+from moe_gguf.runtime.budget import Budget, DeviceBudget, DeviceNeeds, Needs
 from moe_gguf.runtime.controller import Recorder
 from moe_gguf.runtime.engine import context as contexts
 from moe_gguf.runtime.engine.context import Logits, Row
 from moe_gguf.runtime.opening import Measured
 from moe_gguf.runtime.options import Options
+from moe_gguf.runtime.placement import expert_bytes
 from moe_gguf.runtime.plugin.abi import Stats
+from moe_gguf.runtime.plugin.devices import address
 from moe_gguf.runtime.routers import read_routers
 from moe_gguf.runtime.sizes import GB
 from moe_gguf.runtime.stats import Meter
@@ -109,12 +113,17 @@ class Stock(Model):
     That crashes stock llama.cpp where the processor has AMX.
     """
 
-    def __init__(self, path: Path, repack: bool = False) -> None:
+    def __init__(self, path: Path, repack: bool = False, device: str | None = None) -> None:
         if repack and " amx_tile" in Path("/proc/cpuinfo").read_text():
             missing("stock llama.cpp crashes in its AMX kernels when it repacks on this processor")
         params = llama_cpp.llama_model_default_params()
         params.use_extra_bufts = repack
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        devices = (ctypes.c_void_p * 2)()
+        if device is not None:
+            devices[0] = address(device)
+            params.n_gpu_layers = 999
+        params.devices = ctypes.cast(devices, ctypes.c_void_p).value
         with logs.capture() as log:
             model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         assert model, log.reason()
@@ -130,6 +139,19 @@ def fixed(measured: Measured, n_slots: int | None) -> Budget:
     return Budget(total, needs, slot_bytes, n_slots, found.n_all, found.working_set)
 
 
+def fixed_pools(
+    measured: Measured, n_slots: int | None, window: bool = False
+) -> DeviceBudget | None:
+    """So many slots of each of a device's layers, whatever they need; None: one per expert."""
+    layout, placement = measured.found.layout, measured.found.placement
+    if placement is None:
+        return None
+    layers = {layer.layer: expert_bytes(layer) for layer in placement.layers(layout)}
+    n = layout.n_experts if n_slots is None else n_slots
+    slots = dict.fromkeys(layers, n)
+    return DeviceBudget(GB, DeviceNeeds(), slots, layers, layout.n_experts, int(window))
+
+
 def with_parts(name: str, **given: Any) -> PolicyMaker:
     """A named policy with some of its parts replaced.
 
@@ -142,7 +164,8 @@ def with_parts(name: str, **given: Any) -> PolicyMaker:
 
 
 class Ours(Model):
-    """A model through the plugin with ``n_slots`` slots (None: one for every expert)."""
+    """A model through the plugin with ``n_slots`` slots (None: one for every expert), on a device
+    ``n_pool`` of each layer there."""
 
     arena: Arena
 
@@ -160,6 +183,8 @@ class Ours(Model):
         predictor: Predictor | None = None,
         pace: Pace | None = None,
         routers: RouterReader = read_routers,
+        n_pool: int | None = None,
+        window: bool = False,
         **more: Any,
     ) -> None:
         found = opening.find(path, Options(GB, policy, reads, lanes, **more))
@@ -174,6 +199,7 @@ class Ours(Model):
                 policy, cache=cache, order=order, predictor=predictor, pace=pace
             ),
             budget=fixed(loaded.measured, n_slots),
+            pools=fixed_pools(loaded.measured, n_pool, window),
             routers=routers,
             recorder=recorder,
         )
@@ -209,6 +235,7 @@ class Ours(Model):
         """The table is consistent, and the slots hold what it says, but for wrong guesses: the
         plugin may have given one up and not told yet."""
         self.check_table()
+        self.check_pools()
         residency = self.controller.residency
         held = self.plugin.slot_keys()
         for key, slot in residency.slot_of.items():
@@ -216,6 +243,15 @@ class Ours(Model):
                 key += residency.first_low_key
                 assert held[slot] == key, "the slot has no low copy of its expert"
             assert held[slot] == key or (held[slot] == -1 and key not in residency.cache)
+
+    def check_pools(self) -> None:
+        """The device holds what the table says."""
+        residency = self.controller.residency
+        if isinstance(residency, Tiers):
+            for layer, pool in residency.pools.items():
+                held = self.plugin.pool_keys(layer)
+                for key, slot in pool.slot_of.items():
+                    assert held[slot] == key, "a pool does not hold its expert"
 
     def check_table(self) -> None:
         """The table alone: a guess that failed stays in it until someone wants it."""
@@ -228,8 +264,8 @@ class Ours(Model):
 
 
 @contextmanager
-def stock(path: Path, repack: bool = False) -> Iterator[Stock]:
-    model = Stock(path, repack)
+def stock(path: Path, repack: bool = False, device: str | None = None) -> Iterator[Stock]:
+    model = Stock(path, repack, device)
     try:
         yield model
     finally:

@@ -273,4 +273,6 @@ def test_a_buffer_two_backends_compute_in_counts_once() -> None:
         "sched_reserve:      CUDA0 compute buffer size =    10.00 MiB\n",
     ):
         log.add(2, line)
-    assert logs.context_sizes(log) == (int(11.25 * 2**20), int(111.5 * 2**20))
+    assert logs.context_sizes(log) == (int(11.25 * 2**20), int(111.5 * 2**20), 0)
+    on_device = logs.context_sizes(log, "CUDA0")
+    assert on_device[1:] == (int(101.5 * 2**20), 10 * 2**20)

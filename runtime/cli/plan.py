@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..budget import Budget, Needs, smallest
+from ..budget import Budget, DeviceBudget, Needs, smallest
 from ..columns import columns
 from ..errors import UserError, spell
 from ..options import Options
@@ -89,10 +89,12 @@ def plan_document(
         "experts_bytes": 0,
         "policy": found.options.policy,
         "reads": str(found.mode),
-        "device": found.options.device,
+        "device": found.device,
+        "on_device": None,
     }
     try:
         budget = measured.divide()
+        pools = measured.divide_device()
     except UserError as error:
         return {**document, "fits": False, "reason": error.spelled(as_flag), "predicted": None}
     warning = budget.warning()
@@ -102,6 +104,7 @@ def plan_document(
         "slots": budget.n_slots,
         "resident_share": budget.resident_share,
         "experts_bytes": budget.experts,
+        "on_device": None if pools is None else on_device(pools),
         "predicted": predict(found, budget.resident_share),
     }
 
@@ -134,6 +137,18 @@ def schedule_document(
         return {"schedule": None, "schedule_reason": error.spelled(as_flag)}
     schedule = planning.document(made)
     return {"schedule": schedule, "schedule_reason": None, "schedule_lines": planning.lines(made)}
+
+
+def on_device(pools: DeviceBudget) -> dict[str, Any]:
+    """A device's division, as the document has it."""
+    return {
+        "budget_bytes": pools.total,
+        **{f"{name}_bytes": n_bytes for name, n_bytes in pools.needs._asdict().items()},
+        "experts_bytes": pools.experts,
+        "slots": sum(pools.n_slots.values()),
+        "resident_share": pools.resident_share,
+        "rows": pools.rows(),
+    }
 
 
 def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
@@ -193,6 +208,7 @@ def plan_text(document: dict[str, Any]) -> str:
         f"fits {format_size(d['budget_bytes'])}: "
         + ("yes" if d["fits"] else f"no, {named}; a smaller --ctx also helps"),
         budget.table(),
+        *_device_lines(d),
         "budgets:",
         *columns(rows, "<><"),
         *(
@@ -209,6 +225,13 @@ def plan_text(document: dict[str, Any]) -> str:
     if d["warning"]:
         lines.append(f"warning: {d['warning']}")
     return "\n".join(lines)
+
+
+def _device_lines(d: dict[str, Any]) -> list[str]:
+    if d["on_device"] is None:
+        return []
+    rows = [(name, format_size(n), remark) for name, n, remark in d["on_device"]["rows"]]
+    return [f"on {shown(d['device'])}:", *(f"  {line}" for line in columns(rows, "<><"))]
 
 
 def _predicted_text(predicted: dict[str, Any]) -> str:

@@ -34,8 +34,11 @@ moe_model * moe_model_new(const moe_config * config, char * error, size_t n_erro
 
 void         moe_model_free(moe_model * model) { delete model; }
 void *       moe_model_expert_buffer_type(moe_model * model) { return model->experts.ggml(); }
+void *       moe_model_device_expert_buffer_type(moe_model * model) { return model->device ? model->device->experts.ggml() : nullptr; }
 void *       moe_model_trunk_buffer_type(moe_model * model) { return model->trunk.plain.ggml(); }
 void *       moe_model_repack_buffer_type(moe_model * model) { return moe::repack_type() ? model->trunk.repacked.ggml() : nullptr; }
+void *       moe_model_device_buffer_type(moe_model * model) { return model->device ? model->trunk.on_device.ggml() : nullptr; }
+void *       moe_model_device(moe_model * model) { return model->device ? model->device->ggml() : nullptr; }
 void *       moe_model_table_buffer_type(moe_model * model) { return model->tables->type.ggml(); }
 FILE *       moe_model_stream(moe_model * model) { return model->open_stream(); }
 const void * moe_model_trunk_data(moe_model * model, const char * name) { return model->trunk.data(name); }
@@ -43,6 +46,19 @@ int64_t      moe_model_work_bytes(moe_model * model, int32_t n_used, int32_t n_u
     return moe::executor::work_bytes(model->weights, n_used, n_ubatch);
 }
 int32_t moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate(n_slots) ? 0 : -1; }
+int32_t moe_model_is_pinned(moe_model * model) { return model->arena->is_pinned(); }
+int32_t moe_model_pools(moe_model * model, const int32_t * n_slots, int32_t window) {
+    return model->allocate_pools(n_slots, window != 0) ? 0 : -1;
+}
+void moe_model_pool_keys(moe_model * model, int32_t layer, int32_t * keys) {
+    for (int slot = 0; slot < model->pools->n_slots(layer); slot++) {
+        keys[slot] = model->pools->key_of(layer, slot);
+    }
+}
+int32_t moe_model_upload(moe_model * model, const int32_t * slots, const int32_t * pool_slots, int32_t n) {
+    std::lock_guard<std::mutex> lock(model->step);
+    return model->upload_all(slots, pool_slots, n) ? 0 : -1;
+}
 int32_t moe_model_tables(moe_model * model, const moe_table * tables, int32_t n_tables, int64_t cache_bytes) {
     return model->tables->hold(tables, n_tables, cache_bytes) ? 0 : -1;
 }

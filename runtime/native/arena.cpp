@@ -9,7 +9,7 @@
 
 namespace moe {
 
-host_arena::host_arena(const weights & w) : weights_(w) {
+host_arena::host_arena(const weights & w, ggml_backend_buffer_type_t pinned) : weights_(w), pinned_type_(pinned) {
     for (const moe_tensor & t : w.tensors()) {
         for (int copy = 0; copy < MOE_COPIES; copy++) {
             const bool repacked = t.type[copy] >= 0 && t.layout[copy] == MOE_LAYOUT_REPACKED;
@@ -25,14 +25,18 @@ host_arena::~host_arena() {
     if (repacked_) {
         ggml_backend_buffer_free(repacked_);
     }
-    if (memory_) {
+    if (pinned_) {
+        ggml_backend_buffer_free(pinned_);
+    } else if (memory_) {
         os::release(memory_, (size_t)n_slots_ * weights_.slot_bytes);
     }
 }
 
 bool host_arena::allocate(int n_slots) {
     const size_t bytes = (size_t)n_slots * weights_.slot_bytes;
-    memory_            = (char *)os::allocate(bytes);
+    if (!allocate_pinned(bytes)) {
+        memory_ = (char *)os::allocate(bytes);
+    }
     if (memory_ == nullptr) {
         return false;
     }
@@ -41,6 +45,24 @@ bool host_arena::allocate(int n_slots) {
         repacked_ = repack_buffer_over(memory_, bytes);
     }
     return true;
+}
+
+// Aligned as direct reads want it, which a device's allocator need not know.
+bool host_arena::allocate_pinned(size_t bytes) {
+    constexpr size_t ALIGN = 4096;
+    if (pinned_type_ == nullptr) {
+        return false;
+    }
+    pinned_ = ggml_backend_buft_alloc_buffer(pinned_type_, bytes + ALIGN);
+    if (pinned_ && ggml_backend_buffer_get_type(pinned_) != pinned_type_) {
+        ggml_backend_buffer_free(pinned_);
+        pinned_ = nullptr;
+    }
+    if (pinned_) {
+        const auto base = (uintptr_t)ggml_backend_buffer_get_base(pinned_);
+        memory_         = (char *)((base + ALIGN - 1) / ALIGN * ALIGN);
+    }
+    return pinned_ != nullptr;
 }
 
 // Another machine's kernel layouts are made plain.

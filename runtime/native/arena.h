@@ -24,6 +24,8 @@ class arena {
     // Called by the lane that read a slot's last byte, before anyone is told: brings what was read
     // into the layout the inner device computes on.
     virtual void finish(int slot, int key) = 0;
+    // Whether it is memory of the kind that was asked for: some devices give another without a word.
+    virtual bool is_pinned() const = 0;
     // Makes `t` a weight's matrices of one copy, over all slots: type, shape, strides, memory, and
     // what the inner device wants to see in it.
     virtual void show(const moe_tensor & weight, int copy, ggml_tensor * t) const = 0;
@@ -32,11 +34,12 @@ class arena {
     int n_slots_ = 0;
 };
 
-// In this process's memory, for ggml-cpu. Throws std::runtime_error where the model is in a kernel
-// layout that this machine does not have.
+// In this process's memory, for ggml-cpu and as the source of copies to a device. Throws std::runtime_error
+// where the model is in a kernel layout that this machine does not have.
 class host_arena : public arena {
   public:
-    explicit host_arena(const weights & w);
+    // `pinned`: what a device copies from directly, where it has such memory; else null.
+    host_arena(const weights & w, ggml_backend_buffer_type_t pinned);
     ~host_arena() override;
     host_arena(const host_arena &)             = delete;
     host_arena & operator=(const host_arena &) = delete;
@@ -45,12 +48,17 @@ class host_arena : public arena {
     char * place(int slot, int64_t slot_offset) override { return memory_ + slot * weights_.slot_bytes + slot_offset; }
     void   finish(int slot, int key) override;
     void   show(const moe_tensor & weight, int copy, ggml_tensor * t) const override;
+    bool   is_pinned() const override { return pinned_ != nullptr; }
 
   private:
-    const weights &       weights_;
-    char *                memory_   = nullptr;
-    ggml_backend_buffer_t repacked_ = nullptr;  // the memory, as ggml-cpu has to see it where the layout is repacked
-    std::vector<void *>   traits_;              // [tensor][copy] what it attaches to such a tensor; null: it is plain
+    bool allocate_pinned(size_t bytes);
+
+    const weights &            weights_;
+    ggml_backend_buffer_type_t pinned_type_;
+    ggml_backend_buffer_t      pinned_   = nullptr;
+    char *                     memory_   = nullptr;
+    ggml_backend_buffer_t      repacked_ = nullptr;  // the memory, as ggml-cpu has to see it where the layout is repacked
+    std::vector<void *>        traits_;              // [tensor][copy] what it attaches to such a tensor; null: it is plain
 };
 
 }  // namespace moe

@@ -9,7 +9,7 @@ namespace moe {
 
 dialogue::dialogue(moe_model & model) : model_(model) {
     const int n = model.weights.n_experts;
-    arrays_.resize(7 * (size_t)n + 3 * MOE_MAX_GUESSES);
+    arrays_.resize(8 * (size_t)n + 3 * MOE_MAX_GUESSES);
     chances_.resize(2 * (size_t)n);
     settled_hits_.resize(model.weights.n_layers);
     int32_t * p            = arrays_.data();
@@ -22,8 +22,11 @@ dialogue::dialogue(moe_model & model) : model_(model) {
     call.guess_slots       = p + 5 * n + MOE_MAX_GUESSES;
     call.cancelled         = p + 5 * n + 2 * MOE_MAX_GUESSES;
     call.predicted_keys    = p + 5 * n + 3 * MOE_MAX_GUESSES;
+    call.plan_pools        = p + 7 * n + 3 * MOE_MAX_GUESSES;
     call.predicted_chances = chances_.data();
     call.settled_hits      = settled_hits_.data();
+    skipped_.resize(MOE_MAX_SKIPPED);
+    call.skipped = skipped_.data();
     step(MOE_PHASE_PREFILL, 1);
 }
 
@@ -33,10 +36,10 @@ void dialogue::step(int phase, int n_sequences) {
     call.settled     = 0;
 }
 
-bool dialogue::begin(const chain & c, rows & activations) {
+bool dialogue::begin(const chain & c) {
     c_ = &c;
     entries.clear();
-    if (!group_pairs(activations)) {
+    if (!group_pairs()) {
         return false;
     }
     remember_tensors();
@@ -48,7 +51,9 @@ void dialogue::end(bool failed) {
     if (failed) {
         abandoned_.clear();
         for (const entry & e : entries) {
-            abandoned_.push_back(e.slot);
+            if (e.slot >= 0) {
+                abandoned_.push_back(e.slot);
+            }
         }
         model_.reads->abandon(abandoned_);
         last_layer_  = -1;
@@ -68,14 +73,12 @@ void dialogue::input_moved(const ggml_tensor & x) {
     call.x_stride = (int64_t)x.nb[2];
 }
 
-// Takes the ids (graph memory is reused) and sorts the pairs by expert.
-bool dialogue::group_pairs(rows & activations) {
+// Sorts the pairs by expert.
+bool dialogue::group_pairs() {
     const int n_experts = model_.weights.n_experts, total = c_->n_used * c_->n_tokens;
-    ids.resize(total);
     pairs.resize(total);
     index_of_.resize(n_experts, -1);
     first_of_.resize(n_experts);
-    activations.ids(c_->ids, ids.data());
     int n = 0;
     for (const int e : ids) {
         if (e < 0 || e >= n_experts) {  // NaN in the weights can make the router's sort do this
@@ -146,6 +149,9 @@ bool dialogue::ask() {
         return plan_settled();
     }
     call.settled = 0;
+    if (call.may_skip && call.phase == MOE_PHASE_DECODE && plan_skipped()) {
+        return read_plan();
+    }
     drop_wrong_guesses();
     const int64_t t0 = now_ns();
     call.now_ns      = t0;
@@ -177,6 +183,29 @@ bool dialogue::plan_settled() {
     return true;
 }
 
+// The plan when a device has all of it: whether it has.
+bool dialogue::plan_skipped() {
+    if (!on_device() || call.continuation || call.n_skipped + 3 + call.n_experts > MOE_MAX_SKIPPED ||
+        call.n_experts > model_.pools->n_slots(c_->layer)) {
+        return false;
+    }
+    for (int i = 0; i < call.n_experts; i++) {
+        call.plan_experts[i] = call.experts[i];
+        call.plan_slots[i]   = -1;
+        call.plan_pools[i]   = model_.pools->slot_of(model_.weights.key_of(0, c_->layer, call.experts[i]));
+        if (call.plan_pools[i] < 0) {
+            return false;
+        }
+    }
+    int32_t * told = call.skipped + call.n_skipped;
+    *told++        = c_->layer;
+    *told++        = c_->n_tokens * c_->n_used;
+    *told++        = call.n_experts;
+    std::copy(call.experts, call.experts + call.n_experts, told);
+    call.n_skipped += 3 + call.n_experts;
+    return true;
+}
+
 // Guesses for this layer that it did not ask for, and those of layers already passed.
 void dialogue::drop_wrong_guesses() {
     const auto wrong = [this](int key) {
@@ -192,12 +221,15 @@ void dialogue::drop_wrong_guesses() {
 // Turns the callback's answer into entries.
 bool dialogue::read_plan() {
     occupant_.resize(model_.arena->n_slots(), -1);
+    n_events_++;
     const char * wrong = nullptr;
     for (int i = 0; i < call.n_experts && !wrong; i++) {
         wrong = read_entry(i);
     }
     for (const entry & e : entries) {
-        occupant_[e.slot] = -1;
+        if (e.slot >= 0) {
+            occupant_[e.slot] = -1;
+        }
     }
     if (wrong) {
         model_.failure.set(ERROR_OTHER, std::string("the controller's plan ") + wrong);
@@ -212,6 +244,49 @@ const char * dialogue::read_entry(int i) {
     if (expert < 0 || expert >= w.n_experts || index_of_[expert] < 0) {
         return "names an expert that was not asked for, or one twice";
     }
+    const int index   = index_of_[expert];
+    index_of_[expert] = -1;  // so that naming it again is caught
+    if (on_device()) {
+        const char * wrong = read_pool(i, index);
+        if (wrong || slot < 0) {
+            return wrong;
+        }
+    }
+    return read_slot(i, index);
+}
+
+bool dialogue::on_device() const { return model_.pools && model_.pools->has(c_->layer); }
+
+// The claim about the device's slot; where the expert is there, an entry of its own.
+const char * dialogue::read_pool(int i, int index) {
+    pools &   p      = *model_.pools;
+    const int expert = call.plan_experts[i], slot = call.plan_pools[i];
+    if (slot == -1 && p.has_window() && call.n_experts > p.n_slots(c_->layer) && call.plan_slots[i] >= 0) {
+        return nullptr;
+    }
+    if (slot < 0 || slot >= p.n_slots(c_->layer)) {
+        return "names a slot of a pool that does not exist";
+    }
+    pooled_.resize(std::max<size_t>(pooled_.size(), p.n_slots(c_->layer)), 0);
+    if (pooled_[slot] == n_events_) {
+        return "puts two experts into one slot of a pool";
+    }
+    pooled_[slot] = n_events_;
+    if (call.plan_slots[i] >= 0) {
+        p.forget(c_->layer, slot);  // until it is on its way
+        return nullptr;
+    }
+    if (p.key_of(c_->layer, slot) != model_.weights.key_of(0, c_->layer, expert)) {
+        return "takes an expert for resident on the device that is not";
+    }
+    entries.push_back({expert, 0, -1, first_of_[index], call.counts[index], -1, slot, false, false, false, false});
+    return nullptr;
+}
+
+// The claim about the slot in memory.
+const char * dialogue::read_slot(int i, int index) {
+    const weights & w      = model_.weights;
+    const int       expert = call.plan_experts[i], slot = call.plan_slots[i];
     if (slot < 0 || slot >= model_.arena->n_slots()) {
         return "names a slot that does not exist";
     }
@@ -228,14 +303,16 @@ const char * dialogue::read_entry(int i) {
     } else if (copy < 0 || copy >= MOE_COPIES || !w.is_key(w.key_of(copy, c_->layer, expert))) {
         return "loads a copy that does not exist";
     }
-    const int index   = index_of_[expert];
-    index_of_[expert] = -1;  // so that naming it again is caught
-    entries.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], load, false, false, false});
+    if (on_device() && copy != 0) {
+        return "loads a copy that the device has no slots for";
+    }
+    const int pool = on_device() ? call.plan_pools[i] : -1;
+    entries.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], pool, load, false, false, false});
     if (occupant_[slot] >= 0) {
         entries[occupant_[slot]].awaited = true;
         model_.stats.recycled++;
     }
-    occupant_[slot] = i;
+    occupant_[slot] = (int32_t)entries.size() - 1;
     return nullptr;
 }
 

@@ -10,7 +10,6 @@
 
 #include "chain.h"
 #include "gates.h"
-#include "rows.h"
 
 namespace moe {
 
@@ -28,15 +27,16 @@ class dialogue {
         int  first;  // its pairs are pairs[first .. first + count)
         int  count;
         int  waits_for;  // index of the entry that must free the slot first, or -1
+        int  pool;       // its slot in the layer's pool on the device, where slot -1 means that it is there; -1 without one
         bool load;
         bool submitted;
         bool done;
         bool awaited;  // another expert is to have its slot
     };
 
-    // An event is begun, computed by whoever asks, and ended; nothing of it outlives the end. A false is
+    // An event is begun once its `ids` are there, computed by whoever asks, and ended; nothing of it outlives the end. A false is
     // an event that has failed, with the reason in the model.
-    bool begin(const chain & c, rows & activations);
+    bool begin(const chain & c);
     // Asks for guesses, now that the disk has what this layer waits for, and submits them. Once.
     bool ask_for_guesses();
     // Submits those that waited for a slot until its expert was computed.
@@ -59,12 +59,16 @@ class dialogue {
     moe_gates *  gates = nullptr;  // that guess for the model; not owned
 
   private:
-    bool         group_pairs(rows & activations);
+    bool         group_pairs();
     void         remember_tensors();
     bool         ask();
     bool         plan_settled();
+    bool         plan_skipped();
     bool         read_plan();
     const char * read_entry(int i);
+    bool         on_device() const;
+    const char * read_pool(int i, int index);
+    const char * read_slot(int i, int index);
     void         drop_wrong_guesses();
     bool         predict();
 
@@ -83,6 +87,9 @@ class dialogue {
     std::vector<int32_t> index_of_;  // expert -> index in call.experts; -1 between events
     std::vector<int32_t> first_of_;  // index -> first pair
     std::vector<int32_t> occupant_;  // slot -> last entry planned for it; -1 between events
+    std::vector<int32_t> skipped_;
+    std::vector<int32_t> pooled_;  // slot of a pool -> event that took it last
+    int32_t              n_events_ = 0;
     std::vector<int32_t> dropped_;
     std::vector<int32_t> abandoned_;
     std::vector<waiting> waiting_;

@@ -70,8 +70,10 @@ ggml_status executor::run_chain() {
         return GGML_STATUS_SUCCESS;
     }
     std::lock_guard<std::mutex> lock(model.step);
-    const int64_t               t0     = model.reads->history.start();
-    const ggml_status           status = model.dialogue.begin(c_, *rows_) ? run_entries() : GGML_STATUS_FAILED;
+    const int64_t               t0 = model.reads->history.start();
+    model.dialogue.ids.resize((size_t)c_.n_used * c_.n_tokens);
+    rows_->ids(c_.ids, model.dialogue.ids.data());  // graph memory is reused
+    const ggml_status status = model.dialogue.begin(c_) ? run_entries() : GGML_STATUS_FAILED;
     model.record(MOE_EVENT_LAYER, c_.layer, t0);
     model.dialogue.end(status != GGML_STATUS_SUCCESS);
     model.stats.scratch_bytes = std::max<int64_t>(model.stats.scratch_bytes, rows_->bytes());

@@ -99,8 +99,31 @@ struct ggml_backend_reg {
     void *                    context;
 };
 
+struct ggml_hash_set {
+    size_t                size;
+    uint32_t *            used;
+    struct ggml_tensor ** keys;
+};
+
+struct ggml_cgraph {
+    int                   size;
+    int                   n_nodes;
+    int                   n_leafs;
+    struct ggml_tensor ** nodes;
+    struct ggml_tensor ** grads;
+    struct ggml_tensor ** grad_accs;
+    struct ggml_tensor ** leafs;
+    int32_t *             use_counts;
+    struct ggml_hash_set  visited_hash_set;
+    int                   order;
+    uint64_t              uid;  // 0, or the same for graphs that are the same
+};
+
 // Exported by libggml-base, declared only in ggml's internal header.
 extern "C" {
+// Nodes [begin, end) of a graph, without an uid.
+GGML_API struct ggml_cgraph    ggml_graph_view(struct ggml_cgraph * graph, int begin, int end);
+GGML_API uint64_t              ggml_graph_next_uid(void);
 GGML_API ggml_backend_buffer_t ggml_backend_buffer_init(ggml_backend_buffer_type_t buft, struct ggml_backend_buffer_i iface, void * context,
                                                         size_t size);
 }

@@ -8,6 +8,7 @@
 #include "executor.h"
 #include "model.h"
 #include "os.h"
+#include "proxy.h"
 #include "table.h"
 
 // ---- buffer: address space without memory; weights never arrive here
@@ -64,7 +65,12 @@ const moe::buffer_type_functions moe::expert_type = {
 
 static bool is_moe_buffer_type(ggml_backend_buffer_type_t buft) { return moe::buffer_type::is_named_by(buft, moe_buffer_type_name); }
 
-bool moe::is_expert_weight(const ggml_tensor * t) { return t != nullptr && t->buffer != nullptr && is_moe_buffer_type(t->buffer->buft); }
+bool moe::is_expert_weight(const ggml_tensor * t) {
+    return t != nullptr && t->buffer != nullptr && (is_moe_buffer_type(t->buffer->buft) || proxy::is_expert_type(t->buffer->buft));
+}
+
+// One that this backend computes with.
+static bool is_expert_here(const ggml_tensor * t) { return moe::is_expert_weight(t) && is_moe_buffer_type(t->buffer->buft); }
 
 // ---- backend: one per llama context
 
@@ -157,13 +163,13 @@ static bool is_scale(const ggml_tensor * t) {
 static bool moe_device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_NONE:
-            return moe::is_expert_weight(op) || moe::is_table(op);
+            return is_expert_here(op) || moe::is_table(op);
         case GGML_OP_VIEW:
             return moe::is_table(op);
         case GGML_OP_CPY:
             return moe::is_lookup(op);
         case GGML_OP_MUL_MAT_ID:
-            return moe::is_expert_weight(op->src[0]);
+            return is_expert_here(op->src[0]);
         case GGML_OP_REPEAT:
             return is_scale(op->src[0]);
         case GGML_OP_GET_ROWS:

@@ -1,14 +1,18 @@
 #include "model.h"
 
+#include <algorithm>
+
 #include "ggml-moe.h"
 #include "os.h"
 #include "stream.h"
 
-moe_model::moe_model(const moe_config & config, int api_version, ggml_backend_dev_t device)
+moe_model::moe_model(const moe_config & config, int api_version, ggml_backend_dev_t accelerator)
     : weights(config),
-      experts(api_version, moe::expert_type, device, this),
-      trunk(config, api_version, failure),
-      arena(std::make_unique<moe::host_arena>(weights)),
+      experts(api_version, moe::expert_type, accelerator, this),
+      device(config.device ? std::make_unique<moe::proxy>(config.device, api_version, *this) : nullptr),
+      trunk(config, api_version, device.get(), failure),
+      arena(std::make_unique<moe::host_arena>(weights, device ? ggml_backend_dev_host_buffer_type(device->real) : nullptr)),
+      pools(device ? std::make_unique<moe::pools>(weights, device->real) : nullptr),
       dialogue(*this),
       header_(config.header, config.header + config.header_bytes),
       stream_bytes_(config.stream_bytes),
@@ -22,11 +26,12 @@ moe_model::moe_model(const moe_config & config, int api_version, ggml_backend_de
         options.finish = [this](int slot, int key) { arena->finish(slot, key); };
     }
     reads  = std::make_unique<moe::reads>(std::vector<std::string>(config.paths, config.paths + config.n_files), options);
-    tables = std::make_unique<moe::tables>(api_version, device, *reads, failure);
+    tables = std::make_unique<moe::tables>(api_version, accelerator, *reads, failure);
 }
 
 moe_model::~moe_model() {
     reads.reset();  // joins the lanes before their destinations go
+    pools.reset();  // likewise the copies, before their sources
 }
 
 FILE * moe_model::open_stream() {
@@ -39,10 +44,39 @@ bool moe_model::allocate(int n_slots) {
         return false;
     }
     reads->resize(n_slots);
+    read_by_.resize(n_slots, 0);
+    return true;
+}
+
+// What is whole is so from the start: nothing else is ever put there.
+bool moe_model::allocate_pools(const int32_t * n_slots, bool window) { return pools && pools->allocate(n_slots, window); }
+
+void moe_model::upload(int slot, int layer, int pool_slot) {
+    const int    key    = reads->key_of(slot);
+    const char * memory = arena->place(slot, 0);
+    read_by_[slot]      = pool_slot < 0 ? pools->upload_to_window(key, memory) : pools->upload(layer, pool_slot, key, memory);
+}
+
+bool moe_model::upload_all(const int32_t * slots, const int32_t * pool_slots, int n) {
+    int64_t ticket = 0;
+    for (int i = 0; i < n; i++) {
+        const bool exists = pools && slots[i] >= 0 && slots[i] < arena->n_slots() && reads->state(slots[i]) == moe::slot_state::READY;
+        const int  key = exists ? reads->key_of(slots[i]) : -1, layer = weights.layer_of(std::max(key, 0));
+        if (key < 0 || weights.copy_of(key) != 0 || pool_slots[i] < 0 || pool_slots[i] >= pools->n_slots(layer)) {
+            failure.set(moe::ERROR_OTHER, "an expert to be copied to the device is not in memory, or has no slot there");
+            return false;
+        }
+        upload(slots[i], layer, pool_slots[i]);
+        ticket = read_by_[slots[i]];
+    }
+    pools->settle(ticket);
     return true;
 }
 
 void moe_model::load(int slot, int key, bool guess) {
+    if (pools) {
+        pools->settle(read_by_[slot]);
+    }
     parts_.clear();
     const auto [begin, end] = weights.parts(key);
     for (const moe_part * p = begin; p < end; p++) {
@@ -85,10 +119,14 @@ moe_stats moe_model::count() const {
     all.guess_loads     = count.guess_loads;
     all.guess_promoted  = count.guess_promoted;
     all.guess_cancelled = count.guess_cancelled;
-    const auto rows     = tables->counted();
-    all.table_rows      = rows.asked;
-    all.table_missed    = rows.missed;
-    all.table_ahead     = rows.ahead;
+    if (pools) {
+        all.uploads      = pools->count.uploads;
+        all.upload_bytes = pools->count.bytes;
+    }
+    const auto rows  = tables->counted();
+    all.table_rows   = rows.asked;
+    all.table_missed = rows.missed;
+    all.table_ahead  = rows.ahead;
     all.stall_ns += rows.stall_ns;
     return all;
 }

@@ -12,6 +12,8 @@
 #include "dialogue.h"
 #include "failure.h"
 #include "moe.h"
+#include "pools.h"
+#include "proxy.h"
 #include "reads.h"
 #include "table.h"
 #include "trunk.h"
@@ -19,13 +21,19 @@
 
 struct moe_model {
     // Throws std::runtime_error with a sentence.
-    moe_model(const moe_config & config, int api_version, ggml_backend_dev_t device);
+    moe_model(const moe_config & config, int api_version, ggml_backend_dev_t accelerator);
     ~moe_model();
 
     FILE * open_stream();
     bool   allocate(int n_slots);
     // Starts reading an expert into a slot.
     void load(int slot, int key, bool guess);
+    // By layer, on the device.
+    bool allocate_pools(const int32_t * n_slots, bool window);
+    // Starts copying what a slot holds into one of a layer's pool; -1: into the window.
+    void upload(int slot, int layer, int pool_slot);
+    // Copies experts from slots to pools and waits for all of them; false after a failure.
+    bool upload_all(const int32_t * slots, const int32_t * pool_slots, int n);
     // The slot a key was last read into, or -1.
     int slot_of(int key) const { return slot_of_[key]; }
     // Whether a slot holds or awaits it; a failed or cancelled read may go unnoticed.
@@ -44,17 +52,21 @@ struct moe_model {
     const moe::weights           weights;
     moe::failure                 failure;
     moe::buffer_type             experts;  // what marks a tensor as ours
+    std::unique_ptr<moe::proxy>  device;   // null: experts are computed on the processor
     moe::trunk                   trunk;
     std::unique_ptr<moe::arena>  arena;
+    std::unique_ptr<moe::pools>  pools;  // as device
     std::unique_ptr<moe::reads>  reads;
     std::unique_ptr<moe::tables> tables;
     moe::dialogue                dialogue;
-    moe_stats                    stats{};  // those of steps
-    std::mutex                   step;     // one context at a time computes on the slots
+    moe_stats                    stats{};              // those of steps
+    std::mutex                   step;                 // one context at a time computes on the slots
+    ggml_backend_t               computing = nullptr;  // the device's stream whose launches may still read pools
 
   private:
     std::vector<uint8_t>   header_;
     int64_t                stream_bytes_;
     std::vector<int>       slot_of_;
     std::vector<moe::part> parts_;
+    std::vector<int64_t>   read_by_;  // slot -> ticket of the copy that reads it
 };

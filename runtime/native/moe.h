@@ -20,11 +20,12 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 6
+#define MOE_ABI 7
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
 #define MOE_MAX_GUESSES 256
+#define MOE_MAX_SKIPPED 16384
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
 
@@ -108,6 +109,7 @@ struct moe_config {
     const struct moe_part *         parts;
     const struct moe_transform *    transforms;
     const uint8_t *                 header;
+    const char *                    device;  // ggml's name of the one that computes the experts; NULL: the processor
 };
 
 // What a step of llama.cpp does. Not to be read off its number of tokens: eight sequences decoding are
@@ -158,6 +160,16 @@ struct moe_call {
     int32_t * predicted_keys;  // [n_predicted], the nearest layer first, best first
     float *   predicted_chances;
 
+    // [n_experts] on a device: the slot in the layer's pool. What is there already has a plan_slot of -1. In an
+    // event of more experts than the pool has slots -1: for this event only, into the window.
+    int32_t * plan_pools;
+
+    // On a device, where the callback has set may_skip: events of a decode step that found all in their pool
+    // pass unasked, and are told before the next one: layer, (token, rank) pairs, number of experts, experts.
+    int32_t * skipped;
+    int32_t   n_skipped;  // numbers; whoever has read them makes it 0
+    int32_t   may_skip;
+
     int64_t * settled_hits;   // by layer: experts that were found unasked, since the model was opened
     int64_t   settled_pairs;  // likewise (token, rank) pairs
 };
@@ -184,9 +196,13 @@ struct moe_stats {
     int64_t guess_loads;
     int64_t guess_promoted;  // demanded while still being read
     int64_t guess_cancelled;
-    int64_t table_rows;     // looked up in tables on disk
-    int64_t table_missed;   // of them read while the model waited
-    int64_t table_ahead;    // rows fetched before they were asked for
+    int64_t table_rows;    // looked up in tables on disk
+    int64_t table_missed;  // of them read while the model waited
+    int64_t table_ahead;   // rows fetched before they were asked for
+    int64_t uploads;       // experts copied to the device
+    int64_t upload_bytes;
+    int64_t waits;          // for the ids of a layer, on a device
+    int64_t ranges;         // pieces of events that needed more experts than a pool has slots
     int64_t scratch_bytes;  // high-water mark of the rows that were kept and gathered
 };
 
@@ -264,11 +280,18 @@ MOE_API int32_t moe_ggml_version(void);
 MOE_API struct moe_model * moe_model_new(const struct moe_config * config, char * error, size_t n_error);
 // Joins the lanes and frees the arena. Every llama model and context using it must be gone.
 MOE_API void moe_model_free(struct moe_model * model);
-// The ggml_backend_buffer_type_t for tensor_buft_overrides: of the experts, and of all the rest.
+// The ggml_backend_buffer_type_t for tensor_buft_overrides: of experts that are computed on the processor,
+// and of all the rest.
 MOE_API void * moe_model_expert_buffer_type(struct moe_model * model);
+// Of experts that are computed on the device. NULL without one.
+MOE_API void * moe_model_device_expert_buffer_type(struct moe_model * model);
 MOE_API void * moe_model_trunk_buffer_type(struct moe_model * model);
 // For trunk tensors marked repacked. NULL where this machine's ggml-cpu repacks nothing.
 MOE_API void * moe_model_repack_buffer_type(struct moe_model * model);
+// For trunk tensors in the device's memory. NULL without a device.
+MOE_API void * moe_model_device_buffer_type(struct moe_model * model);
+// The ggml_backend_dev_t for llama_model_params.devices: the device with our buffer types. NULL without one.
+MOE_API void * moe_model_device(struct moe_model * model);
 // For the tensors that moe_model_tables names.
 MOE_API void * moe_model_table_buffer_type(struct moe_model * model);
 // A FILE * that llama.cpp takes for the complete model: it reads the header from it and maps the
@@ -282,6 +305,19 @@ MOE_API const void * moe_model_trunk_data(struct moe_model * model, const char *
 MOE_API int64_t moe_model_work_bytes(struct moe_model * model, int32_t n_used, int32_t n_ubatch);
 // Allocates the slots; once, before the first decode. 0, or -1 when memory is refused.
 MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
+// Whether the slots lie in memory that the device copies from directly; known once they are allocated.
+MOE_API int32_t moe_model_is_pinned(struct moe_model * model);
+// Allocates the pools on the device, by layer n_slots[n_layers], 0 for one that
+// is computed on the processor; once, before the first decode. A layer with
+// a slot for every expert is not asked for: expert e is in slot e from the start. With a window there is room
+// besides for all experts of any layer, in turn; without one, an event of more experts than a pool has slots
+// is asked for in pieces. 0, or -1 when memory is refused.
+MOE_API int32_t moe_model_pools(struct moe_model * model, const int32_t * n_slots, int32_t window);
+// keys[slots of the layer]: the key each slot of a pool holds, -1 for none.
+MOE_API void moe_model_pool_keys(struct moe_model * model, int32_t layer, int32_t * keys);
+// Copies n experts from slots that hold them into slots of their layers' pools, and returns when all are
+// there; only between steps. 0, or -1 with a sentence for moe_model_error.
+MOE_API int32_t moe_model_upload(struct moe_model * model, const int32_t * slots, const int32_t * pool_slots, int32_t n);
 // Which tensors stay on disk, and the memory for rows of all of them together; once, before the model
 // is loaded. 0, or -1 when memory is refused.
 MOE_API int32_t moe_model_tables(struct moe_model * model, const struct moe_table * tables, int32_t n_tables, int64_t cache_bytes);

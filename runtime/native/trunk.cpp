@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 
 #include "os.h"
+#include "proxy.h"
 #include "repack.h"
 
 namespace moe {
@@ -136,6 +138,63 @@ const buffer_type_functions repacked_type = {
     /* .is_host        = */ nullptr,
 };
 
+// ---- on a device: its own buffers, which go by their type and functions, so only set_tensor is replaced
+
+using setter = void (*)(ggml_backend_buffer_t, ggml_tensor *, const void *, size_t, size_t);
+
+// Which trunk a buffer is of: there is no place for it in the buffer itself.
+struct device_buffers {
+    struct entry {
+        trunk * owner;
+        setter  set;
+    };
+    std::mutex                                       mutex;
+    std::unordered_map<ggml_backend_buffer_t, entry> by_buffer;
+
+    entry find(ggml_backend_buffer_t buffer) {
+        std::lock_guard<std::mutex> lock(mutex);
+        return by_buffer.at(buffer);
+    }
+};
+
+device_buffers & on_devices() {
+    static device_buffers all;
+    return all;
+}
+
+void device_set(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    const auto of = on_devices().find(buffer);
+    if (!of.owner->read_to_device(buffer, tensor)) {
+        of.set(buffer, tensor, data, offset, size);
+    }
+}
+
+ggml_backend_buffer_type_t device_memory(ggml_backend_buffer_type_t buft) {
+    return ((trunk *)buffer_type::owner(buft))->memory_of_device();
+}
+
+const char * device_type_name(ggml_backend_buffer_type_t buft) { return ggml_backend_buft_name(device_memory(buft)); }
+size_t       device_type_alignment(ggml_backend_buffer_type_t buft) { return ggml_backend_buft_get_alignment(device_memory(buft)); }
+size_t       device_type_max_size(ggml_backend_buffer_type_t buft) { return ggml_backend_buft_get_max_size(device_memory(buft)); }
+bool         device_type_is_host(ggml_backend_buffer_type_t) { return false; }
+
+size_t device_type_alloc_size(ggml_backend_buffer_type_t buft, const ggml_tensor * tensor) {
+    return ggml_backend_buft_get_alloc_size(device_memory(buft), tensor);
+}
+
+ggml_backend_buffer_t device_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    return ((trunk *)buffer_type::owner(buft))->allocate_on_device(size);
+}
+
+const buffer_type_functions on_device_type = {
+    /* .get_name       = */ device_type_name,
+    /* .alloc_buffer   = */ device_type_alloc,
+    /* .get_alignment  = */ device_type_alignment,
+    /* .get_max_size   = */ device_type_max_size,
+    /* .get_alloc_size = */ device_type_alloc_size,
+    /* .is_host        = */ device_type_is_host,
+};
+
 // The rows of a matrix that one read brings; all of anything else.
 int64_t rows_at_once(const moe_trunk_tensor & t, const ggml_tensor * tensor) {
     const int64_t rows = ggml_nrows(tensor);
@@ -158,15 +217,71 @@ int read_exactly(os::file file, char * to, int64_t n_bytes, int64_t offset) {
 
 }  // namespace
 
-trunk::trunk(const moe_config & config, int api_version, failure & why)
+trunk::trunk(const moe_config & config, int api_version, proxy * where, failure & why)
     : plain(api_version, plain_type, cpu(), this),
       repacked(api_version, repacked_type, cpu(), this),
+      on_device(api_version, on_device_type, where ? where->ggml() : nullptr, this),
       paths_(config.paths, config.paths + config.n_files),
       tensors_(config.trunk_tensors, config.trunk_tensors + config.n_trunk_tensors),
       data_(tensors_.size()),
+      device_(where),
       why_(why) {
     for (size_t i = 0; i < tensors_.size(); i++) {
         by_name_[tensors_[i].name] = (int)i;
+    }
+}
+
+trunk::~trunk() {
+    device_buffers &            all = on_devices();
+    std::lock_guard<std::mutex> lock(all.mutex);
+    for (auto it = all.by_buffer.begin(); it != all.by_buffer.end();) {
+        it = it->second.owner == this ? all.by_buffer.erase(it) : std::next(it);
+    }
+}
+
+ggml_backend_buffer_type_t trunk::memory_of_device() const { return device_->memory(); }
+
+ggml_backend_buffer_t trunk::allocate_on_device(size_t bytes) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(memory_of_device(), bytes);
+    if (buffer) {
+        device_buffers &            all = on_devices();
+        std::lock_guard<std::mutex> lock(all.mutex);
+        all.by_buffer[buffer]    = {this, buffer->iface.set_tensor};
+        buffer->iface.set_tensor = device_set;
+    }
+    return buffer;
+}
+
+bool trunk::read_to_device(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    const auto it = by_name_.find(tensor->name);
+    if (it == by_name_.end()) {
+        return false;
+    }
+    const moe_trunk_tensor & t     = tensors_[it->second];
+    const setter             set   = on_devices().find(buffer).set;
+    int                      error = 0;
+    const os::file           file  = os::open_file(paths_[t.file].c_str(), os::access::SEQUENTIAL, &error);
+    std::vector<char>        piece(std::min(PIECE_BYTES, t.n_bytes));
+    for (int64_t done = 0; done < t.n_bytes && error == 0;) {
+        const int64_t n = std::min<int64_t>((int64_t)piece.size(), t.n_bytes - done);
+        error           = read_exactly(file, piece.data(), n, t.offset + done);
+        if (error == 0) {
+            set(buffer, tensor, piece.data(), done, n);
+        }
+        done += n;
+    }
+    if (file != os::NO_FILE) {
+        os::close_file(file);
+    }
+    report(t, error);
+    return true;
+}
+
+// set_tensor cannot fail: whoever loads asks for the error afterwards.
+void trunk::report(const moe_trunk_tensor & t, int error) {
+    if (error != 0) {
+        why_.set(ERROR_READ, "cannot read " + std::string(t.name) + " from " + paths_[t.file] + ": " +
+                                 (error == ENDED_EARLY ? "the file ended early" : os::describe(error)));
     }
 }
 
@@ -182,13 +297,8 @@ bool trunk::read(ggml_tensor * tensor) {
         tensor->data = (void *)there;
         return true;
     }
-    data_[it->second]              = tensor->data;
-    const moe_trunk_tensor & t     = tensors_[it->second];
-    const int                error = read_rows(t, tensor);
-    if (error != 0) {  // set_tensor cannot fail: whoever loads asks for the error afterwards
-        why_.set(ERROR_READ, "cannot read " + std::string(t.name) + " from " + paths_[t.file] + ": " +
-                                 (error == ENDED_EARLY ? "the file ended early" : os::describe(error)));
-    }
+    data_[it->second] = tensor->data;
+    report(tensors_[it->second], read_rows(tensors_[it->second], tensor));
     return true;
 }
 

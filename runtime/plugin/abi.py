@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 6
+ABI = 7
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
@@ -94,6 +94,7 @@ class Config(ctypes.Structure):
         ("parts", ctypes.c_void_p),
         ("transforms", ctypes.POINTER(Transform)),
         ("header", ctypes.c_char_p),
+        ("device", ctypes.c_char_p),
     ]
 
 
@@ -133,6 +134,10 @@ class Call(ctypes.Structure):
         ("n_predicted", i32),
         ("predicted_keys", ctypes.c_void_p),
         ("predicted_chances", ctypes.c_void_p),
+        ("plan_pools", ctypes.c_void_p),
+        ("skipped", i32_array),
+        ("n_skipped", i32),
+        ("may_skip", i32),
         ("settled_hits", ctypes.POINTER(i64)),
         ("settled_pairs", i64),
     ]
@@ -198,6 +203,10 @@ class Stats(ctypes.Structure):
             "table_rows",
             "table_missed",
             "table_ahead",
+            "uploads",
+            "upload_bytes",
+            "waits",
+            "ranges",
             "scratch_bytes",
         )
     ]

@@ -28,6 +28,12 @@ class Brain(Protocol):
     def on_cancelled(self, keys: Sequence[int]) -> None:
         """Guesses that will not arrive any more."""
 
+    def on_skipped(self, layer: int, n_pairs: int, experts: Sequence[int]) -> None:
+        """An event before this one that found all its experts on the device, and was not asked."""
+
+    def may_skip(self) -> bool:
+        """Whether such events may pass unasked from now on."""
+
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         """The plan of one event; ``continuation``: of further tensors of the event before.
 
@@ -64,6 +70,7 @@ class Callbacks:
         self._plan_experts: Any = (i32 * n).from_address(call.plan_experts)
         self._plan_slots: Any = (i32 * n).from_address(call.plan_slots)
         self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
+        self._plan_pools: Any = (i32 * n).from_address(call.plan_pools)
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
         self._bind()
@@ -98,6 +105,8 @@ class Callbacks:
         if self.stop is not None:
             raise self.stop
         call, brain = self._call, self.brain
+        if call.n_skipped:
+            self.flush()
         if call.n_cancelled:
             brain.on_cancelled(call.cancelled[: call.n_cancelled])
         n, continuation = call.n_experts, bool(call.continuation)
@@ -113,9 +122,22 @@ class Callbacks:
         self._plan_experts[:n] = plan.experts
         self._plan_slots[:n] = plan.slots
         self._plan_loads[:n] = plan.loads
+        if plan.pools:
+            self._plan_pools[:n] = plan.pools
         if not continuation:
             call.wants_guesses = brain.wants_guesses(self._meters)
             call.settled = brain.is_settled(event)
+            call.may_skip = brain.may_skip()
+
+    def flush(self) -> None:
+        """Tell of the events that passed unasked; also between steps."""
+        call = self._call
+        told, i = call.skipped[: call.n_skipped], 0
+        call.n_skipped = 0
+        while i < len(told):
+            layer, n_pairs, n = told[i : i + 3]
+            i += 3 + n
+            self.brain.on_skipped(layer, n_pairs, told[i - n : i])
 
     def _meters(self, n_missing: int, n_guessed: int) -> Meters:
         call = self._call

@@ -29,6 +29,7 @@ class PluginModel:
         self._pid = os.getpid()
         self._bound: Any = None  # the ctypes thunks must outlive the binding
         self.n_slots = 0
+        self._pools: list[int] = []
         self.call: Call = self._lib.moe_model_call(self._handle).contents
 
     @property
@@ -43,6 +44,17 @@ class PluginModel:
 
     def expert_buffer_type(self) -> int:
         return int(self._lib.moe_model_expert_buffer_type(self._open))
+
+    def device_expert_buffer_type(self) -> int:
+        """Only with a device, as the next two."""
+        return int(self._lib.moe_model_device_expert_buffer_type(self._open))
+
+    def device_buffer_type(self) -> int:
+        return int(self._lib.moe_model_device_buffer_type(self._open))
+
+    def device(self) -> int:
+        """The ggml_backend_dev_t that llama.cpp is to compute on."""
+        return int(self._lib.moe_model_device(self._open))
 
     def trunk_buffer_type(self) -> int:
         return int(self._lib.moe_model_trunk_buffer_type(self._open))
@@ -93,6 +105,39 @@ class PluginModel:
                 f"the system refused the memory for {n_slots} slots: lower {option('memory')}"
             )
         self.n_slots = n_slots
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the device copies from the slots directly."""
+        return bool(self._lib.moe_model_is_pinned(self._open))
+
+    def allocate_pools(self, n_slots: Sequence[int], window: bool) -> None:
+        """Slots on the device, by layer from 0 on; 0 for a layer that is not computed there.
+
+        ``window``: with room besides for all experts of one layer at a time.
+        """
+        if self._lib.moe_model_pools(self._open, (i32 * len(n_slots))(*n_slots), window) != 0:
+            raise UserError(
+                f"the device refused the memory for {sum(n_slots)} experts: lower "
+                f"{option('device_memory')}"
+            )
+        self._pools = list(n_slots)
+
+    def pool_keys(self, layer: int) -> list[int]:
+        """Per slot of a layer's pool the key it holds, -1 for none."""
+        keys = (i32 * self._pools[layer])()
+        self._lib.moe_model_pool_keys(self._open, layer, keys)
+        return list(keys)
+
+    def upload(self, placed: Sequence[tuple[int, int]]) -> None:
+        """Copy experts, as (slot, slot of the pool), to the device; between steps only."""
+        n = len(placed)
+        slots, pool_slots = (
+            (i32 * n)(*(slot for slot, _ in placed)),
+            (i32 * n)(*(slot for _, slot in placed)),
+        )
+        if self._lib.moe_model_upload(self._open, slots, pool_slots, n) != 0:
+            raise self.take_error() or RuntimeError("experts could not be copied to the device")
 
     def bind(self, route: Callable[[], int], guess: Callable[[], int]) -> None:
         self._bound = ROUTE_FN(route), ROUTE_FN(guess)

@@ -1,0 +1,131 @@
+"""Two tables for one model: which experts are on a device, and which in memory for it to copy.
+
+The device holds a pool of slots per layer, and each pool is a ``Residency`` of its own; what a pool
+lacks is demanded of the table in memory, which is another, over all layers. So both tiers decide by
+the same classes, each hearing only the demands that reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from .base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .residency import Plan, Residency
+
+
+class Tiers(Residency):
+    """The table in memory, below the pools of a device.
+
+    ``n_pool`` is the slots of each layer that the device computes; a layer with all its experts
+    there, each in the slot of its own number, is never asked for. An event that wants more experts
+    than its pool has slots leaves the pool as it is, but for free slots: a prompt does not evict
+    what is generated with. (A device without room for such an event divides it before it asks.)
+    """
+
+    is_plain = False
+
+    def __init__(
+        self,
+        n_slots: int,
+        n_experts: int,
+        cache: CachePolicy,
+        order: LoadOrder | None,
+        n_pool: Mapping[int, int],
+        pool_cache: Callable[[int, int], CachePolicy],
+    ) -> None:
+        super().__init__(n_slots, n_experts, cache, order)
+        self.keeps = True  # the policy has kept every expert that the device got so far
+        self.whole = frozenset(layer for layer, n in n_pool.items() if n >= n_experts)
+        self.pools = {
+            layer: Residency(n, n_experts, pool_cache(layer, n), order)
+            for layer, n in n_pool.items()
+            if layer not in self.whole
+        }
+
+    def plan(self, event: RouteEvent) -> Plan:
+        pool = self.pools.get(event.layer)
+        if pool is None:  # computed on the processor
+            return super().plan(event)
+        if len(event.experts) > pool.n_slots:
+            return self._plan_wide(event, pool)
+        above = pool.plan(event)
+        base = event.layer * self.n_experts
+        self.keeps = self.keeps and all(
+            base + expert in pool.slot_of for expert in above.experts[above.n_hits :]
+        )
+        n = above.n_hits
+        missing = above.experts[n:]
+        if not missing:
+            return above._replace(slots=[-1] * n, pools=above.slots)
+        counts = dict(zip(event.experts, event.counts, strict=True))
+        below = super().plan(
+            event._replace(experts=missing, counts=[counts[expert] for expert in missing])
+        )
+        place = dict(zip(missing, above.slots[n:], strict=True))
+        return below._replace(
+            experts=above.experts[:n] + below.experts,
+            slots=[-1] * n + below.slots,
+            loads=[0] * n + below.loads,
+            n_hits=n,
+            pools=above.slots[:n] + [place[expert] for expert in below.experts],
+        )
+
+    def _plan_wide(self, event: RouteEvent, pool: Residency) -> Plan:
+        """Of more experts than slots: those that find none have -1 for one, but in memory."""
+        base = event.layer * self.n_experts
+        place = {e: slot for e in event.experts if (slot := pool.slot_of.get(base + e)) is not None}
+        held = list(place)
+        missing = [i for i, expert in enumerate(event.experts) if expert not in place]
+        experts = [event.experts[i] for i in missing]
+        counts = [event.counts[i] for i in missing]
+        ranked = sorted(range(len(missing)), key=counts.__getitem__, reverse=True)
+        for key, slot in pool.fill(base + experts[r] for r in ranked):
+            place[key - base] = slot
+        below = super().plan(event._replace(experts=experts, counts=counts))
+        return below._replace(
+            experts=held + below.experts,
+            slots=[-1] * len(held) + below.slots,
+            loads=[0] * len(held) + below.loads,
+            n_hits=len(held),
+            pools=[place.get(expert, -1) for expert in held + below.experts],
+        )
+
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """An event found these on the device."""
+        base, cache = layer * self.n_experts, self.pools[layer].cache
+        for expert in experts:
+            cache.touch(base + expert)
+
+    def is_complete(self, layers: Sequence[int]) -> bool:
+        """Whether memory holds every expert that a device may ask it for."""
+        return len(self.slot_of) == (len(layers) - len(self.whole)) * self.n_experts
+
+    def holds(self, key: int) -> bool:
+        layer = key // self.n_experts
+        if key in self.slot_of or layer in self.whole:
+            return True
+        pool = self.pools.get(layer)
+        return pool is not None and pool.holds(key)
+
+    def guess(
+        self, event: RouteEvent, guesses: Sequence[Guess], keep: Iterable[int] = ()
+    ) -> list[tuple[int, int]]:
+        """Of guesses that are in neither table: they are read into memory."""
+        return super().guess(event, [g for g in guesses if not self.holds(g.key)], keep)
+
+    def reconcile_pool(self, layer: int, held: Sequence[int]) -> None:
+        """As ``reconcile``, of what the device holds of a layer."""
+        self.pools[layer].reconcile(held)
+
+    def resident(self, layer: int) -> Sequence[int]:
+        """The experts of one layer that are on the device, if it computes the layer."""
+        if layer in self.whole:
+            return range(self.n_experts)
+        pool = self.pools.get(layer)
+        return super().resident(layer) if pool is None else pool.resident(layer)
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        for layer, pool in self.pools.items():
+            pool.check_integrity()
+            assert all(key // self.n_experts == layer for key in pool.slot_of)

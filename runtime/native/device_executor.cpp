@@ -1,0 +1,362 @@
+#include "device_executor.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "model.h"
+
+namespace moe {
+
+namespace {
+
+// Graphs whose cuts are remembered: a context has a few that it computes again and again.
+constexpr size_t MAX_CUTS = 64;
+// Inputs of larger batches stay on the device: nobody is asked to guess from them.
+constexpr int GUESS_TOKENS = 32;
+
+bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID && is_expert_weight(node->src[0]); }
+
+}  // namespace
+
+device_executor::device_executor(ggml_backend_t stream, moe_model & model) : stream_(stream), model_(model), ranges_(stream) {}
+
+device_executor::~device_executor() {
+    std::lock_guard<std::mutex> lock(model_.step);
+    ggml_backend_synchronize(stream_);
+    if (model_.computing == stream_) {
+        model_.computing = nullptr;
+    }
+}
+
+// The weight of a node that computes with experts which may not be there.
+const moe_tensor * device_executor::asked(const ggml_tensor * node) const {
+    const moe_tensor * weight = is_ours(node) ? model_.weights.find(node->src[0]) : nullptr;
+    return weight && !model_.pools->is_whole(weight->layer) ? weight : nullptr;
+}
+
+const std::vector<device_executor::segment> & device_executor::cut(ggml_cgraph * graph) {
+    const auto known = cuts_.find(graph->uid);
+    if (graph->uid != 0 && known != cuts_.end()) {
+        return known->second;
+    }
+    std::vector<segment> segments;
+    const auto           add = [&](int begin, int end, bool asks) {
+        if (begin < end) {
+            segments.push_back({begin, end, asks, graph->uid ? ggml_graph_next_uid() : 0});
+        }
+    };
+    int begin = 0;  // of the trunk's next segment
+    for (int i = 0; i < graph->n_nodes; i++) {
+        const moe_tensor * weight = asked(graph->nodes[i]);
+        if (weight == nullptr) {
+            continue;
+        }
+        int end = i + 1;
+        for (int j = end; j < graph->n_nodes; j++) {
+            const moe_tensor * other = is_ours(graph->nodes[j]) ? model_.weights.find(graph->nodes[j]->src[0]) : nullptr;
+            if (other && (other->layer != weight->layer || graph->nodes[j]->src[2] != graph->nodes[i]->src[2])) {
+                break;
+            }
+            end = other ? j + 1 : end;
+        }
+        add(begin, i, false);
+        add(i, end, true);
+        begin = end;
+        i     = end - 1;
+    }
+    add(begin, graph->n_nodes, false);
+    if (segments.size() == 1) {
+        segments[0].uid = graph->uid;
+    }
+    if (graph->uid == 0) {
+        uncached_ = std::move(segments);
+        return uncached_;
+    }
+    if (cuts_.size() >= MAX_CUTS) {
+        cuts_.clear();
+    }
+    return cuts_[graph->uid] = std::move(segments);
+}
+
+ggml_status device_executor::compute(ggml_cgraph * graph) {
+    if (!model_.pools->is_allocated()) {
+        model_.failure.set(ERROR_OTHER, "the model has no slots on the device");
+        return GGML_STATUS_FAILED;
+    }
+    for (const segment & s : cut(graph)) {
+        const ggml_status status = s.asks ? experts(graph, s) : launch(graph, s, nullptr);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots) {
+    struct patch {
+        ggml_tensor *node, *weight, *ids;
+    };
+    std::vector<patch> patches;
+    ggml_cgraph        view = ggml_graph_view(graph, s.begin, s.end);
+    view.uid                = s.uid;
+    for (int i = s.begin; i < s.end; i++) {
+        ggml_tensor * node = graph->nodes[i];
+        if (!is_ours(node)) {
+            continue;
+        }
+        patches.push_back({node, node->src[0], node->src[2]});
+        node->src[0] = place_of(node->src[0]);
+        node->src[2] = slots ? slots : node->src[2];
+    }
+    const ggml_status status = ggml_backend_graph_compute_async(stream_, &view);
+    for (const patch & p : patches) {
+        p.node->src[0] = p.weight;
+        p.node->src[2] = p.ids;
+    }
+    return status;
+}
+
+// Where a weight's experts are, as far as they are needed now.
+ggml_tensor * device_executor::place_of(const ggml_tensor * weight) {
+    const moe_tensor & found = *model_.weights.find(weight);
+    return wide_ ? model_.pools->window(found) : model_.pools->tensor(found);
+}
+
+// ---- experts
+
+ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
+    fetch(graph->nodes + s.begin, s.end - s.begin);
+    const int n_tokens = (int)c_.ids->ne[1];
+    if (n_tokens == 0) {  // a ubatch none of whose rows is an output
+        return GGML_STATUS_SUCCESS;
+    }
+    std::lock_guard<std::mutex> lock(model_.step);
+    take_over();
+    if (fitting(0) < n_tokens) {
+        if (model_.pools->has_window()) {
+            wide_                    = true;
+            const ggml_status status = event(0, n_tokens) ? launch(graph, s, nullptr) : GGML_STATUS_FAILED;
+            wide_                    = false;
+            return status;
+        }
+        if (whole_.recognise(graph->nodes + s.begin, s.end - s.begin)) {
+            return in_ranges();
+        }
+        return GGML_STATUS_FAILED;
+    }
+    ggml_tensor * slots = ranges_.slots(c_.n_used, n_tokens);
+    if (!event(0, n_tokens)) {
+        return GGML_STATUS_FAILED;
+    }
+    ranges_.send(slots_, {}, 0, n_tokens);
+    return launch(graph, s, slots);
+}
+
+// Takes the ids to the host, and the input as far as guesses want it: the one wait of a layer.
+void device_executor::fetch(ggml_tensor * const * nodes, int n) {
+    c_.nodes.clear();
+    std::copy_if(nodes, nodes + n, std::back_inserter(c_.nodes), is_ours);
+    const ggml_tensor * first = c_.nodes.front();
+    const ggml_tensor * ids   = first->src[2];
+    const ggml_tensor * x     = first->src[1];
+    c_.model                  = &model_;
+    c_.layer                  = model_.weights.find(first->src[0])->layer;
+    c_.ids                    = ids;
+    c_.n_used                 = (int)ids->ne[0];
+    x_                        = *x;
+    x_.data                   = nullptr;
+    fetched_.resize(ggml_nbytes(ids));
+    if (ids->ne[1] == 0) {
+        return;
+    }
+    ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, fetched_.size());
+    if (guesses_ && ids->ne[1] <= GUESS_TOKENS) {
+        inputs_.resize(ggml_nbytes(x));
+        ggml_backend_tensor_get_async(stream_, x, inputs_.data(), 0, inputs_.size());
+        x_.data = inputs_.data();
+    }
+    ggml_backend_synchronize(stream_);
+    model_.stats.waits++;
+    model_.pools->done(waited_);
+    ids_.clear();
+    for (int64_t token = 0; token < ids->ne[1]; token++) {
+        for (int64_t rank = 0; rank < ids->ne[0]; rank++) {
+            ids_.push_back(*(const int32_t *)(fetched_.data() + token * ids->nb[1] + rank * ids->nb[0]));
+        }
+    }
+    slots_.resize(ids_.size());
+}
+
+// One context at a time: what the one before launched may still read the slots that this one fills.
+void device_executor::take_over() {
+    if (model_.computing && model_.computing != stream_) {
+        ggml_backend_synchronize(model_.computing);
+    }
+    model_.computing = stream_;
+}
+
+// The end of the tokens from `first` on whose experts fit the pool together.
+int device_executor::fitting(int first) {
+    const int n_tokens = (int)(ids_.size() / c_.n_used), n_slots = model_.pools->n_slots(c_.layer);
+    in_range_.resize(model_.weights.n_experts, 0);
+    range_++;
+    int n = 0;
+    for (int token = first; token < n_tokens; token++) {
+        for (int i = token * c_.n_used; i < (token + 1) * c_.n_used; i++) {
+            const int32_t e = ids_[i];  // the dialogue refuses one that does not exist
+            if (e >= 0 && e < model_.weights.n_experts && in_range_[e] != range_) {
+                in_range_[e] = range_;
+                n++;
+            }
+        }
+        if (n > n_slots) {
+            return token;
+        }
+    }
+    return n_tokens;
+}
+
+ggml_status device_executor::in_ranges() {
+    const int n_tokens = (int)(ids_.size() / c_.n_used);
+    ranges_.slots(c_.n_used, n_tokens);
+    ggml_status status = ranges_.keep(whole_);
+    for (int first = 0; first < n_tokens && status == GGML_STATUS_SUCCESS;) {
+        const int last = fitting(first);
+        if (last == first) {
+            model_.failure.set(ERROR_OTHER, "a token needs more experts than the device has slots for in a layer");
+            return GGML_STATUS_FAILED;
+        }
+        if (first > 0) {
+            model_.pools->wait_for(stream_);
+        }
+        if (!event(first, last)) {
+            return GGML_STATUS_FAILED;
+        }
+        ranges_.send(slots_, ids_, first, last);
+        status = ranges_.run(whole_, first, last, [this](const ggml_tensor * w) { return model_.pools->tensor(*model_.weights.find(w)); });
+        model_.stats.ranges++;
+        first = last;
+    }
+    return status;
+}
+
+// Asks for the experts of these tokens and has the stream wait for them; their slots are in slots_ then.
+bool device_executor::event(int first, int last) {
+    dialogue &    said = model_.dialogue;
+    const int64_t t0   = model_.reads->history.start();
+    ggml_tensor   x    = x_;
+    x.data             = x_.data ? (char *)x_.data + first * x_.nb[2] : nullptr;
+    c_.x               = &x;
+    c_.n_tokens        = last - first;
+    said.ids.assign(ids_.begin() + (ptrdiff_t)first * c_.n_used, ids_.begin() + (ptrdiff_t)last * c_.n_used);
+    bool ok  = said.begin(c_);
+    guesses_ = said.call.wants_guesses != 0;
+    if (x.data == nullptr) {  // this one was not told of
+        said.call.wants_guesses = 0;
+    }
+    ok = ok && bring();
+    if (ok) {
+        use_slots(first);
+    }
+    model_.record(MOE_EVENT_LAYER, c_.layer, t0);
+    said.end(!ok);
+    c_.x = nullptr;
+    return ok;
+}
+
+// Has the stream wait for what the event computes on; where that is a pool, its slots are in slots_ then.
+void device_executor::use_slots(int first) {
+    const dialogue & said   = model_.dialogue;
+    int64_t          ticket = wide_ ? model_.pools->last_ticket() : 0;
+    for (const dialogue::entry & e : said.entries) {
+        if (wide_) {
+            break;
+        }
+        ticket = std::max(ticket, model_.pools->ticket_of(c_.layer, e.pool));
+        for (int i = e.first; i < e.first + e.count; i++) {
+            slots_[first * c_.n_used + said.pairs[i]] = e.pool;
+        }
+    }
+    if (ticket > waited_) {
+        model_.pools->wait_on(stream_, ticket);
+        waited_ = ticket;
+    }
+}
+
+// What the pool has already.
+void device_executor::copy_to_window() {
+    for (const dialogue::entry & e : model_.dialogue.entries) {
+        if (e.slot < 0) {
+            model_.pools->copy_to_window(c_.layer, e.pool);
+        }
+    }
+}
+
+// Every expert of the plan into its slot of the pool, each as soon as it is in host memory.
+bool device_executor::bring() {
+    dialogue & said    = model_.dialogue;
+    bool       guessed = false;
+    submit_ready_loads();
+    if (wide_) {
+        copy_to_window();
+    }
+    for (;;) {
+        bool any = false;
+        if (!advance(any)) {
+            return false;
+        }
+        if (any) {
+            submit_ready_loads();
+        } else if (!guessed) {
+            guessed = true;
+            if (!said.ask_for_guesses()) {
+                return false;
+            }
+        } else if (!waiting_.empty()) {
+            const int64_t t0 = now_ns();
+            model_.reads->wait_any(waiting_);
+            said.stalled(now_ns() - t0);
+            model_.stats.stall_ns += now_ns() - t0;
+            model_.record(MOE_EVENT_STALL, c_.layer, t0);
+        } else {
+            return true;
+        }
+    }
+}
+
+// Starts copying what has arrived in host memory; false when a read has failed.
+bool device_executor::advance(bool & any) {
+    waiting_.clear();
+    for (dialogue::entry & e : model_.dialogue.entries) {
+        if (e.done || e.slot < 0 || (e.load && !e.submitted)) {
+            continue;
+        }
+        switch (model_.reads->state(e.slot)) {
+            case slot_state::FAILED:
+                model_.failure.set(ERROR_READ, model_.reads->last_error());
+                return false;
+            case slot_state::READY:
+                model_.upload(e.slot, c_.layer, e.pool);
+                if (wide_ && e.pool >= 0) {
+                    model_.pools->copy_to_window(c_.layer, e.pool);
+                }
+                e.done = any = true;
+                break;
+            default:
+                waiting_.push_back(e.slot);
+        }
+    }
+    return true;
+}
+
+void device_executor::submit_ready_loads() {
+    auto & entries = model_.dialogue.entries;
+    for (dialogue::entry & e : entries) {
+        if (e.load && !e.submitted && (e.waits_for < 0 || entries[e.waits_for].done)) {
+            model_.load(e.slot, model_.weights.key_of(0, c_.layer, e.expert), false);
+            e.submitted = true;
+        }
+    }
+}
+
+}  // namespace moe

@@ -1,0 +1,77 @@
+// Computes one graph on a device whose pools may lack experts: cuts it in front of every layer that has to
+// be asked, brings what is missing, and launches the nodes with their weights and ids replaced.
+//
+//   trunk     up to the next such layer, in one launch; layers with all experts in their pool are part of it
+//   experts   from a layer's first expert matmul to its last: one wait for the ids, then one launch
+//   window    an event of more experts than the pool has slots: all of them side by side, with the graph's ids
+//   ranges    likewise without a window: as many tokens at a time as fit the pool
+//
+// Nodes are patched in place and restored after the launch, which has captured them by then. So a graph
+// keeps its identity, and with it whatever the device knows of it: fused kernels, recorded launches.
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "chain.h"
+#include "ggml-iface.h"
+#include "moe.h"
+#include "ranges.h"
+
+namespace moe {
+
+class device_executor {
+  public:
+    // The stream is not owned.
+    device_executor(ggml_backend_t stream, moe_model & model);
+    ~device_executor();
+    device_executor(const device_executor &)             = delete;
+    device_executor & operator=(const device_executor &) = delete;
+
+    ggml_status compute(ggml_cgraph * graph);
+
+  private:
+    struct segment {
+        int      begin, end;
+        bool     asks;  // it is of one layer whose pool may lack experts
+        uint64_t uid;
+    };
+
+    const std::vector<segment> & cut(ggml_cgraph * graph);
+    const moe_tensor *           asked(const ggml_tensor * node) const;
+    ggml_status                  launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots);
+    ggml_tensor *                place_of(const ggml_tensor * weight);
+    ggml_status                  experts(ggml_cgraph * graph, const segment & s);
+    ggml_status                  in_ranges();
+    void                         fetch(ggml_tensor * const * nodes, int n);
+    int                          fitting(int first);
+    bool                         event(int first, int last);
+    void                         use_slots(int first);
+    void                         copy_to_window();
+    bool                         bring();
+    void                         submit_ready_loads();
+    bool                         advance(bool & any);
+    void                         take_over();
+
+    ggml_backend_t                                     stream_;
+    moe_model &                                        model_;
+    ranges                                             ranges_;
+    std::unordered_map<uint64_t, std::vector<segment>> cuts_;  // by the graph's uid
+    std::vector<segment>                               uncached_;
+    chain                                              c_;        // the running event: what a dialogue wants to know of it
+    chain                                              whole_;    // all of the segment, where it goes in ranges
+    ggml_tensor                                        x_{};      // its input, in host memory
+    std::vector<char>                                  fetched_;  // ids as they lie on the device
+    std::vector<char>                                  inputs_;   // likewise x
+    std::vector<int32_t>                               ids_;      // [n_tokens][n_used] of the segment
+    std::vector<int32_t>                               slots_;    // likewise in the pool; read by the stream until it is next waited for
+    bool                                               wide_    = false;  // the event uses the window
+    bool                                               guesses_ = false;  // the event before wanted some: they are made from x
+    std::vector<int>                                   waiting_;          // slots in host memory
+    std::vector<int32_t>                               in_range_;         // expert -> number of the range that needs it
+    int32_t                                            range_  = 0;       // numbers all ranges
+    int64_t                                            waited_ = 0;       // the stream has been told to wait for copies up to this ticket
+};
+
+}  // namespace moe

@@ -1,0 +1,184 @@
+#include "pools.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace moe {
+
+namespace {
+
+// An event is recorded anew when so many tickets have passed: whoever still waits for it waits longer.
+constexpr int N_EVENTS = 64;
+
+size_t round_up(size_t x, size_t align) { return (x + align - 1) / align * align; }
+
+ggml_tensor shape(const moe_tensor & weight, int n_slots) {
+    ggml_tensor t{};
+    t.type  = (enum ggml_type)weight.type[0];
+    t.ne[0] = weight.ne[0];
+    t.ne[1] = weight.ne[1];
+    t.ne[2] = n_slots;
+    t.ne[3] = 1;
+    t.nb[0] = ggml_type_size(t.type);
+    t.nb[1] = ggml_row_size(t.type, t.ne[0]);
+    t.nb[2] = t.nb[1] * t.ne[1];
+    t.nb[3] = t.nb[2] * t.ne[2];
+    snprintf(t.name, sizeof(t.name), "%s", weight.name);
+    return t;
+}
+
+}  // namespace
+
+pools::pools(const weights & w, ggml_backend_dev_t device)
+    : weights_(w), device_(device), stream_(ggml_backend_dev_init(device, nullptr)), where_(w.n_keys(), -1), slots_(w.n_layers) {
+    if (stream_ == nullptr) {
+        throw std::runtime_error(std::string("the device ") + ggml_backend_dev_name(device) + " cannot be used");
+    }
+    ggml_backend_dev_props props;
+    ggml_backend_dev_get_props(device, &props);
+    if (props.caps.events) {
+        before_ = ggml_backend_event_new(device);
+        for (int i = 0; i < N_EVENTS; i++) {
+            events_.push_back(ggml_backend_event_new(device));
+        }
+    }
+}
+
+pools::~pools() {
+    ggml_backend_synchronize(stream_);
+    for (ggml_backend_event_t event : events_) {
+        ggml_backend_event_free(event);
+    }
+    if (before_) {
+        ggml_backend_event_free(before_);
+    }
+    for (ggml_backend_buffer_t buffer : {buffer_, window_buffer_}) {
+        if (buffer) {
+            ggml_backend_buffer_free(buffer);
+        }
+    }
+    ggml_backend_free(stream_);
+}
+
+// Makes the tensors and their memory; `stacked`: those of different layers lie in the same place.
+bool pools::place(std::vector<ggml_tensor> & tensors, const int32_t * n_slots, bool stacked, ggml_backend_buffer_t & buffer) {
+    ggml_backend_buffer_type_t type  = ggml_backend_dev_buffer_type(device_);
+    const size_t               align = ggml_backend_buft_get_alignment(type);
+    std::vector<size_t>        offsets;
+    size_t                     bytes = 0, most = 0;
+    int                        layer = -1;
+    for (const moe_tensor & weight : weights_.tensors()) {
+        const int n = n_slots ? n_slots[weight.layer] : weights_.n_experts;
+        bytes       = stacked && weight.layer != layer ? 0 : bytes;
+        layer       = weight.layer;
+        tensors.push_back(shape(weight, n));
+        offsets.push_back(bytes);
+        bytes += n ? round_up(ggml_backend_buft_get_alloc_size(type, &tensors.back()), align) : 0;
+        most = std::max(most, bytes);
+    }
+    buffer = ggml_backend_buft_alloc_buffer(type, most);
+    if (buffer == nullptr) {
+        tensors.clear();
+        return false;
+    }
+    ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    ggml_backend_buffer_clear(buffer, 0);  // kernels may read past the end of a row
+    for (size_t i = 0; i < tensors.size(); i++) {
+        tensors[i].buffer = buffer;
+        tensors[i].data   = (char *)ggml_backend_buffer_get_base(buffer) + offsets[i];
+    }
+    return true;
+}
+
+bool pools::allocate(const int32_t * n_slots, bool window) {
+    if (!place(tensors_, n_slots, false, buffer_) || (window && !place(window_, nullptr, true, window_buffer_))) {
+        return false;
+    }
+    for (int layer = 0; layer < weights_.n_layers; layer++) {
+        slots_[layer].resize(weights_.of_layer(layer).empty() ? 0 : n_slots[layer]);
+    }
+    return true;
+}
+
+// A copy has been started: its ticket.
+int64_t pools::issue() {
+    issued_++;
+    if (events_.empty()) {
+        ggml_backend_synchronize(stream_);
+        done(issued_);
+    } else {
+        ggml_backend_event_record(event_of(issued_), stream_);
+    }
+    return issued_;
+}
+
+void pools::send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory) {
+    for (const moe_tensor * weight : weights_.of_layer(layer)) {
+        ggml_tensor t = to[weights_.index_of(*weight)];
+        ggml_backend_tensor_set_async(stream_, &t, memory + weight->slot_offset[0], slot * t.nb[2], t.nb[2]);
+        count.bytes += (int64_t)t.nb[2];
+    }
+    count.uploads++;
+}
+
+int64_t pools::upload(int layer, int slot, int key, const char * memory) {
+    send(tensors_, layer, slot, memory);
+    forget(layer, slot);
+    where_[key]         = slot;
+    slots_[layer][slot] = {key, issue()};
+    return issued_;
+}
+
+void pools::forget(int layer, int slot) {
+    int & key = slots_[layer][slot].key;
+    if (key >= 0) {
+        where_[key] = -1;
+    }
+    key = -1;
+}
+
+int64_t pools::upload_to_window(int key, const char * memory) {
+    send(window_, weights_.layer_of(key), weights_.expert_of(key), memory);
+    return issue();
+}
+
+int64_t pools::copy_to_window(int layer, int slot) {
+    const int expert = weights_.expert_of(slots_[layer][slot].key);
+    for (const moe_tensor * weight : weights_.of_layer(layer)) {
+        const int   index = weights_.index_of(*weight);
+        ggml_tensor from = tensors_[index], to = window_[index];
+        from.data  = (char *)from.data + slot * from.nb[2];
+        to.data    = (char *)to.data + expert * to.nb[2];
+        from.ne[2] = to.ne[2] = 1;
+        from.nb[3] = to.nb[3] = from.nb[2];
+        ggml_backend_tensor_copy_async(stream_, stream_, &from, &to);
+    }
+    return issue();
+}
+
+void pools::wait_on(ggml_backend_t stream, int64_t ticket) {
+    if (ticket > done_) {
+        ggml_backend_event_wait(stream, event_of(ticket));
+    }
+}
+
+void pools::wait_for(ggml_backend_t stream) {
+    if (before_ == nullptr) {
+        ggml_backend_synchronize(stream);
+        return;
+    }
+    ggml_backend_event_record(before_, stream);
+    ggml_backend_event_wait(stream_, before_);
+}
+
+void pools::settle(int64_t ticket) {
+    if (ticket > done_) {
+        ggml_backend_event_synchronize(event_of(ticket));
+        done(ticket);
+    }
+}
+
+}  // namespace moe

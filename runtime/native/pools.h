@@ -1,0 +1,97 @@
+// Experts in the memory of a device: a pool of slots per layer, filled from host memory by a stream of its
+// own, beside the ones that compute.
+//
+// A pool is laid out as the layer's own tensors are, [ne0, ne1, n_slots] each: any mix of types, no stride
+// that a kernel might not like, and with a slot for every expert it is the stock tensor. Owns that memory,
+// the stream and its events. Which expert is where, it remembers and does not decide.
+//
+// Beside them there may be a window: room for all experts of any one layer, each in the slot of its number,
+// for an event that wants more of them than its pool has slots. What it holds is forgotten with the event.
+//
+// A ticket is the number of a copy in the order of the stream. Whoever computes on a slot has its own
+// stream wait for the slot's ticket; whoever writes over what a copy reads waits for it, or for its stream
+// to have waited.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ggml-iface.h"
+#include "weights.h"
+
+namespace moe {
+
+class pools {
+  public:
+    pools(const weights & w, ggml_backend_dev_t device);
+    ~pools();
+    pools(const pools &)             = delete;
+    pools & operator=(const pools &) = delete;
+
+    // By layer, how many slots, and whether there is a window; once, before anything else. False when the
+    // device refuses.
+    bool allocate(const int32_t * n_slots, bool window);
+    bool is_allocated() const { return !tensors_.empty(); }
+    // Whether the layer is computed on the device at all.
+    bool has(int layer) const { return n_slots(layer) > 0; }
+    int  n_slots(int layer) const { return slots_[layer].size(); }
+    // Whether each expert has the slot of its own number, for good: nobody need ask which they are.
+    bool is_whole(int layer) const { return n_slots(layer) == weights_.n_experts; }
+    // What a layer's weight is there, and what it is in the window.
+    ggml_tensor * tensor(const moe_tensor & weight) { return &tensors_[weights_.index_of(weight)]; }
+    bool          has_window() const { return !window_.empty(); }
+    ggml_tensor * window(const moe_tensor & weight) { return &window_[weights_.index_of(weight)]; }
+
+    // The key a slot holds, or will before any stream that waits for its ticket goes on; -1: none.
+    int     key_of(int layer, int slot) const { return slots_[layer][slot].key; }
+    int64_t ticket_of(int layer, int slot) const { return slots_[layer][slot].ticket; }
+    void    forget(int layer, int slot);
+    // Where a key is, or -1.
+    int slot_of(int key) const { return where_[key]; }
+    // Starts copying an expert's matrices, of which `memory` is the slot in host memory; its ticket.
+    int64_t upload(int layer, int slot, int key, const char * memory);
+    // Likewise into the window.
+    int64_t upload_to_window(int key, const char * memory);
+    // Starts copying what a slot of a pool holds into the window.
+    int64_t copy_to_window(int layer, int slot);
+    // Of the copy that was started last.
+    int64_t last_ticket() const { return issued_; }
+
+    // A stream waits on the device for a copy and all before it.
+    void wait_on(ggml_backend_t stream, int64_t ticket);
+    // The copies to come wait for what that stream was told to do so far.
+    void wait_for(ggml_backend_t stream);
+    // This thread waits for a copy, unless it is known to be done.
+    void settle(int64_t ticket);
+    // Copies up to this one are known to be done.
+    void done(int64_t ticket) { done_ = ticket > done_ ? ticket : done_; }
+
+    int64_t n_bytes() const { return buffer_ ? (int64_t)ggml_backend_buffer_get_size(buffer_) : 0; }
+    struct counters {
+        int64_t uploads, bytes;
+    } count{};
+
+  private:
+    struct slot {
+        int     key    = -1;
+        int64_t ticket = 0;
+    };
+
+    int64_t              issue();
+    void                 send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory);
+    bool                 place(std::vector<ggml_tensor> & tensors, const int32_t * n_slots, bool stacked, ggml_backend_buffer_t & buffer);
+    ggml_backend_event_t event_of(int64_t ticket) const { return events_[ticket % events_.size()]; }
+
+    const weights &                   weights_;
+    ggml_backend_dev_t                device_;
+    ggml_backend_t                    stream_ = nullptr;
+    std::vector<ggml_backend_event_t> events_;  // of the latest tickets; none where the device has none
+    ggml_backend_event_t              before_ = nullptr;
+    ggml_backend_buffer_t             buffer_ = nullptr, window_buffer_ = nullptr;
+    std::vector<ggml_tensor>          tensors_, window_;  // by index of the weight
+    std::vector<int>                  where_;             // key -> slot
+    std::vector<std::vector<slot>>    slots_;             // by layer
+    int64_t                           issued_ = 0, done_ = 0;
+};
+
+}  // namespace moe

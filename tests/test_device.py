@@ -1,0 +1,352 @@
+"""Identity gates of devices: logits through pools on a device equal stock's on the same device.
+
+The device is the one of native/lag.cpp, whose kernels are the processor's, so both are also equal
+to stock without a device. A pass proves:
+
+ 1  whole      layers with room for all experts: nothing is asked, a graph is one launch
+ 2  pools      room for some: what is missing is copied, exactly that, with one wait per layer
+ 3  ranges     an event of more experts than a pool has slots, down to what one token uses
+ 3  window     likewise with room for all of a layer: stock also for prompts, and pools stay
+ 4  waits      each kind of wait that is left out is seen
+ 5  memory     slots that are written again while copies read them; memory that is not pinned
+ 6  layers     some layers on the device, the rest on the processor
+ 7  contexts   several sequences, and two contexts on one model in turn
+ 8  policies   every named one, guesses included
+ 9  failures   a read that fails, and the same step again
+10  users      the command line's options, the library's Llama, a plan
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+import tiny
+from conftest import TinyFile
+from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, stock
+from lag import COMPUTE_WAITS, COPY_WAITS, HOST_WAITS, NAME, SYNCHRONIZE, Lag, lag
+
+from moe_gguf import Engine, Llama, UserError
+from moe_gguf.policies import POLICIES
+from moe_gguf.policies.pace import Everything
+from moe_gguf.runtime import logs
+from moe_gguf.runtime.budget import DeviceNeeds, fit_pools
+from moe_gguf.runtime.cli.plan import plan_document, plan_text
+from moe_gguf.runtime.errors import ExpertReadError
+from moe_gguf.runtime.options import Options
+from moe_gguf.runtime.plugin.devices import choose, devices
+from moe_gguf.runtime.sizes import MB
+
+__all__ = ["lag"]  # a fixture
+
+# Where ggml-cpu takes another kernel for 8 rows of an expert and more, a range would show it.
+FEW = 12
+N_STEPS = 6
+N_USED = {"mixtral": 2, "llama4": 1}  # experts per token; of other layouts 4
+DEVICE = {"device": NAME.lower()}
+
+Script = Callable[[Model], Logits]
+Reference = Callable[[Path, Script], Logits]
+
+
+@pytest.fixture(scope="module")
+def reference(lag: Lag) -> Reference:
+    """What stock answers to a script, on the device and without; each is run once."""
+    known: dict[tuple[Path, Script], Logits] = {}
+
+    def get(path: Path, script: Script) -> Logits:
+        if (path, script) not in known:
+            with stock(path, device=NAME) as model:
+                known[path, script] = script(model)
+            with stock(path) as model:
+                assert np.array_equal(known[path, script], script(model))
+        return known[path, script]
+
+    return get
+
+
+def same(got: Logits, expected: Logits) -> None:
+    assert got.shape == expected.shape
+    assert np.isfinite(expected).all()
+    difference = float(np.abs(got - expected).max())
+    assert np.array_equal(got, expected), f"logits differ by up to {difference}"
+
+
+def generation(model: Model) -> Logits:
+    context = model.context()
+    logits = [context.decode(rows(random_tokens(FEW)))]
+    for i in range(N_STEPS):
+        logits.append(context.decode(rows([int(logits[-1][-1].argmax())], FEW + i)))
+    return np.concatenate(logits)
+
+
+def long_prompt(model: Model) -> Logits:
+    return model.context().decode(rows(random_tokens(64)))
+
+
+def token_by_token(model: Model) -> Logits:
+    context = model.context()
+    return np.concatenate(
+        [context.decode(rows([token], i)) for i, token in enumerate(random_tokens(12))]
+    )
+
+
+def sequences_and_contexts(model: Model) -> Logits:
+    contexts = [model.context(n_seq_max=3), model.context()]
+    starts = [3, 4, 5]
+    batch = [row for s, n in enumerate(starts) for row in rows(random_tokens(n, s), seq=s)]
+    logits = [contexts[0].decode(batch), contexts[1].decode(rows(random_tokens(7, 9)))]
+    for i in range(4):
+        logits.append(contexts[0].decode([Row(i + s, n + i, seq=s) for s, n in enumerate(starts)]))
+        logits.append(contexts[1].decode(rows([5 * i], 7 + i)))
+    return np.concatenate(logits)
+
+
+def n_used(layout: str) -> int:
+    return N_USED.get(layout, 4)
+
+
+def n_splits(model: Ours) -> set[int]:
+    """Pieces that the scheduler makes of a graph, as llama.cpp says."""
+    with logs.capture() as log:
+        params = llama_cpp.llama_context_default_params()
+        llama_cpp.llama_free(llama_cpp.llama_init_from_model(model.model, params))
+    return {int(n) for _, line in log.lines for n in re.findall(r"splits = (\d+)", line)}
+
+
+def expert_bytes(model: Ours) -> int:
+    sizes = {sum(t.expert_bytes for t in layer.tensors) for layer in model.found.layout.layers}
+    return sizes.pop()
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_01_whole(layout: str, tiny_file: TinyFile, reference: Reference, lag: Lag) -> None:
+    path = tiny_file(layout)
+    expected = reference(path, generation)
+    with ours(path, **DEVICE) as model:
+        lag.count()
+        same(generation(model), expected)
+        count = lag.count()
+        assert model.stats().waits == model.stats().uploads == 0
+        assert count.launches == 1 + N_STEPS
+        assert n_splits(model) == {2}
+
+
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled", "mixed"])
+def test_02_pools(layout: str, tiny_file: TinyFile, reference: Reference, lag: Lag) -> None:
+    flags = {"scaled": {"scales": True}, "mixed": {"mixed": True}}.get(layout, {})
+    path = tiny_file("qwen3moe" if flags else layout, **flags)
+    expected = reference(path, token_by_token)
+    with ours(path, n_pool=2 * n_used(layout), **DEVICE) as model:
+        lag.count()
+        same(token_by_token(model), expected)
+        stats, layers = model.stats(), model.found.layout.layers
+        assert model.hits > 0
+        assert stats.uploads == model.misses > 2 * n_used(layout) * len(layers)
+        if layout != "mixed":
+            assert stats.upload_bytes == model.misses * expert_bytes(model)
+        assert stats.waits == 12 * len(layers)
+        assert stats.ranges == 0
+        assert lag.count().upload_bytes == stats.upload_bytes
+        assert n_splits(model) == {2}
+
+
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled"])
+def test_03_ranges(layout: str, tiny_file: TinyFile, reference: Reference) -> None:
+    path = tiny_file("qwen3moe", scales=True) if layout == "scaled" else tiny_file(layout)
+    with ours(path, n_pool=n_used(layout), **DEVICE) as model:
+        same(generation(model), reference(path, generation))
+        assert model.stats().ranges > 0
+
+
+@pytest.mark.parametrize("n_slots", [None, 3])
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled"])
+def test_03_window(
+    layout: str, n_slots: int | None, tiny_file: TinyFile, reference: Reference
+) -> None:
+    path = tiny_file("qwen3moe", scales=True) if layout == "scaled" else tiny_file(layout)
+    with ours(path, n_slots, n_pool=n_used(layout), window=True, **DEVICE) as model:
+        context = model.context()
+        for i, token in enumerate(random_tokens(8, seed=2)):
+            context.decode(rows([token], i))
+        held = [model.plugin.pool_keys(n.layer) for n in model.found.layout.layers]
+        same(long_prompt(model), reference(path, long_prompt))
+        assert model.stats().ranges == 0
+        assert held == [model.plugin.pool_keys(n.layer) for n in model.found.layout.layers]
+        same(generation(model), reference(path, generation))
+
+
+WAITS: dict[str, tuple[int, dict[str, Any]]] = {
+    "for ids": (SYNCHRONIZE, {"n_pool": 8}),
+    "for copies": (COMPUTE_WAITS, {"n_pool": 8}),
+    "for copies to the window": (COMPUTE_WAITS, {"n_pool": 4, "window": True}),
+    "for the range before": (COPY_WAITS, {"n_pool": 4}),
+    "for what a copy reads": (HOST_WAITS, {"n_pool": 4, "n_slots": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", WAITS)
+def test_04_waits(kind: str, tiny_file: TinyFile, reference: Reference, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    expected = reference(path, generation)
+    waits, sizes = WAITS[kind]
+    lag.delay(us=1000)
+    try:
+        with ours(path, **sizes, **DEVICE) as model:
+            same(generation(model), expected)
+        model = Ours(path, **sizes, **DEVICE)
+        with contextlib.closing(model), lag.ignoring(waits):
+            assert is_seen(model, expected), "nothing tests this wait"
+    finally:
+        lag.delay()
+
+
+def is_seen(model: Ours, expected: Logits) -> bool:
+    """Whether a generation goes wrong; ids that are read too early may not even be any."""
+    try:
+        return not np.array_equal(generation(model), expected)
+    except RuntimeError as error:
+        return "damaged" in str(error)
+
+
+@pytest.mark.parametrize("reads", ["buffered", "direct"])
+def test_05_memory(
+    reads: str, tiny_file: TinyFile, reference: Reference, direct_io: None, lag: Lag
+) -> None:
+    path = tiny_file("qwen3moe")
+    with ours(path, 4, n_pool=5, reads=reads, **DEVICE) as model:
+        same(generation(model), reference(path, generation))
+        stats = model.stats()
+        assert stats.read_bytes > stats.upload_bytes // 2
+        assert model.plugin.is_pinned
+        assert "pageable" not in model.arena.mode_line()
+    with lag.refusing_pinned_memory(), ours(path, 4, n_pool=5, reads=reads, **DEVICE) as model:
+        same(generation(model), reference(path, generation))
+        assert not model.plugin.is_pinned
+        assert "pageable" in model.arena.mode_line()
+
+
+@pytest.mark.parametrize("gpu_layers", [0, 1, 2, 3, 4])
+def test_06_layers(gpu_layers: int, tiny_file: TinyFile, reference: Reference) -> None:
+    path = tiny_file("qwen3moe")
+    with ours(path, 11, n_pool=6, gpu_layers=gpu_layers, **DEVICE) as model:
+        same(generation(model), reference(path, generation))
+        stats = model.stats()
+        assert (stats.uploads > 0) == (gpu_layers > 1)
+        assert model.arena.found.device == ("cpu" if gpu_layers == 0 else NAME.lower())
+
+
+@pytest.mark.parametrize("n_pool", [None, 4, 10])
+def test_07_contexts(n_pool: int | None, tiny_file: TinyFile, reference: Reference) -> None:
+    path = tiny_file("qwen3moe")
+    with ours(path, 9, n_pool=n_pool, **DEVICE) as model:
+        same(sequences_and_contexts(model), reference(path, sequences_and_contexts))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_08_policies(policy: str, tiny_file: TinyFile, reference: Reference) -> None:
+    path = tiny_file("qwen3moe")
+    guesses = policy in ("eap", "fate", "fate-paper", "klotski")
+    pace = Everything() if guesses else None
+    with ours(path, 19, n_pool=6, policy=policy, pace=pace, **DEVICE) as model:
+        same(token_by_token(model), reference(path, token_by_token))
+        same(generation(model), reference(path, generation))
+        assert (model.stats().guess_loads > 0) == guesses
+
+
+def test_09_a_read_that_fails(tiny_file: TinyFile, reference: Reference) -> None:
+    """The step fails with the read's sentence, and the tables are true again."""
+    path = tiny_file("qwen3moe")
+    with ours(path, 7, n_pool=6, **DEVICE) as model:
+        model.plugin.inject(9, 5)
+        with pytest.raises(ExpertReadError):
+            generation(model)
+        model.check()
+        same(generation(model), reference(path, generation))
+
+
+def test_10_devices_by_name(lag: Lag) -> None:
+    assert choose("cpu") is None
+    chosen = choose(NAME.lower())
+    assert chosen is not None
+    assert chosen == choose("auto") == devices()[0]
+    with pytest.raises(UserError, match=f"no device 'cuda7' here: .* {NAME.lower()}"):
+        choose("cuda7")
+
+
+def test_10_llama(tiny_file: TinyFile, lag: Lag) -> None:
+    path = str(tiny_file("qwen3moe"))
+
+    def text(**options: Any) -> tuple[str, dict[str, Any]]:
+        llama = Llama(path, memory="1GB", n_ctx=256, **options)
+        try:
+            answer = llama.create_completion("Hello", max_tokens=8, temperature=0.0)
+            return answer["choices"][0]["text"], llama.stats()
+        finally:
+            llama.close()
+
+    plain, _ = text()
+    on_device, stats = text(**DEVICE, device_memory="6MB")
+    assert on_device == plain
+    assert stats["device"] == NAME.lower()
+    assert 0 < stats["device_slots"] < 48
+    assert stats["bytes_uploaded"] > 0
+
+
+def test_10_engine(tiny_file: TinyFile, lag: Lag) -> None:
+    """Several at once, on the device and on the processor."""
+    path = tiny_file("qwen3moe")
+
+    def texts(**options: Any) -> list[str]:
+        with contextlib.closing(
+            Engine(path, memory="1GB", n_ctx=256, parallel=3, **options)
+        ) as engine:
+            asked = [engine.submit(random_tokens(9, s), temp=0.0, max_tokens=6) for s in range(3)]
+            return [generation.result().text for generation in asked]
+
+    assert texts(**DEVICE, device_memory="11MB") == texts()
+
+
+def test_10_plan(tiny_file: TinyFile, lag: Lag) -> None:
+    """Three tiers, and the pools that a run then has."""
+    path = tiny_file("qwen3moe")
+    given = {**DEVICE, "device_memory": "6MB", "memory": "1GB"}
+    document = plan_document(path, n_ctx=256, **given)
+    llama = Llama(str(path), n_ctx=256, **given)
+    try:
+        # Graph buffers of the library's context are a little larger.
+        slots = document["on_device"]["slots"]
+        assert llama.stats()["device_slots"] == pytest.approx(slots, abs=5)
+    finally:
+        llama.close()
+    text = plan_text(document)
+    assert f"on {NAME.lower()}" in text
+    with pytest.raises(UserError, match=r"device memory .* the smallest that works is \d+MB"):
+        Llama(str(path), n_ctx=256, **{**given, "device_memory": "1MB"})
+
+
+def test_10_pools_share_what_is_left() -> None:
+    needs = DeviceNeeds(10 * MB, 20 * MB, 30 * MB)
+    sizes = {0: MB, 1: 2 * MB, 5: MB}
+    budget = fit_pools(60 * MB + 22 * MB, needs, sizes, n_experts=8, n_used=2)
+    assert budget.n_slots == {0: 6, 1: 5, 5: 6} or budget.experts <= 22 * MB
+    assert budget.experts <= 22 * MB
+    assert max(budget.n_slots.values()) - min(budget.n_slots.values()) <= 1
+    everything = fit_pools(1000 * MB, needs, sizes, n_experts=8, n_used=2)
+    assert set(everything.n_slots.values()) == {8}
+    with pytest.raises(UserError, match="69MB"):
+        fit_pools(60 * MB, needs, sizes, n_experts=8, n_used=2)
+
+
+def test_10_options_of_devices() -> None:
+    named = {field.name for field in dataclasses.fields(Options)}
+    assert {"device", "device_memory", "gpu_layers"} <= named
+    with pytest.raises(UserError, match="layers make no sense"):
+        Options(gpu_layers=-1)
