@@ -19,7 +19,7 @@ from ..system import check_writable
 from . import cgroup, plot
 from .cases import Case, cases_of, memory_for_all, parse_caps, parse_rows, row_of, timeline_row_of
 from .cgroup import DiskLimit, Limits
-from .row import Spec
+from .spec import Spec
 
 # Options that bench does not ask for: rows and caps say the first two, stock lacks the others.
 NO_OPTIONS = ("memory", "policy", "experts_used", "device")
@@ -147,7 +147,8 @@ def _spec(request: Request, case: Case, path: Path, layout: ModelLayout) -> Spec
         n_threads=request.n_threads,
         options=replace(
             options,
-            memory=case.cap or memory_for_all(layout),
+            # A group's cells come on top of the experts, and are as many as its tokens.
+            memory=case.cap or ("auto" if row.sequences else memory_for_all(layout)),
             policy=row.policy or options.policy,
             **({} if row.low else options.lossless()),
         ),
@@ -155,6 +156,9 @@ def _spec(request: Request, case: Case, path: Path, layout: ModelLayout) -> Spec
         mmap=row.mmap,
         repack=row.repack,
         fill=not row.capped,
+        sequences=row.sequences,
+        way=row.way,
+        whole=row.whole,
     )
 
 
