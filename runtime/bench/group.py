@@ -197,7 +197,7 @@ def _ours(spec: Spec) -> dict[str, Any]:
             "plan": _plan(engine),
             "mode_line": engine.mode_line,
             **{name: stats[name] for name in ("slots", "reads", "budget_bytes", "requests")},
-            **{name: stats[name] for name in ("bytes_read", "disk_s", "low_share")},
+            "low_share": stats["low_share"],
         }
 
 
@@ -255,6 +255,8 @@ def _counters(clock: Clock, n_layers: int) -> dict[str, Any]:
     sums = clock.answers if clock.answers.steps else clock.prompts
     both = clock.prompts.read_bytes + clock.answers.read_bytes
     return {
+        "bytes_read": sums.read_bytes,
+        "disk_s": sums.disk_s,
         "bytes_per_token": sums.read_bytes / sums.rows,
         "bytes_per_row": both / (clock.prompts.rows + clock.answers.rows),
         "distinct_experts": sums.demands / sums.steps / n_layers,

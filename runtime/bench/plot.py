@@ -177,12 +177,12 @@ def _curve(above: Axes, below: Axes, name: str, i: int, rows: Sequence[dict[str,
     rows = sorted(rows, key=lambda row: row_of(row["row"]).sequences)
     x = [row_of(row["row"]).sequences for row in rows]
     style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % 8]}
-    if rows and rows[0]["policy"] is None:
+    if rows[0]["policy"] is None:
         style |= {"linestyle": "--", "markerfacecolor": "white"}
     style |= {"markersize": 5, "linewidth": 1.6}
     above.plot(x, [row["median"]["decode_tps"] for row in rows], label=name, **style)
     waits = [[row["median"].get(f"between_tokens_{p}_s") for p in ("p50", "p95")] for row in rows]
-    if waits and all(None not in wait for wait in waits):
+    if all(None not in wait for wait in waits):
         p50, p95 = zip(*waits, strict=True)
         below.plot(x, p50, **style)
         below.fill_between(x, p50, p95, color=style["color"], alpha=0.12, linewidth=0)

@@ -83,6 +83,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("stalled", _median("stall_share", "{:.1%}".format)),
     ("controller", _median("controller_share", "{:.1%}".format)),
     ("peak RSS", _median("rss_peak_bytes", format_size)),
+    ("log p", _median("logprob_mean", "{:.4f}".format)),
     ("answers as stock", _ratio("agreement", "{:.0%}")),
 )
 

@@ -67,7 +67,7 @@ def bench(request: Request, note: Note) -> Outcome:
     no_cgroup = cgroup.refusal(Limits(memory=_CGROUP_PROBE_BYTES))
     document = _conditions(job, no_cgroup)
     _check_opens(job)
-    _measure(job, note)
+    _measure(job, no_cgroup is None, note)
     rounds = _run(job, no_cgroup is None, note)
     points = _points(job, rounds, document)
     _write(document, request)
@@ -86,18 +86,18 @@ def _check_opens(job: Job) -> None:
         raise UserError(run.result["error"])
 
 
-def _measure(job: Job, note: Note) -> None:
-    """What the planner wants to know of the models, before anything runs; it is remembered."""
-    from .. import opening
-    from ..engine import measure, planning
-
-    for spec in job.specs.values():
-        if spec.stock or spec.way not in PLANNED:
+def _measure(job: Job, with_cgroup: bool, note: Note) -> None:
+    """Open what is planned, as it will run: a model that was never measured here is, and the
+    planner's figures are remembered."""
+    seen = set()
+    for case, spec in job.specs.items():
+        what = (spec.model, case.cap, spec.options.policy)
+        if spec.stock or spec.way not in PLANNED or what in seen:
             continue
-        found = opening.find(Path(spec.model), spec.options)
-        if planning.known(found, spec.n_threads) is None:
-            note(f"measuring {found.layout.name} for the planner")
-        measure.measured(found, spec.n_threads)
+        seen.add(what)
+        note(f"planning for {case.name}")
+        limits = Limits(case.cap if with_cgroup else None, job.disk_limit)
+        run_row(replace(spec, open_only=True), limits, job.forms[case.name])
 
 
 def _run(job: Job, with_cgroup: bool, note: Note) -> Rounds:
