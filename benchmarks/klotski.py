@@ -4,10 +4,12 @@
 
 Runs ``bench`` once per section, each with rows that are measured turn about, and writes its JSON as
 soon as it is there: `numbers` under both caps, `mmap` and `turns` under the larger one, `bundle` on
-repacked kernels, `score`; on demand `ablation` (one sequence, a group, its hot experts read ahead,
-in the order of arrival, low copies of the bundle too if it has some) and `curve`, with a plot over
-1, 2, 4, ... sequences. Prompts and answers have 64 tokens, which takes the better part of an hour;
-``--quick`` about a quarter, with shorter ones that need fewer cells. Ends with what was reached.
+repacked kernels, `score`. On demand `server`, which is llama-cpp-python's own; `ablation`, from one
+sequence to a group, its hot experts read ahead, the order of arrival, one prompt n times; `low`,
+with the low copies of a bundle that has some; and `curve`, a plot over 1, 2, 4, ... sequences.
+
+Prompts and answers have 64 tokens, which takes the better part of an hour; ``--quick`` about a
+quarter, with shorter ones that need fewer cells. After each section it says what was reached.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ SECTIONS: Mapping[str, Section] = {
         f"stock-repacked:16,fate:16:plan@{BUNDLE},stock-repacked:64,fate:64:plan@{BUNDLE}"
     ),
     "score": Section("stock-resident:{n}:score,fate:{n}:score", scores=True),
+    "server": Section(
+        f"stock-server:16,fate:16:plan@{BUNDLE},stock-server:64,fate:64:plan@{BUNDLE}"
+    ),
     "ablation": Section("fate:1,layered-lfu:64,klotski-whole:64,klotski:64,fate:64,fate:64:same"),
     "low": Section(f"klotski:64@{BUNDLE},klotski+low:64@{BUNDLE}", low_share=0.25),
     "curve": Section("stock-resident:1-128,fate:1-128,fate:2-128:plan", plot=True),
@@ -82,6 +87,7 @@ def _aims(n: int) -> list[Aim]:
         Aim("stalled", plan, None, "stall_share", 0.05, at_most=True),
         Aim("the engine over the bare loop", f"resident:{n}", stock, "decode_tps", 0.97),
         Aim("job over serving in turns", plan, f"fate:{n}:turns", "job_tps", 1.0),
+        Aim("job over the server", f"{plan}@{BUNDLE}", f"stock-server:{n}", "job_tps", 1.0),
         Aim("decode over stock, repacked", f"{plan}@{BUNDLE}", repacked, "decode_tps", 0.92),
     ]
 
@@ -102,6 +108,9 @@ def main() -> int:
         section, start = SECTIONS[name], time.perf_counter()
         if BUNDLE in section.rows and args.bundle is None:
             print(f"{name}: left out, no bundle is named", file=sys.stderr)
+            continue
+        if "stock-server" in section.rows and args.server is None:
+            print(f"{name}: left out, no server is named", file=sys.stderr)
             continue
         try:
             outcome = bench(_request(args, name, section), note=_note)
@@ -162,6 +171,7 @@ def _request(args: argparse.Namespace, name: str, section: Section) -> Request:
         prompt_tokens=prompt,
         n_threads=args.threads,
         json_file=str(args.out / f"klotski-{name}.json"),
+        server=args.server if "stock-server" in section.rows else None,
         plot_file=str(args.out / f"klotski-{name}.png") if section.plot else None,
     )
 
@@ -181,6 +191,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--bundle", type=Path, help="the model, repacked by moe-gguf convert")
+    parser.add_argument("--server", help="examples/server/server.py of llama-cpp-python's source")
     parser.add_argument("--caps", default="2.4GB,1.3GB", help="default: %(default)s")
     parser.add_argument("--sections", type=_sections, default=USUAL, help=", ".join(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="16 + 24 tokens, 8 scored prompts")

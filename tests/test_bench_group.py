@@ -172,6 +172,62 @@ def test_a_loop_of_stock_that_thrashes_is_cut_off(
     assert result["answer_tokens"] == 3 * 2
 
 
+# --- the other engine ---------------------------------------------------------------------------
+
+SERVER = """
+import http.server, json, sys
+config = json.load(open(sys.argv[2]))
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200), self.end_headers()
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert len(body["prompt"]) <= 12 and body["stream"] and body["logit_bias"]
+        self.send_response(200), self.end_headers()
+        for end in [None] * body["max_tokens"] + ["length"]:
+            choice = {"text": "a", "finish_reason": end}
+            self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\\n\\n".encode())
+        self.wfile.write(b"data: [DONE]\\n\\n")
+    def log_message(self, *_): ...
+
+assert config["model"]["n_seq_max"] == 3
+where = config["server"]["host"], config["server"]["port"]
+http.server.ThreadingHTTPServer(where, Handler).serve_forever()
+"""
+
+
+def test_a_server_is_asked_and_its_answers_are_timed(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "server.py"
+    file.write_text(SERVER)
+    result = group.measure(spec(model, stock=True, server=str(file)))
+    assert (result["prompt_tokens"], result["answer_tokens"]) == (36, 12)
+    assert result["job_tps"] > 0
+    assert result["first_token_p50_s"] > 0
+
+
+def test_a_server_that_does_not_come_up_is_said(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "server.py"
+    file.write_text("raise SystemExit('no such module')")
+    with pytest.raises(UserError, match=r"server.py does not come up: no such module"):
+        group.measure(spec(model, stock=True, server=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"rows": "stock-server:4"}, "server names the file .* give both, or neither"),
+        ({"rows": "lru", "server": "s.py"}, "give both, or neither"),
+        ({"rows": "stock-server:4", "server": "/nowhere/s.py"}, "is not there: it is part of"),
+        ({"rows": "stock-server"}, "stock-server is for several sequences"),
+        ({"rows": "stock-server:4:same"}, "it knows no ways"),
+    ],
+)
+def test_a_server_refused(model: Path, change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        bench(Request(model, "400MB", **change), note=pytest.fail)
+
+
 # --- what is concluded --------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ class Row(NamedTuple):
     repack: bool = False  # stock only; ours follow the model
     low: bool = False  # with the lossy options given
     whole: bool = False  # a policy that streams demand that goes round, without that
+    server: bool = False
     sequences: int = 0  # 0: one stream, a step at a time
     way: Way = ""  # of several sequences
 
@@ -48,6 +49,8 @@ ROWS = {
     "stock-mmap": Row(None, mmap=True, capped=True),
     "stock-resident": Row(None, mmap=False, capped=False),
     "stock-repacked": Row(None, mmap=False, capped=False, repack=True),
+    # llama-cpp-python's example server, with its own defaults.
+    "stock-server": Row(None, mmap=True, capped=False, repack=True, server=True),
     "resident": Row("lru", mmap=False, capped=False),
     **{name: Row(name, mmap=False, capped=True) for name in POLICIES},
     **{f"{name}+low": Row(name, mmap=False, capped=True, low=True) for name in POLICIES},
@@ -88,6 +91,8 @@ def parse_rows(rows: str) -> dict[str, str]:
         base, _, group = row.partition(":")
         if base not in ROWS:
             raise UserError(f"there is no row {base!r}: choose from {', '.join(ROWS)}")
+        if ROWS[base].server and not group:
+            raise UserError(f"{base} is for several sequences: write {base}:16")
         for suffix in _groups(row, group, ROWS[base].policy is None) if ":" in row else [""]:
             name = base + suffix
             names[f"{name}@{Path(form).name}" if form else name] = form
@@ -100,8 +105,10 @@ def _groups(row: str, group: str, is_stock: bool) -> list[str]:
     """What stands behind the names of the rows that ``row`` means."""
     size, _, way = group.partition(":")
     ways = [each for each in WAYS if each and (not is_stock or each in _STOCK_WAYS)]
+    if ROWS[row.partition(":")[0]].server:
+        ways = []
     if way and way not in ways:
-        raise UserError(f"there is no row {row!r}: behind the second colon stands {_one_of(ways)}")
+        raise UserError(f"there is no row {row!r}: {_one_of(ways)}")
     first, dash, last = size.partition("-")
     try:
         low, high = int(first), int(last if dash else first)
@@ -116,8 +123,10 @@ def _groups(row: str, group: str, is_stock: bool) -> list[str]:
     return [f":{n}" + (f":{way}" if way else "") for n in dict.fromkeys([low, *sizes, high])]
 
 
-def _one_of(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+def _one_of(ways: Sequence[str]) -> str:
+    if not ways:
+        return "it knows no ways"
+    return f"behind the second colon stands {', '.join(ways[:-1])} or {ways[-1]}"
 
 
 def parse_caps(caps: str) -> list[int]:

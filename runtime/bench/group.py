@@ -8,6 +8,7 @@ behind both, at the end of each llama_decode. Knows nothing of cgroups, other ro
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...policies.base import Phase
 from ..errors import UserError
+from . import opponent
 from .prose import passages
 from .spec import PLANNED, Spec
 
@@ -139,9 +141,17 @@ class _Asked(NamedTuple):
 
 
 def _asked(spec: Spec, vocabulary: Vocabulary) -> _Asked:
-    n, n_warm = spec.sequences, min(spec.sequences, _WARM_SEQUENCES)
-    texts = passages(n + n_warm)
-    found = [vocabulary.tokenize(text.encode(), vocabulary.adds_bos) for text in texts]
+    texts = _texts(spec)
+    return _cut(spec, [vocabulary.tokenize(t.encode(), vocabulary.adds_bos) for t in texts])
+
+
+def _texts(spec: Spec) -> list[str]:
+    return passages(spec.sequences + min(spec.sequences, _WARM_SEQUENCES))
+
+
+def _cut(spec: Spec, found: Sequence[Tokens]) -> _Asked:
+    """Prompts of the texts' tokens."""
+    n, n_warm = spec.sequences, len(found) - spec.sequences
     if min(map(len, found)) < spec.prompt_tokens:
         raise UserError(
             f"this model's tokenizer makes only {min(map(len, found))} tokens of a text"
@@ -165,6 +175,8 @@ def _cells(spec: Spec) -> int:
 
 def measure(spec: Spec) -> dict[str, Any]:
     """Times, rates and answers of one job; what does not fit the cap is left out, in words."""
+    if spec.server is not None:
+        return _server(spec)
     return _stock(spec) if spec.stock else _ours(spec)
 
 
@@ -222,11 +234,16 @@ def _open(spec: Spec, clock: Clock) -> Engine:
 async def _job(engine: Engine, prompts: Sequence[Tokens], answer: int, spec: Spec) -> list[Told]:
     """Have all of it computed; what each caller sees, and when."""
     told = [Told() for _ in prompts]
-    scoring = {"prompt_logprobs": 0} if spec.way == "score" else {}
-    running = [
-        engine.submit(prompt, max_tokens=answer, temp=0.0, ignore_eos=True, **scoring)
-        for prompt in prompts
-    ]
+    # What one job has computed is of no use to another.
+    settings: dict[str, Any] = {"temp": 0.0, "ignore_eos": True, "owner": str(id(prompts))}
+    if spec.way == "score":
+        settings["prompt_logprobs"] = 0
+    all_there = threading.Event()
+    engine._loop.post(all_there.wait)  # or the first step would hold the first prompt alone
+    try:
+        running = [engine.submit(prompt, max_tokens=answer, **settings) for prompt in prompts]
+    finally:
+        all_there.set()
     await asyncio.gather(*map(_follow, running, told))
     return told
 
@@ -317,6 +334,35 @@ def _physical_cores() -> int:
     from ..system import physical_cores
 
     return physical_cores()
+
+
+# --- the other engine ---------------------------------------------------------------------------
+
+
+def _server(spec: Spec) -> dict[str, Any]:
+    """What its clients see: prompts are taken to last until every answer has begun."""
+    found, ends = opponent.tokens_of(spec.model, _texts(spec))
+    asked, n_threads = _cut(spec, found), spec.n_threads or _physical_cores()
+    start = time.perf_counter()
+    with opponent.served(spec, _cells(spec), n_threads) as server:
+        startup_s = time.perf_counter() - start
+        opponent.ask(server, asked.warm_up, min(_WARM_ANSWER, spec.n_predict), ends)
+        begin = time.perf_counter()
+        times = opponent.ask(server, asked.prompts, spec.n_predict, ends)
+        told = [Told([0] * len(each), each) for each in times]
+        begun = max(each[0] for each in times)
+        later = sum(at > begun for each in times for at in each)
+        clock = Clock(
+            prompts=Sums(seconds=begun - begin),
+            answers=Sums(rows=later, seconds=max(each[-1] for each in times) - begun),
+        )
+        return {
+            **{k: v for k, v in _result(spec, clock, told, begin).items() if k != "answers"},
+            "rss_peak_bytes": server.peak_bytes,
+            "startup_s": startup_s,
+            "threads": n_threads,
+            "kernels": "repacked" if spec.repack else "plain",
+        }
 
 
 # --- stock --------------------------------------------------------------------------------------

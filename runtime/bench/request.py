@@ -38,6 +38,7 @@ class Request:
     prompt_tokens: int = 64
     n_ctx: int = 1024  # 0: the model's own
     n_threads: int | None = None
+    server: str | None = None  # llama-cpp-python's examples/server/server.py, for its rows
     disk_bw: str | None = None  # a size: what every row may read per second
     json_file: str | None = None
     plot_file: str | None = None
@@ -125,6 +126,13 @@ def _check_rows(request: Request, paths: dict[str, Path]) -> None:
             f"{lossy} are for rows that end in +low, like lru+low: give both such a row and one "
             "of the options, or neither"
         )
+    if any(row_of(name).server for name in paths) != (request.server is not None):
+        raise UserError(
+            f"{option('server')} names the file of llama-cpp-python's example server for the row "
+            "stock-server: give both, or neither"
+        )
+    if request.server is not None and not Path(request.server).is_file():
+        raise UserError(f"{request.server} is not there: it is part of the source distribution")
     for name, path in paths.items():
         if row_of(name).policy is None and path.is_dir():
             raise UserError(
@@ -159,6 +167,7 @@ def _spec(request: Request, case: Case, path: Path, layout: ModelLayout) -> Spec
         sequences=row.sequences,
         way=row.way,
         whole=row.whole,
+        server=str(Path(request.server).absolute()) if row.server and request.server else None,
     )
 
 

@@ -37,6 +37,7 @@ class Spec:
     timeline: str | None = None  # ours only: write one of a token after the counted ones
     sequences: int = 0  # through an Engine, see ``group``; 0: one stream, a step at a time
     way: Way = ""  # of several sequences
+    server: str | None = None  # stock only: the file of llama-cpp-python's example server
     whole: bool = False  # ours only: demand that goes round does not stream
     open_only: bool = False  # stop once the model is open: does it fit?
     probe_only: bool = False  # measure the disk, not the model
