@@ -194,7 +194,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--server", help="examples/server/server.py of llama-cpp-python's source")
     parser.add_argument("--caps", default="2.4GB,1.3GB", help="default: %(default)s")
     parser.add_argument("--sections", type=_sections, default=USUAL, help=", ".join(SECTIONS))
-    parser.add_argument("--quick", action="store_true", help="16 + 24 tokens, 8 scored prompts")
+    parser.add_argument("--quick", action="store_true", help="16 + 24 tokens, 4 scored prompts")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--answer-tokens", type=int)
@@ -202,7 +202,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
-    usual = (16, 24, 8) if args.quick else (64, 64, 64)
+    usual = (16, 24, 4) if args.quick else (64, 64, 64)
     for name, value in zip(("prompt_tokens", "answer_tokens", "scored"), usual, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
