@@ -34,7 +34,7 @@ from moe_gguf.policies.presets import Facts, Policy
 from moe_gguf.runtime import routers
 from moe_gguf.runtime.bench import process, results
 from moe_gguf.runtime.bench import row as bench_row
-from moe_gguf.runtime.bench.row import Spec
+from moe_gguf.runtime.bench.spec import Spec
 from moe_gguf.runtime.columns import columns
 from moe_gguf.runtime.errors import UserError
 from moe_gguf.runtime.options import Options

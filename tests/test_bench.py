@@ -25,7 +25,7 @@ from moe_gguf.runtime.bench.process import Run, run_process
 from moe_gguf.runtime.bench.report import table
 from moe_gguf.runtime.bench.request import Request
 from moe_gguf.runtime.bench.rounds import bench
-from moe_gguf.runtime.bench.row import Spec
+from moe_gguf.runtime.bench.spec import Spec
 from moe_gguf.runtime.errors import UserError
 
 CAP = 400_000_000

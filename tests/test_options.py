@@ -14,7 +14,7 @@ import pytest
 
 import moe_gguf.runtime.errors as errors_module
 from moe_gguf import converters
-from moe_gguf.runtime.bench.row import Spec
+from moe_gguf.runtime.bench.spec import Spec
 from moe_gguf.runtime.cli.options import option_flags, spelling_of
 from moe_gguf.runtime.errors import UserError, option, spell
 from moe_gguf.runtime.options import Options, entry

@@ -121,7 +121,8 @@ def test_an_option_added_to_the_dataclass_is_everywhere(python: Python, site: Pa
         assert "--grace S" in help
         assert "how long to wait" in help
     code = (
-        "from moe_gguf.runtime.bench.row import Spec; from moe_gguf.runtime.options import Options;"
+        "from moe_gguf.runtime.bench.spec import Spec;"
+        "from moe_gguf.runtime.options import Options;"
         "spec = Spec('m', 1, 1, 1, None, Options(grace=2.0));"
         "print(Spec.from_json(spec.to_json()).options.arguments()['grace'])"
     )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
 from ..sizes import GB, format_size
-from .report import is_capped, points
+from .cases import row_of
+from .report import is_capped, is_group, points, speed_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +33,11 @@ def require() -> None:
 
 
 def speed(document: dict[str, Any], path: Path) -> None:
-    """Decode speed: bars for one cap, lines over the caps of a sweep."""
-    if "sweep" in document:
+    """Decode speed: bars for one cap, lines over the caps of a sweep; of several numbers of
+    sequences speed and waiting over these."""
+    if len({row_of(row["row"]).sequences for row in points(document)[0]["rows"]} - {0}) > 1:
+        _groups(document, path)
+    elif "sweep" in document:
         _lines(document, path)
     else:
         _bars(document, path)
@@ -46,15 +50,15 @@ def _bars(document: dict[str, Any], path: Path) -> None:
     rows = document["rows"]
     figure = Figure(figsize=(8.0, 1.9 + 0.48 * len(rows)), dpi=150, layout="constrained")
     axes = figure.subplots()
-    top = max((run["decode_tps"] for row in rows for run in row["runs"]), default=1.0)
+    top = max((speed_of(run) for row in rows for run in row["runs"]), default=1.0)
     for at, row in enumerate(rows):
         if row["failure"]:
             axes.text(0.01 * top, at, row["failure"], va="center", color=_INK, fontsize=9)
             continue
         if not row["runs"]:
             continue
-        speeds = [run["decode_tps"] for run in row["runs"]]
-        median = row["median"]["decode_tps"]
+        speeds = [speed_of(run) for run in row["runs"]]
+        median = speed_of(row["median"])
         axes.barh(at, median, height=0.62, color=_STOCK if row["policy"] is None else _OURS)
         if len(speeds) > 1:
             low, high = median - min(speeds), max(speeds) - median
@@ -99,10 +103,10 @@ def _lines(document: dict[str, Any], path: Path) -> None:
         if good and is_capped(document, row):
             labels.append(_line(axes, good, colour, marker))
         elif good:
-            median = good[0][1]["median"]["decode_tps"]
+            median = speed_of(good[0][1]["median"])
             axes.axhline(median, color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
             labels.append(_Label(median, f"{row['row']} (no cap)", colour))
-    _scale([run["decode_tps"] for point in every for r in point["rows"] for run in r["runs"]], axes)
+    _scale([speed_of(run) for point in every for r in point["rows"] for run in r["runs"]], axes)
     axes.set_xticks(caps, [f"{cap:g}" for cap in caps])
     heights = _spread([label.y for label in labels], axes)
     for label, height in zip(labels, heights, strict=True):
@@ -121,6 +125,69 @@ def _lines(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def _groups(document: dict[str, Any], path: Path) -> None:
+    """Above, tokens per second of all sequences together over how many there are; below, the time
+    between two tokens of one of them: medians, and bands up to the 95th percentile. One column per
+    cap."""
+    from matplotlib.figure import Figure
+
+    every = points(document)
+    figure = Figure(figsize=(3.2 + 4.6 * len(every), 7.2), dpi=150, layout="constrained")
+    grid = figure.subplots(2, len(every), sharex=True, sharey="row", squeeze=False)
+    names = list(dict.fromkeys(_curve_of(row) for row in every[0]["rows"] if is_group(row)))
+    for point, (above, below) in zip(every, grid.T, strict=True):
+        for i, name in enumerate(names):
+            rows = [
+                r for r in point["rows"] if _curve_of(r) == name and "decode_tps" in r["median"]
+            ]
+            _curve(above, below, name, i, [row for row in rows if not row["failure"]])
+        above.set_title(f"memory {format_size(point['memory_bytes'])}", fontsize=10, loc="left")
+        below.set_xlabel("sequences at once")
+        for axes in (above, below):
+            _clear(axes)
+    sizes = sorted({row_of(row["row"]).sequences for row in every[0]["rows"]} - {0})
+    grid[0, 0].set_xscale("log", base=2)
+    grid[0, 0].set_xticks(sizes, [str(n) for n in sizes])
+    grid[0, 0].minorticks_off()
+    grid[0, 0].set_ylabel("decode, tokens per second of all")
+    grid[0, 0].set_ylim(bottom=0)
+    grid[1, 0].set_ylabel("between two tokens, seconds")
+    grid[1, 0].set_yscale("log")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    model, machine = document["model"], document["machine"]
+    figure.suptitle(
+        f"{model['name']}, {format_size(model['file_bytes'])}, by sequences "
+        f"({_median_of(document)})\n{machine['cpu']}, {every[0]['threads']} threads; "
+        f"commit {(document['commit'] or 'unknown')[:12]}",
+        x=0.01, ha="left", fontsize=11,
+    )  # fmt: skip
+    figure.savefig(path, format="png")
+
+
+def _curve_of(row: dict[str, Any]) -> str:
+    """The row's name without its number of sequences."""
+    name, _, form = str(row["row"]).partition("@")
+    base, _, group = name.partition(":")
+    way = group.partition(":")[2]
+    return base + (f" {way}" if way else "") + (f"@{form}" if form else "")
+
+
+def _curve(above: Axes, below: Axes, name: str, i: int, rows: Sequence[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda row: row_of(row["row"]).sequences)
+    x = [row_of(row["row"]).sequences for row in rows]
+    style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % 8]}
+    if rows[0]["policy"] is None:
+        style |= {"linestyle": "--", "markerfacecolor": "white"}
+    style |= {"markersize": 5, "linewidth": 1.6}
+    above.plot(x, [row["median"]["decode_tps"] for row in rows], label=name, **style)
+    waits = [[row["median"].get(f"between_tokens_{p}_s") for p in ("p50", "p95")] for row in rows]
+    if all(None not in wait for wait in waits):
+        p50, p95 = zip(*waits, strict=True)
+        below.plot(x, p50, **style)
+        below.fill_between(x, p50, p95, color=style["color"], alpha=0.12, linewidth=0)
+
+
 class _Label(NamedTuple):
     """A line's name, to stand at its right end."""
 
@@ -134,8 +201,8 @@ def _line(
 ) -> _Label:
     """One row's medians over the caps, and a band from its slowest to its fastest runs."""
     x = [cap for cap, _ in good]
-    medians = [row["median"]["decode_tps"] for _, row in good]
-    speeds = [[run["decode_tps"] for run in row["runs"]] for _, row in good]
+    medians = [speed_of(row["median"]) for _, row in good]
+    speeds = [[speed_of(run) for run in row["runs"]] for _, row in good]
     axes.plot(x, medians, color=colour, marker=marker, markersize=5, linewidth=1.8)
     if max(map(len, speeds)) > 1:
         axes.fill_between(

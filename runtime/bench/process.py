@@ -24,7 +24,7 @@ from ..system import auto_size
 from . import cgroup
 from .cases import Case
 from .cgroup import Limits
-from .row import Spec
+from .spec import Spec
 
 # A run that takes longer hangs, or thrashes beyond what is worth measuring.
 RUN_LIMIT_S = 1800.0
@@ -143,6 +143,8 @@ def _judge(code: int, out: str, err: str, oom_kills: int | None) -> Run:
         return Run({}, f"failed: {lines[-1] if lines else f'exit code {code}'}")
     if "error" in result:
         return Run(result, f"failed: {spell(result['error'])}")
+    if "left_out" in result:
+        return Run({}, f"{LEFT_OUT}: {spell(result['left_out'])}")
     return Run(result, None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..columns import columns
@@ -20,7 +20,8 @@ def _median(key: str, form: Callable[[float], str]) -> Cell:
 
 
 def _ratio(key: str, form: str) -> Cell:
-    return lambda row: "-" if row[key] is None else form.format(row[key])
+    # Documents of earlier versions lack some.
+    return lambda row: "-" if row.get(key) is None else form.format(row[key])
 
 
 def _guesses(row: dict[str, Any]) -> str:
@@ -37,12 +38,41 @@ def _low(row: dict[str, Any]) -> str:
     return "/".join(f"{share:.1%}" for share in shares) if any(shares) else "-"
 
 
+def _seconds(p50: str) -> Cell:
+    """Median and 95th percentile of a time."""
+
+    def cell(row: dict[str, Any]) -> str:
+        found = [row["median"].get(f"{p50}_{p}_s") for p in ("p50", "p95")]
+        return "-" if None in found else "/".join(f"{time:.3g}" for time in found)
+
+    return cell
+
+
+def _at_once(row: dict[str, Any]) -> str:
+    """What the planner chose of how many there were."""
+    plans = [run["plan"] for run in row["runs"] if run.get("plan")]
+    if not plans:
+        return "-"
+    schedule, parallel = plans[-1]["schedule"], plans[-1]["parallel"]
+    if schedule["quantum"]:
+        return f"{parallel}, {schedule['group']} in turns of {schedule['quantum']}"
+    return str(parallel)
+
+
 COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("decode tok/s", _median("decode_tps", "{:.2f}".format)),
     ("x stock-mmap", _ratio("x_stock_mmap", "{:.1f}")),
     ("of resident", _ratio("of_stock_resident", "{:.0%}")),
     ("of bound", _ratio("of_bound", "{:.0%}")),
+    ("of disk bound", _ratio("of_disk_bound", "{:.0%}")),
     ("prefill tok/s", _median("prefill_tps", "{:.1f}".format)),
+    ("job tok/s", _median("job_tps", "{:.1f}".format)),
+    ("job s", _median("job_s", "{:.1f}".format)),
+    ("job of resident", _ratio("job_of_stock_resident", "{:.0%}")),
+    ("first token s p50/p95", _seconds("first_token")),
+    ("between tokens s p50/p95", _seconds("between_tokens")),
+    ("planned at once", _at_once),
+    ("experts per layer", _median("distinct_experts", "{:.1f}".format)),
     ("start-up s", _median("startup_s", "{:.2f}".format)),
     ("hits", _median("hit_rate", "{:.1%}".format)),
     ("LOSSY: low in prefill/decode", _low),
@@ -53,6 +83,8 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("stalled", _median("stall_share", "{:.1%}".format)),
     ("controller", _median("controller_share", "{:.1%}".format)),
     ("peak RSS", _median("rss_peak_bytes", format_size)),
+    ("log p", _median("logprob_mean", "{:.4f}".format)),
+    ("answers as stock", _ratio("agreement", "{:.0%}")),
 )
 
 
@@ -75,13 +107,13 @@ def table(document: dict[str, Any]) -> str:
     for point in points(document):
         if "sweep" in document:
             parts.append(f"memory {format_size(point['memory_bytes'])}")
-        parts += [_rows(point), "\n".join(remarks(point))]
+        kinds = ([r for r in point["rows"] if is_group(r) == kind] for kind in (False, True))
+        parts += [*(_rows(rows) for rows in kinds if rows), "\n".join(remarks(point))]
     return "\n\n".join(part for part in parts if part)
 
 
-def _rows(document: dict[str, Any]) -> str:
+def _rows(rows: Sequence[dict[str, Any]]) -> str:
     """The rows, aligned; a column in which no row has anything is left out."""
-    rows = document["rows"]
     shown = [(head, cell) for head, cell in COLUMNS if any(cell(row) != "-" for row in rows)]
     lines = [["row", *(head for head, _ in shown)]]
     for row in rows:
@@ -100,6 +132,18 @@ def conditions(document: dict[str, Any]) -> list[str]:
     repeat = settings["repeat"]
     start = "filled from routing statistics" if settings.get("warm") else "cold"
     runs = f"median of {repeat} runs" if repeat > 1 else "one run of each row"
+    kinds = {is_group(row) for point in every for row in point["rows"]}
+    alone = (
+        f"prefill of {settings['prompt_tokens']} tokens, {start} in capped rows, every weight "
+        f"touched before in the others; decode warm (the last three quarters of "
+        f"{settings['n_predict']} tokens)"
+    )
+    group = (
+        f"rows of N sequences: N prompts of {settings['prompt_tokens']} tokens and answers of "
+        f"{settings['n_predict']}, all there at once, after a short job of other prompts; speeds "
+        "of all together; prefill: steps with prompts in them, decode: the others"
+    )
+    how = [text for text, kind in ((alone, False), (group, True)) if kind in kinds] or [alone]
     return [
         f"{model['name']}: {model['architecture']}, {model['moe_layers']} MoE layers x "
         f"{model['experts']} experts, top-{model['experts_used']}, experts "
@@ -110,9 +154,8 @@ def conditions(document: dict[str, Any]) -> list[str]:
         f"{machine['system']}; {every[0]['threads']} threads, context {settings['n_ctx']}",
         f"moe-gguf {document['moe_gguf']}, commit {commit}; llama-cpp-python "
         f"{document['llama_cpp_python']}, weight repacking off",
-        f"{runs}, rows in turn; prefill of {settings['prompt_tokens']} tokens, {start} in capped "
-        f"rows, every weight touched before in the others; decode warm (the last three quarters of "
-        f"{settings['n_predict']} tokens)",
+        f"{runs}, rows in turn; {how[0]}",
+        *how[1:],
     ]
 
 
@@ -139,6 +182,16 @@ def _disk(document: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def speed_of(result: Mapping[str, float]) -> float:
+    """Tokens per second that a run, or the median of several, is compared by."""
+    return result["decode_tps" if "decode_tps" in result else "prefill_tps"]
+
+
+def is_group(row: dict[str, Any]) -> bool:
+    """Whether it is one of several sequences."""
+    return ":" in str(row["row"]).partition("@")[0]
+
+
 def is_capped(document: dict[str, Any], row: dict[str, Any]) -> bool:
     """Ours keep to a budget by themselves, stock only inside a cgroup."""
     return bool(row["capped"] and (document["cgroup"] or row["policy"]))
@@ -153,12 +206,17 @@ def remarks(document: dict[str, Any]) -> list[str]:
         lines.append(f"without the cap: {', '.join(free)}")
     planned = document["settings"]["n_predict"]
     for row in rows:
-        short = [
-            run for run in row["runs"] if run["warm_up_tokens"] + run["decode_tokens"] < planned
+        done = [
+            run["answer_tokens"] / run["sequences"]
+            if is_group(row)
+            else run["warm_up_tokens"] + run["decode_tokens"]
+            for run in row["runs"]
+            if not row["row"].partition("@")[0].endswith(":score")
         ]
-        if short:
-            counted = ", ".join(str(run["decode_tokens"]) for run in short)
-            limit = document["settings"]["decode_limit_s"]
+        if short := [run for run, n in zip(row["runs"], done, strict=False) if n < planned]:
+            name = "answer_tokens" if is_group(row) else "decode_tokens"
+            counted = ", ".join(str(run[name]) for run in short)
+            limit = document["settings"][f"{'group_' if is_group(row) else ''}decode_limit_s"]
             lines.append(
                 f"{row['row']}: decoding cut off after {limit:.0f} s, {counted} tokens counted"
             )

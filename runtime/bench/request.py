@@ -19,7 +19,7 @@ from ..system import check_writable
 from . import cgroup, plot
 from .cases import Case, cases_of, memory_for_all, parse_caps, parse_rows, row_of, timeline_row_of
 from .cgroup import DiskLimit, Limits
-from .row import Spec
+from .spec import Spec
 
 # Options that bench does not ask for: rows and caps say the first two, stock lacks the others.
 NO_OPTIONS = ("memory", "policy", "experts_used", "device")
@@ -38,6 +38,7 @@ class Request:
     prompt_tokens: int = 64
     n_ctx: int = 1024  # 0: the model's own
     n_threads: int | None = None
+    server: str | None = None  # llama-cpp-python's examples/server/server.py, for its rows
     disk_bw: str | None = None  # a size: what every row may read per second
     json_file: str | None = None
     plot_file: str | None = None
@@ -125,6 +126,13 @@ def _check_rows(request: Request, paths: dict[str, Path]) -> None:
             f"{lossy} are for rows that end in +low, like lru+low: give both such a row and one "
             "of the options, or neither"
         )
+    if any(row_of(name).server for name in paths) != (request.server is not None):
+        raise UserError(
+            f"{option('server')} names the file of llama-cpp-python's example server for the row "
+            "stock-server: give both, or neither"
+        )
+    if request.server is not None and not Path(request.server).is_file():
+        raise UserError(f"{request.server} is not there: it is part of the source distribution")
     for name, path in paths.items():
         if row_of(name).policy is None and path.is_dir():
             raise UserError(
@@ -147,7 +155,8 @@ def _spec(request: Request, case: Case, path: Path, layout: ModelLayout) -> Spec
         n_threads=request.n_threads,
         options=replace(
             options,
-            memory=case.cap or memory_for_all(layout),
+            # A group's cells come on top of the experts, and are as many as its tokens.
+            memory=case.cap or ("auto" if row.sequences else memory_for_all(layout)),
             policy=row.policy or options.policy,
             **({} if row.low else options.lossless()),
         ),
@@ -155,6 +164,10 @@ def _spec(request: Request, case: Case, path: Path, layout: ModelLayout) -> Spec
         mmap=row.mmap,
         repack=row.repack,
         fill=not row.capped,
+        sequences=row.sequences,
+        way=row.way,
+        whole=row.whole,
+        server=str(Path(request.server).absolute()) if row.server and request.server else None,
     )
 
 

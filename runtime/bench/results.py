@@ -22,7 +22,7 @@ from ..sizes import format_size
 from . import cgroup
 from .cases import row_of
 from .process import LEFT_OUT, Run
-from .report import HELD
+from .report import HELD, speed_of
 
 
 @dataclass
@@ -44,11 +44,17 @@ class RowResult:
     bound_row: str | None = None  # whose time per token is that of computing; None: the disk's only
     bound_tps: float | None = None
     of_bound: float | None = None
+    of_disk_bound: float | None = None  # of the speed at which the disk alone delivers its reads
+    # Of several sequences: the whole job's speed over stock's in memory, and the share of the
+    # answers that comes before the first token that differs from stock's, which too says something
+    # else in another batch.
+    job_of_stock_resident: float | None = None
+    agreement: float | None = None
 
     @property
     def tps(self) -> float | None:
-        """Decode speed; None where it says nothing."""
-        return None if self.failure else self.median.get("decode_tps")
+        """Decode speed, of a row that decodes nothing that of prompts; None: it says nothing."""
+        return speed_of(self.median) if self.median and not self.failure else None
 
     def document(self) -> dict[str, Any]:
         fields = dict(vars(self))
@@ -90,9 +96,12 @@ def point_of(
     peers = _Peers.of(runs)
     rows = [_row(name, done, peers, cap) for name, done in runs.items()]
     speed = {row.row: row.tps for row in rows}
+    job = {row.row: row.median.get("job_tps") for row in rows if not row.failure}
     for row in rows:
-        row.x_stock_mmap = _ratio(row.tps, speed.get("stock-mmap"))
-        row.of_stock_resident = _ratio(row.tps, speed.get("stock-resident"))
+        rival = row_of(row.row).rival
+        row.x_stock_mmap = _ratio(row.tps, speed.get("stock-mmap" + rival))
+        row.of_stock_resident = _ratio(row.tps, speed.get("stock-resident" + rival))
+        row.job_of_stock_resident = _ratio(job.get(row.row), job.get("stock-resident" + rival))
     best = disk_bytes_per_s
     if best and not throttled:
         reads = [run for row in rows for run in row.runs if run.get("disk_s")]
@@ -114,15 +123,19 @@ class _Peers:
     """The rows that ran, and which of them may be compared."""
 
     tokens: dict[str, list[list[int]]] = field(default_factory=dict)  # of every good run
+    answers: dict[str, list[list[int]]] = field(default_factory=dict)  # of groups, in the first one
     kernels: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, runs: dict[str, list[Run]]) -> _Peers:
         peers = cls()
         for name, done in runs.items():
-            if tokens := [run.result["tokens"] for run in done if run.failure is None]:
-                peers.tokens[name] = tokens
-                peers.kernels[name] = done[0].result.get("kernels", "plain")
+            if good := [run.result for run in done if run.failure is None]:
+                peers.kernels[name] = good[0].get("kernels", "plain")
+                if row_of(name).sequences:
+                    peers.answers[name] = good[0].get("answers", [])
+                else:
+                    peers.tokens[name] = [result["tokens"] for result in good]
         return peers
 
     def reference(self, name: str) -> str | None:
@@ -132,7 +145,9 @@ class _Peers:
 
     def whole(self, name: str) -> str | None:
         """A row with every expert in memory: ours if there is one."""
-        whole = [n for n in self.tokens if not row_of(n).capped]
+        rival = row_of(name).rival
+        free = [n for n in self.kernels if not row_of(n).capped and not row_of(n).server]
+        whole = [n for n in free if row_of(n).rival == rival]
         ours = [n for n in whole if row_of(n).policy is not None]
         return self._first([*ours, *whole], name)
 
@@ -145,7 +160,8 @@ class _Peers:
 def _row(name: str, done: Sequence[Run], peers: _Peers, cap: int) -> RowResult:
     """What one row's own runs say, and whether its tokens are the reference's."""
     good = [run.result for run in done if run.failure is None]
-    reference = peers.reference(name) if good and not row_of(name).low else None
+    alone = not row_of(name).sequences  # in a group, what is said depends on who else is there
+    reference = peers.reference(name) if good and alone and not row_of(name).low else None
     row = RowResult(
         row=name,
         policy=row_of(name).policy,
@@ -155,14 +171,36 @@ def _row(name: str, done: Sequence[Run], peers: _Peers, cap: int) -> RowResult:
         reference=reference,
         identical=None,
         median=_medians(good),
-        runs=[{k: v for k, v in result.items() if k != "tokens"} for result in good],
+        runs=[
+            {k: v for k, v in result.items() if k not in ("tokens", "answers")} for result in good
+        ],
     )
     if reference is not None:
         expected = peers.tokens[reference][0]
         row.identical = all(same_start(tokens, expected) for tokens in peers.tokens[name])
+    if not alone and good:
+        row.agreement = _agreement(name, peers)
     if row.capped and good:
         row.within_cap = max(result["rss_peak_bytes"] for result in good) <= cap
     return row
+
+
+def _agreement(name: str, peers: _Peers) -> float | None:
+    """Of this row's answers and those of stock on the same kernels in a group of the same size."""
+    stock = "stock-repacked" if peers.kernels[name] == "repacked" else "stock-resident"
+    stock += row_of(name).rival
+    mine, its = peers.answers[name], peers.answers.get(stock)
+    if name == stock or not mine or not its:
+        return None
+    pairs = list(zip(mine, its, strict=True))
+    return sum(_same(a, b) for a, b in pairs) / max(1, sum(min(map(len, p)) for p in pairs))
+
+
+def _same(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens come before the first difference."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _ratio(mine: float | None, base: float | None) -> float | None:
@@ -177,6 +215,8 @@ def _bound(row: RowResult, peers: _Peers, speed: dict[str, float | None], disk: 
     assert row.tps is not None
     row.bound_row = peers.whole(row.row)
     whole_tps = speed[row.bound_row] if row.bound_row else None
+    if read:
+        row.of_disk_bound = row.tps * read / disk
     token_s = max(1 / whole_tps if whole_tps else 0.0, read / disk)
     row.bound_tps = 1 / token_s if token_s else None
     row.of_bound = row.tps * token_s if token_s else None

@@ -17,13 +17,15 @@ from typing import Any
 
 from ..errors import UserError
 from ..sizes import format_size
-from . import cgroup, plot
+from . import cgroup, group, plot
 from .cases import Case
 from .cgroup import Limits
 from .process import Run, drop_page_cache, probe_disk, row_command, run_process, run_row
+from .report import speed_of
 from .request import NO_OPTIONS, Job, Request, check
 from .results import Point, disk_facts, errors_of, machine_facts, model_facts, point_of, versions
 from .row import DECODE_LIMIT_S, N_BATCH
+from .spec import PLANNED
 
 SCHEMA = 2
 _CGROUP_PROBE_BYTES = 64 * 2**20
@@ -65,6 +67,7 @@ def bench(request: Request, note: Note) -> Outcome:
     no_cgroup = cgroup.refusal(Limits(memory=_CGROUP_PROBE_BYTES))
     document = _conditions(job, no_cgroup)
     _check_opens(job)
+    _measure(job, no_cgroup is None, note)
     rounds = _run(job, no_cgroup is None, note)
     points = _points(job, rounds, document)
     _write(document, request)
@@ -73,13 +76,28 @@ def bench(request: Request, note: Note) -> Outcome:
 
 def _check_opens(job: Job) -> None:
     """Raise what our engine says to the smallest cap, before hours are spent on other rows."""
-    ours = [case for case, spec in job.specs.items() if case.cap and not spec.stock]
+    # A group too large for a cap is a result.
+    ours = [c for c, spec in job.specs.items() if c.cap and not spec.stock and not spec.sequences]
     if not ours:
         return
     smallest = min(ours, key=lambda case: case.cap or 0)
     run = run_process(row_command(replace(job.specs[smallest], open_only=True)), None)
     if "error" in run.result:
         raise UserError(run.result["error"])
+
+
+def _measure(job: Job, with_cgroup: bool, note: Note) -> None:
+    """Open what is planned, as it will run: a model that was never measured here is, and the
+    planner's figures are remembered."""
+    seen = set()
+    for case, spec in job.specs.items():
+        what = (spec.model, case.cap, spec.options.policy)
+        if spec.stock or spec.way not in PLANNED or what in seen:
+            continue
+        seen.add(what)
+        note(f"planning for {case.name}")
+        limits = Limits(case.cap if with_cgroup else None, job.disk_limit)
+        run_row(replace(spec, open_only=True), limits, job.forms[case.name])
 
 
 def _run(job: Job, with_cgroup: bool, note: Note) -> Rounds:
@@ -96,7 +114,7 @@ def _run(job: Job, with_cgroup: bool, note: Note) -> Rounds:
                 limits = Limits(case.cap if with_cgroup else None, job.disk_limit)
                 run = run_row(spec, limits, job.forms[case.name])
                 rounds.runs[case].append(run)
-                speed = run.failure or f"{run.result['decode_tps']:.2f} tok/s"
+                speed = run.failure or f"{speed_of(run.result):.2f} tok/s"
                 at = f" in {format_size(case.cap)}" if len(job.caps) > 1 and case.cap else ""
                 where = f"round {turn + 1} of {job.request.repeat}, row {i + 1} of {len(job.specs)}"
                 note(f"{where}: {case.name}{at}: {speed}")
@@ -130,6 +148,7 @@ def _conditions(job: Job, no_cgroup: str | None) -> dict[str, Any]:
             "n_batch": N_BATCH,
             **{name: value for name, value in options.items() if name not in NO_OPTIONS},
             "decode_limit_s": DECODE_LIMIT_S,
+            "group_decode_limit_s": group.DECODE_LIMIT_S,
         },
     }
 

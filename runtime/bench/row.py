@@ -13,15 +13,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...policies.base import Phase
 from .. import cache
 from ..errors import UserError
-from ..options import Options
+from . import group
 from .prose import prose
+from .spec import Spec
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -41,33 +41,6 @@ STATS = (
 )
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What to run; the options but memory and policy, and all counts, are the same for all rows."""
-
-    model: str
-    n_predict: int
-    prompt_tokens: int
-    n_ctx: int
-    n_threads: int | None
-    options: Options  # ours only; memory in bytes
-    stock: bool = False  # llama.cpp alone
-    mmap: bool = False  # stock only
-    repack: bool = False  # stock only
-    fill: bool = False  # touch every weight before anything is timed
-    timeline: str | None = None  # ours only: write one of a token after the counted ones
-    open_only: bool = False  # stop once the model is open: does it fit?
-    probe_only: bool = False  # measure the disk, not the model
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Spec:
-        values = json.loads(text)
-        return cls(**{**values, "options": Options(**values["options"])})
-
-
 def measure(spec: Spec, **given: Any) -> dict[str, Any]:
     """Times, rates and greedy tokens of one run; our own counters cover the counted tokens.
 
@@ -78,6 +51,8 @@ def measure(spec: Spec, **given: Any) -> dict[str, Any]:
     from ..llama import Llama
     from ..system import rss_peak
 
+    if spec.sequences and not spec.probe_only:
+        return group.measure(spec)
     if spec.probe_only:
         return disk.ceiling(read_layout(Path(spec.model)), spec.options.lanes)._asdict()
     start = time.perf_counter()
@@ -147,6 +122,7 @@ def _open(spec: Spec, **given: Any) -> llama_cpp.Llama:
     threads = spec.n_threads or physical_cores()
     common: dict[str, Any] = {"n_ctx": spec.n_ctx, "n_batch": N_BATCH, "n_threads": threads}
     if not spec.stock:
+        given = {"make_policy": spec.make_policy, **given}
         return Llama(spec.model, **spec.options.arguments(), **common, **given)
     defaults = bindings.llama_model_default_params
 

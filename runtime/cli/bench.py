@@ -38,6 +38,12 @@ from .terminal import note
 @click.option("--ctx", "n_ctx", default=Request.n_ctx, show_default=True)
 @click.option("--threads", "n_threads", type=int, metavar="N")
 @option_flags(without=NO_OPTIONS)
+@click.option(
+    "--server",
+    type=click.Path(),
+    metavar="FILE",
+    help="llama-cpp-python's examples/server/server.py, for the row stock-server:N",
+)
 @click.option("--disk-bw", metavar="SIZE", help="let every row read that much per second only")
 @click.option("--json", "json_file", type=click.Path(), help="write the results here")
 @click.option("--plot", "plot_file", type=click.Path(), help="write a PNG of decode speed here")
