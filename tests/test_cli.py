@@ -220,7 +220,7 @@ def test_llama_cpp_s_remarks_stay_off_the_terminal(
         (["-p", "x", "--reads", "mmap"], "use auto, direct, buffered"),
         (["-p", "x", "--lanes", "0"], "give 1 to 64, or auto"),
         (["-p", "x", "--lanes", "few"], "'few' is neither a number nor auto"),
-        (["-p", "x", "--device", "cuda0"], "use --device cpu"),
+        (["-p", "x", "--device", "cuda0"], "use --device auto"),
         (["-p", "x", "--experts-used", "17"], "this model has 16 experts"),
         (["-p", "x", "--experts-used", "0"], "this model has 16 experts"),
         (["-p", "x", "--threads", "0"], "'--threads'"),

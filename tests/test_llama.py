@@ -50,6 +50,7 @@ EXTRA_STATS = {
     *("hit_rate_in_time", "guesses_late", "guess_bytes", "recall", "layers"),
     *("low_share", "low_bytes_read"),
     *("table_rows", "table_missed", "table_ahead"),
+    *("device_slots", "device_waits", "uploads", "bytes_uploaded"),
 }
 
 
@@ -636,7 +637,7 @@ def test_recorder_and_progress(tiny_file: TinyFile) -> None:
         ({"lanes": 1000}, "lanes make no sense"),
         ({"experts_used": 0}, "out of range"),
         ({"experts_used": 17}, "out of range"),
-        ({"device": "tpu"}, "device 'tpu' is not supported"),
+        ({"device": "tpu"}, "there is no device 'tpu' here"),
     ],
     ids=str,
 )

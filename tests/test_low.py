@@ -286,7 +286,7 @@ def test_an_impossible_share_is_refused(share: float, hybrid: Path) -> None:
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    common = ["--memory", "400MB", "--threads", "1", "--ctx", "256", "--json"]
+    common = ["--memory", "800MB", "--threads", "1", "--ctx", "256", "--json"]
     return subprocess.run(
         [sys.executable, "-m", "moe_gguf", *arguments, str(folder), *common],
         capture_output=True,
@@ -334,7 +334,7 @@ def test_bench_measures_a_lossy_row_beside_its_lossless_twin(hybrid: Path) -> No
 def test_a_replay_does_not_judge_a_lossy_trace(hybrid: Path, tmp_path: Path) -> None:
     file = tmp_path / "t.npz"
     recorder = TraceRecorder()
-    llama = Llama(hybrid, memory="400MB", n_ctx=256, n_threads=1, low_share=0.5, recorder=recorder)
+    llama = Llama(hybrid, memory="800MB", n_ctx=256, n_threads=1, low_share=0.5, recorder=recorder)
     llama.create_completion(random_tokens(20), max_tokens=4)
     recorder.save(file, trace_metadata(llama))
     llama.close()

@@ -37,7 +37,7 @@ from moe_gguf.runtime.opening import Found
 from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.sizes import MB
 
-MEMORY = 400 * MB
+MEMORY = 800 * MB
 
 
 def found_at(path: Path, **options: Any) -> Found:
@@ -222,7 +222,7 @@ def test_a_model_that_was_never_measured_gets_no_schedule(
     tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(planning, "known", lambda *_: None)
-    cli.main(["plan", str(tiny_file("qwen3moe")), "--memory", "400MB"], standalone_mode=False)
+    cli.main(["plan", str(tiny_file("qwen3moe")), "--memory", "800MB"], standalone_mode=False)
     assert "schedule of several sequences: not measured" in capsys.readouterr().out
 
 
@@ -234,7 +234,7 @@ def test_plan_prints_the_schedule_of_a_measured_model(
 ) -> None:
     monkeypatch.setattr(measure, "measured", lambda *_: taken)
     monkeypatch.setattr(planning, "known", lambda *_: taken)
-    arguments = ["plan", str(tiny_file("qwen3moe")), "--memory", "400MB", "--parallel", "8"]
+    arguments = ["plan", str(tiny_file("qwen3moe")), "--memory", "800MB", "--parallel", "8"]
     cli.main(arguments, standalone_mode=False)
     assert "schedule for latency: 8 at once" in capsys.readouterr().out
     cli.main([*arguments, "--goal", "throughput", "--json"], standalone_mode=False)

@@ -38,13 +38,13 @@ def silent(_: str) -> Iterator[Callable[[float, float], None]]:
 
 
 def open_model(path: str, **options: Any) -> Llama:
-    return Llama(path, **{"memory": "400MB", "reads": "buffered", "n_threads": 1, **options})
+    return Llama(path, **{"memory": "800MB", "reads": "buffered", "n_threads": 1, **options})
 
 
 def measured(path: Path, folder: Path, **options: Any) -> dict[str, Any]:
     options = {"text": TEXT, "n_ctx": N_CTX, "n_threads": 1, **options}
     opener = options.pop("open_model", open_model)
-    held = Options.taken_from({"memory": "400MB", "reads": "buffered", **options})
+    held = Options.taken_from({"memory": "800MB", "reads": "buffered", **options})
     rest = {name: value for name, value in options.items() if name not in Options.names()}
     return quality(
         Request(path, options=held, **rest), open_model=opener, progress=silent, folder=folder
@@ -188,7 +188,7 @@ def test_command(tiny_file: TinyFile, tmp_path: Path) -> None:
     command = ["quality", str(tiny_file("qwen3moe")), "-f", str(text), "--ctx", str(N_CTX)]
     done = subprocess.run(
         [sys.executable, "-m", "moe_gguf", *command, "--experts-used", "3", "--threads", "1",
-         "--memory", "400MB", "--json"],
+         "--memory", "800MB", "--json"],
         capture_output=True,
         text=True,
         env={"MOE_GGUF_CACHE": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"},
