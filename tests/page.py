@@ -186,7 +186,7 @@ def test_settings_are_asked_for_and_remembered(browser: Browser) -> None:
         expect(page.locator(".text")).to_have_count(2)
         expect(page.locator(".text").nth(1)).to_have_text("Yes.")
         for request in engine.requests:
-            assert (request.sampling.temperature, request.sampling.top_p) == (0.25, 0.5)
+            assert (request.sampling.temp, request.sampling.top_p) == (0.25, 0.5)
             assert request.max_tokens == 7
         told = bytes(token for token in engine.requests[1].tokens if token < 256).decode()
         assert told == "<system>Be brief.<user>Hi<assistant>Yes.<user>And now?<assistant>"

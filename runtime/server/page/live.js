@@ -59,7 +59,7 @@ function reads(stats, { since, seconds }) {
   at("line").setAttribute("d", points.length ? `M${points.join("L")}` : "");
   const start = TRACE - disk.length + 1;
   at("area").setAttribute("d", points.length ? `M${start},32L${points.join("L")}L${TRACE},32Z` : "");
-  const whence = planned ? "as the disk was measured" : "while some lane was reading";
+  const whence = planned ? "measured" : "while reading";
   const of = ceiling ? ` · ${((100 * now) / ceiling).toFixed(0)} % of ${size(ceiling)}/s, ${whence}` : "";
   at("ceiling").textContent = `${size(stats.bytes_read ?? 0)} so far${of}`;
 }
@@ -69,6 +69,7 @@ function reads(stats, { since, seconds }) {
 const SHADES = ["#4a5fe0", "#14968a", "#d97b29", "#b04a9b", "#8a8f9c", "#5b9bd5", "#9aa52a"];
 
 function budget(memory) {
+  at("bar").parentElement.hidden = !memory;
   if (!memory) return;
   const { total_bytes: total, resident_bytes: now, parts } = memory;
   const share = (n) => `${(100 * n) / total}%`;
@@ -114,6 +115,7 @@ function sequences(slots, requests, { sequence }) {
 }
 
 function schedule(told) {
+  at("schedule").parentElement.hidden = !told;
   if (!told) return;
   const { group, quantum, chunk, goal, binds, curve } = told;
   at("goal").textContent = goal ? `for ${goal}` : "";
@@ -167,8 +169,8 @@ const mixed = (a, b, share) => a.map((n, i) => Math.round(n + (b[i] - n) * share
 function shade(i, most, { none, held, ahead, missed }) {
   const used = Math.sqrt(heat[i] / most);
   if (map.state[i] === 2) return ahead;
-  if (map.state[i]) return mixed(none, held, 0.3 + 0.7 * used);
-  return mixed(none, missed, 0.9 * used);
+  if (map.state[i]) return mixed(none, held, 0.35 + 0.65 * used);
+  return mixed(none, missed, 0.5 * used);
 }
 
 let palette = null;
