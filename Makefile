@@ -9,7 +9,7 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
-.PHONY: demo check lint types native test zoo chat mutants rpc stress ray suites soak tsan clean
+.PHONY: demo check lint types native test zoo chat page mutants rpc stress ray suites soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -54,6 +54,11 @@ zoo: $(READY)
 # All of llama.cpp's chat templates and all recorded outputs; `make test` tries some.
 chat: $(READY)
 	CHAT_ALL=1 $(BIN)/pytest tests/test_chat.py tests/test_chat_recorded.py
+
+# The page in a browser: needs a Chromium, on the path or named in $CHROMIUM. Not in `check`.
+page: $(READY)
+	$(BIN)/pip install -q playwright
+	$(BIN)/pytest tests/page.py
 
 # Damaged headers: what is not refused must not kill llama.cpp; `make test` tries 150.
 mutants: $(READY)

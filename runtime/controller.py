@@ -79,6 +79,9 @@ class Controller:
         self.layer_misses: dict[int, int] = {}
         self.low_loads: dict[int, int] = {}
         self.pairs = self.low_pairs = 0
+        self.uses = [0] * (
+            (max(layers) + 1) * residency.n_experts
+        )  # pairs by key, those that settled left out
         self._event = RouteEvent(-1, 0, (), (), Phase.PREFILL, 0)
         self._cancelled: Sequence[int] = ()  # since the event before
         self._n_missing = self._n_guessed = 0  # of that event: experts read for it, good guesses
@@ -126,6 +129,9 @@ class Controller:
             hits, misses = self.layer_hits, self.layer_misses
             hits[layer] = hits.get(layer, 0) + plan.n_hits
             misses[layer] = misses.get(layer, 0) + n_missing
+            base, uses = layer * residency.n_experts, self.uses
+            for expert, count in zip(event.experts, event.counts, strict=True):
+                uses[base + expert] += count
             self._before = self._n_missing, self._n_guessed
             self._n_missing = n_missing
             self._n_guessed = residency.guesses_used - guesses_used

@@ -206,6 +206,11 @@ def rss_peak() -> int:
     return _status().get("VmHWM") or int(psutil.Process().memory_info().rss)
 
 
+def rss() -> int:
+    """Resident bytes of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def usable_cores(root: Path = _ROOT) -> int:
     """Hardware threads' worth of time that this process may use.
 

@@ -6,6 +6,7 @@ Also a program, `scripted.py IN OUT WINDOW`: a batch with it, to be killed.
 from __future__ import annotations
 
 import asyncio
+import base64
 import codecs
 import json
 import random
@@ -221,6 +222,16 @@ class Scripted:
 
     def sequences(self) -> list[dict[str, Any]]:
         return []
+
+    def experts(self) -> dict[str, Any]:
+        """Two layers of three experts, two of which are there."""
+        state, uses = bytes([1, 0, 0, 0, 1, 0]), b"".join(n.to_bytes(4, "little") for n in range(6))
+        return {
+            **{"layers": [0, 1], "n_experts": 3, "n_used": 1, "n_held": 2, "n_slots": 2},
+            "expert_bytes": 1000,
+            "state": base64.b64encode(state).decode(),
+            "uses": base64.b64encode(uses).decode(),
+        }
 
     def submit(self, prompt: list[int], **settings: Any) -> Generation:
         request = Request(tokens=prompt, **settings)

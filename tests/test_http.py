@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from scripted import Scripted, speak
 
 from moe_gguf.runtime.engine.request import Request
 from moe_gguf.runtime.errors import RequestError, UserError
+from moe_gguf.runtime.server import front
 from moe_gguf.runtime.server.settings import Settings, hosts_of, read_keys
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
@@ -189,6 +192,25 @@ def test_an_address_that_others_reach_needs_keys(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="no key"):
         read_keys(file)
     assert Settings(keys=("a",)).owner(None) is None
+
+
+def test_the_page_asks_its_own_server_alone(tmp_path: Path) -> None:
+    """Nothing that a model writes may run or call home, were it markup after all."""
+    with house(keys=("secret",)) as (_, url), httpx.Client(base_url=url) as client:
+        for address in ("/", "/page.js", "/page.css", "/markdown.js", "/icon.svg"):
+            answer = client.get(address)
+            assert answer.status_code == 200, address
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'" in policy and "script-src 'self';" in policy
+            assert answer.headers["x-content-type-options"] == "nosniff"
+        sources = [path.read_text() for path in Path(front.__file__).parent.glob("page/*.*")]
+        assert len(sources) >= 7
+        assert not any(re.search(r"innerHTML|insertAdjacent|eval\(", text) for text in sources)
+        for closed in ("/experts", "/stats", "/slots"):
+            error(client.get(closed), 401)
+    (tmp_path / "index.html").write_text("another")
+    with house(ui=tmp_path) as (_, url):  # what it may do, its builders know
+        assert "content-security-policy" not in httpx.get(url).headers
 
 
 def test_other_pages_in_a_browser_are_kept_out() -> None:
@@ -403,6 +425,7 @@ def test_what_llama_s_server_has_beside_the_protocols(client: httpx.Client) -> N
     assert client.get("/props").json()["total_slots"] == 4
     assert [slot["is_processing"] for slot in client.get("/slots").json()] == [False] * 4
     assert client.get("/stats").json()["hits"] == 3
+    assert client.get("/experts").json()["layers"] == [0, 1]
     assert client.post("/tokenize", json={"content": "ab"}).json() == {"tokens": [97, 98]}
     body = {"content": "a", "add_special": True, "with_pieces": True}
     pieces = client.post("/tokenize", json=body).json()["tokens"]

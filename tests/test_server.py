@@ -3,6 +3,7 @@ tested without one (test_http)."""
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import tiny
 
@@ -235,6 +237,27 @@ def test_an_address_in_use_is_told_before_the_model_is_loaded(model: Path) -> No
         f"moe-gguf: error: cannot listen on 127.0.0.1:{port} (address already in use): "
         "give another --host or --port\n"
     )
+
+
+def test_where_experts_are_and_how_much_they_are_used(client: httpx.Client) -> None:
+    before = client.get("/experts").json()
+    answer = complete(client, prompt="Where are the experts?").json()
+    told, stats = client.get("/experts").json(), client.get("/stats").json()
+    shape = len(told["layers"]), told["n_experts"]
+    state = np.frombuffer(base64.b64decode(told["state"]), np.uint8).reshape(shape)
+    uses, earlier = (
+        np.frombuffer(base64.b64decode(one["uses"]), "<u4").reshape(shape) for one in (told, before)
+    )
+    assert np.count_nonzero(state) == told["n_held"] <= told["n_slots"] == stats["slots"]
+    # Of the steps that asked: where all experts are there, nobody does.
+    *n_pairs, n_last = (int(n) for n in (uses - earlier).sum(axis=1))
+    n_rows = answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"] - 1
+    assert len({*n_pairs}) == 1 and n_pairs[0] <= n_rows * told["n_used"]
+    assert 0 < n_last <= n_pairs[0]  # which computes only what is put out
+    memory, schedule = stats["memory"], stats["schedule"]
+    assert sum(n for _, n, _ in memory["parts"]) <= memory["total_bytes"] == stats["budget_bytes"]
+    assert memory["resident_bytes"] > 0
+    assert schedule["group"] >= 1 and schedule["chunk"] >= 1
 
 
 def test_an_open_address_needs_a_key(model: Path) -> None:

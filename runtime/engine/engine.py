@@ -31,6 +31,7 @@ from ..routers import read_routers
 from ..sizes import parse_size
 from ..stats import Step
 from ..text import well_formed
+from . import view
 from .context import Observer
 from .copies import Shelf
 from .generation import Generation
@@ -296,7 +297,17 @@ class Engine:
             **self._loop.states.stats(),
         }
         with self._loop.using() as model:
-            return {**model.meter.table(), "requests": requests}
+            return {
+                **model.meter.table(),
+                "requests": requests,
+                "memory": view.memory(model.arena),
+                "schedule": view.sharing(scheduler.schedule, self.plan),
+            }
+
+    def experts(self) -> dict[str, Any]:
+        """Where each expert is and how much it is used, for whoever watches."""
+        with self._loop.using() as model:
+            return view.experts(model.arena)
 
     # -- the end
 

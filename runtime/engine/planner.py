@@ -150,6 +150,7 @@ class Plan:
     hides_from: int | None  # the smallest group whose computing hides all reads
     kv_offer_tps: float | None  # with a lossy q8_0 cache, where that is worth it
     calm: bool  # nobody else had the processors when it was measured
+    disk_bytes_per_s: float  # as it was when this was planned
 
     def at(self, active: int) -> Schedule:
         """The schedule while so many sequences are there."""
@@ -191,6 +192,7 @@ def plan(
         _hides_from(chosen),
         _offer(chosen, predicted, parallel),
         measured.calm,
+        facts.disk_bytes_per_s,
     )
 
 

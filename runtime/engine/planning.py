@@ -86,6 +86,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "hides_from": plan.hides_from,
         "kv_q8_0_tps": plan.kv_offer_tps,
         "measured_calm": plan.calm,
+        "disk_bytes_per_s": plan.disk_bytes_per_s,
         "predicted": plan.predicted._asdict(),
         "curve": [prediction._asdict() for prediction in plan.curve],
     }

@@ -39,6 +39,8 @@ class Computes(Protocol):
 
     def sequences(self) -> list[dict[str, Any]]: ...
 
+    def experts(self) -> dict[str, Any]: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:

@@ -65,6 +65,10 @@ def _state(routes: APIRouter, house: House) -> None:
     async def stats() -> Response:
         return json_response(await house.prepare(house.served.engine.stats))
 
+    @routes.get("/experts")
+    async def experts() -> Response:
+        return json_response(await house.prepare(house.served.engine.experts))
+
     @routes.get("/slots")
     async def slots() -> Response:
         return json_response(_slots(house))
