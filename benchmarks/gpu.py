@@ -50,8 +50,8 @@ from moe_gguf.runtime.plugin.devices import Device, address, choose
 from moe_gguf.runtime.plugin.library import load
 from moe_gguf.runtime.stats import Meter
 
-ROWS = "ceiling,stock,fate@0.4,stock-cpu,lru@0.4,fate@0.2,fate@0.8,load-on-demand@0.4,fate@0.1,"
-ROWS += "fate@0.6,eap@0.4,stock-cpu-host,fate@0.4/cold"
+ROWS = "ceiling,stock,stock-cpu,fate@0.4,load-on-demand@0.4,eap@0.4,fate@0.2,fate@0.8,lru@0.4,"
+ROWS += "fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
 COPY_BYTES = 64 << 20
 N_IDENTITY = 16  # tokens, one by one
 
@@ -265,7 +265,15 @@ class Runner:
         if self.meter is None:
             return
         names = ("hits", "misses", "hit_rate", "uploads", "bytes_uploaded", "device_waits")
-        names += ("bytes_read", "route_s", "stall_s", "guesses", "guesses_used", "rss_peak_bytes")
+        names += (
+            "device_wait_s",
+            "bytes_read",
+            "route_s",
+            "stall_s",
+            "guesses",
+            "guesses_used",
+            "rss_peak_bytes",
+        )
         table = self.meter.table()
         tell(**{prefix + name: table[name] for name in names})
 

@@ -36,6 +36,7 @@ class Tiers(Residency):
         super().__init__(n_slots, n_experts, cache, order)
         self.keeps = True  # the policy has kept every expert that the device got so far
         self.whole = frozenset(layer for layer, n in n_pool.items() if n >= n_experts)
+        self._n_below = (len(n_pool) - len(self.whole)) * n_experts  # keys that pools may lack
         self.pools = {
             layer: Residency(n, n_experts, pool_cache(layer, n), order)
             for layer, n in n_pool.items()
@@ -57,6 +58,10 @@ class Tiers(Residency):
         missing = above.experts[n:]
         if not missing:
             return above._replace(slots=[-1] * n, pools=above.slots)
+        slots = self._slots_for_good(base, missing)
+        if slots:
+            loads = [0] * len(above.experts)
+            return Plan(above.experts, [-1] * n + slots, loads, n, pools=above.slots)
         counts = dict(zip(event.experts, event.counts, strict=True))
         below = super().plan(
             event._replace(experts=missing, counts=[counts[expert] for expert in missing])
@@ -69,6 +74,15 @@ class Tiers(Residency):
             n_hits=n,
             pools=above.slots[:n] + [place[expert] for expert in below.experts],
         )
+
+    def _slots_for_good(self, base: int, experts: Sequence[int]) -> list[int]:
+        """Where memory has them, if it has every expert that pools may lack and so never loses one:
+        then there is nothing to decide. Empty otherwise."""
+        slot_of = self.slot_of
+        if len(slot_of) != self._n_below or self.guessed or self.stale:
+            return []
+        slots = [slot_of.get(base + expert, -1) for expert in experts]
+        return [] if -1 in slots else slots
 
     def _plan_wide(self, event: RouteEvent, pool: Residency) -> Plan:
         """Of more experts than slots: those that find none have -1 for one, but in memory."""

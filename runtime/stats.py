@@ -168,6 +168,7 @@ class Meter:
             "uploads": native.uploads,
             "bytes_uploaded": native.upload_bytes,
             "device_waits": native.waits,
+            "device_wait_s": native.wait_ns / 1e9,
         }
 
 

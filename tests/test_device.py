@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import TinyFile
-from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, stock
+from harness import Events, Logits, Model, Ours, Row, ours, random_tokens, rows, stock
 from lag import COMPUTE_WAITS, COPY_WAITS, HOST_WAITS, NAME, SYNCHRONIZE, Lag, lag
 
 from moe_gguf import Engine, Llama, UserError
@@ -164,6 +164,22 @@ def test_03_ranges(layout: str, tiny_file: TinyFile, reference: Reference) -> No
     with ours(path, n_pool=n_used(layout), **DEVICE) as model:
         same(generation(model), reference(path, generation))
         assert model.stats().ranges > 0
+
+
+def pairs_of_tokens(model: Model) -> Logits:
+    context = model.context(n_seq_max=2)
+    steps = [[Row(3 * i + s, i, seq=s) for s in range(2)] for i in range(24)]
+    return np.concatenate([context.decode(step) for step in steps])
+
+
+def test_03_window_now_and_then(tiny_file: TinyFile, reference: Reference) -> None:
+    """One graph whose events now fit the pool and now do not: the device records its launches."""
+    path, events = tiny_file("qwen3moe"), Events()
+    with ours(path, n_pool=6, window=True, recorder=events, **DEVICE) as model:
+        same(pairs_of_tokens(model), reference(path, pairs_of_tokens))
+        widths = [len(set(ids)) for ids in events.ids]
+        assert min(widths) <= 6 < max(widths)
+        assert model.stats().ranges == 0
 
 
 @pytest.mark.parametrize("n_slots", [None, 3])

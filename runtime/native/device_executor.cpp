@@ -18,7 +18,7 @@ bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID &
 
 }  // namespace
 
-device_executor::device_executor(ggml_backend_t stream, moe_model & model) : stream_(stream), model_(model), ranges_(stream) {}
+device_executor::device_executor(ggml_backend_t stream, moe_model & model) : stream_(stream), model_(model), ranges_(stream), fetched_(stream), inputs_(stream), slots_(stream) {}
 
 device_executor::~device_executor() {
     std::lock_guard<std::mutex> lock(model_.step);
@@ -42,7 +42,8 @@ const std::vector<device_executor::segment> & device_executor::cut(ggml_cgraph *
     std::vector<segment> segments;
     const auto           add = [&](int begin, int end, bool asks) {
         if (begin < end) {
-            segments.push_back({begin, end, asks, graph->uid ? ggml_graph_next_uid() : 0});
+            const bool known = graph->uid != 0;
+            segments.push_back({begin, end, asks, known ? ggml_graph_next_uid() : 0, known && asks ? ggml_graph_next_uid() : 0});
         }
     };
     int begin = 0;  // of the trunk's next segment
@@ -98,7 +99,7 @@ ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml
     };
     std::vector<patch> patches;
     ggml_cgraph        view = ggml_graph_view(graph, s.begin, s.end);
-    view.uid                = s.uid;
+    view.uid                = wide_ ? s.in_window : ranges_.has_moved() ? 0 : s.uid;
     for (int i = s.begin; i < s.end; i++) {
         ggml_tensor * node = graph->nodes[i];
         if (!is_ours(node)) {
@@ -148,7 +149,7 @@ ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
     if (!event(0, n_tokens)) {
         return GGML_STATUS_FAILED;
     }
-    ranges_.send(slots_, {}, 0, n_tokens);
+    ranges_.send(slots_.data<int32_t>(), nullptr, 0, n_tokens);
     return launch(graph, s, slots);
 }
 
@@ -165,17 +166,20 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
     c_.n_used                 = (int)ids->ne[0];
     x_                        = *x;
     x_.data                   = nullptr;
-    fetched_.resize(ggml_nbytes(ids));
+    const size_t n_bytes = ggml_nbytes(ids);
+    fetched_.resize(n_bytes);
     if (ids->ne[1] == 0) {
         return;
     }
-    ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, fetched_.size());
+    ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, n_bytes);
     if (guesses_ && ids->ne[1] <= GUESS_TOKENS) {
         inputs_.resize(ggml_nbytes(x));
-        ggml_backend_tensor_get_async(stream_, x, inputs_.data(), 0, inputs_.size());
+        ggml_backend_tensor_get_async(stream_, x, inputs_.data(), 0, ggml_nbytes(x));
         x_.data = inputs_.data();
     }
+    const int64_t t0 = now_ns();
     ggml_backend_synchronize(stream_);
+    model_.stats.wait_ns += now_ns() - t0;
     model_.stats.waits++;
     model_.pools->done(waited_);
     ids_.clear();
@@ -184,7 +188,7 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
             ids_.push_back(*(const int32_t *)(fetched_.data() + token * ids->nb[1] + rank * ids->nb[0]));
         }
     }
-    slots_.resize(ids_.size());
+    slots_.resize(ids_.size() * sizeof(int32_t));
 }
 
 // One context at a time: what the one before launched may still read the slots that this one fills.
@@ -232,7 +236,7 @@ ggml_status device_executor::in_ranges() {
         if (!event(first, last)) {
             return GGML_STATUS_FAILED;
         }
-        ranges_.send(slots_, ids_, first, last);
+        ranges_.send(slots_.data<int32_t>(), ids_.data(), first, last);
         status = ranges_.run(whole_, first, last, [this](const ggml_tensor * w) { return model_.pools->tensor(*model_.weights.find(w)); });
         model_.stats.ranges++;
         first = last;
@@ -274,21 +278,31 @@ void device_executor::use_slots(int first) {
         }
         ticket = std::max(ticket, model_.pools->ticket_of(c_.layer, e.pool));
         for (int i = e.first; i < e.first + e.count; i++) {
-            slots_[first * c_.n_used + said.pairs[i]] = e.pool;
+            slots_.data<int32_t>()[first * c_.n_used + said.pairs[i]] = e.pool;
         }
     }
-    if (ticket > waited_) {
-        model_.pools->wait_on(stream_, ticket);
-        waited_ = ticket;
+    wait_on(ticket);
+}
+
+// What the pool has already; by the stream that computes, so that copies from host memory go on meanwhile.
+void device_executor::copy_to_window() {
+    pools & p      = *model_.pools;
+    int64_t ticket = 0;
+    for (const dialogue::entry & e : model_.dialogue.entries) {
+        ticket = e.slot < 0 ? std::max(ticket, p.ticket_of(c_.layer, e.pool)) : ticket;
+    }
+    wait_on(ticket);
+    for (const dialogue::entry & e : model_.dialogue.entries) {
+        if (e.slot < 0) {
+            p.copy_to_window(stream_, c_.layer, e.pool);
+        }
     }
 }
 
-// What the pool has already.
-void device_executor::copy_to_window() {
-    for (const dialogue::entry & e : model_.dialogue.entries) {
-        if (e.slot < 0) {
-            model_.pools->copy_to_window(c_.layer, e.pool);
-        }
+void device_executor::wait_on(int64_t ticket) {
+    if (ticket > waited_) {
+        model_.pools->wait_on(stream_, ticket);
+        waited_ = ticket;
     }
 }
 
@@ -333,6 +347,7 @@ bool device_executor::advance(bool & any) {
         }
         switch (model_.reads->state(e.slot)) {
             case slot_state::FAILED:
+                model_.pools->issue();  // of what has been started
                 model_.failure.set(ERROR_READ, model_.reads->last_error());
                 return false;
             case slot_state::READY:
@@ -345,6 +360,9 @@ bool device_executor::advance(bool & any) {
             default:
                 waiting_.push_back(e.slot);
         }
+    }
+    if (any) {
+        model_.pools->issue();
     }
     return true;
 }

@@ -17,6 +17,7 @@
 #include "chain.h"
 #include "ggml-iface.h"
 #include "moe.h"
+#include "pinned.h"
 #include "ranges.h"
 
 namespace moe {
@@ -34,8 +35,8 @@ class device_executor {
   private:
     struct segment {
         int      begin, end;
-        bool     asks;  // it is of one layer whose pool may lack experts
-        uint64_t uid;
+        bool     asks;         // it is of one layer whose pool may lack experts
+        uint64_t uid, in_window;  // what a device remembers its launch by, from a pool and from the window
     };
 
     const std::vector<segment> & cut(ggml_cgraph * graph);
@@ -49,6 +50,7 @@ class device_executor {
     bool                         event(int first, int last);
     void                         use_slots(int first);
     void                         copy_to_window();
+    void                         wait_on(int64_t ticket);
     bool                         bring();
     void                         submit_ready_loads();
     bool                         advance(bool & any);
@@ -62,10 +64,10 @@ class device_executor {
     chain                                              c_;        // the running event: what a dialogue wants to know of it
     chain                                              whole_;    // all of the segment, where it goes in ranges
     ggml_tensor                                        x_{};      // its input, in host memory
-    std::vector<char>                                  fetched_;  // ids as they lie on the device
-    std::vector<char>                                  inputs_;   // likewise x
+    pinned                                             fetched_;  // ids as they lie on the device
+    pinned                                             inputs_;   // likewise x
     std::vector<int32_t>                               ids_;      // [n_tokens][n_used] of the segment
-    std::vector<int32_t>                               slots_;    // likewise in the pool; read by the stream until it is next waited for
+    pinned                                             slots_;    // likewise in the pool; read by the stream until it is next waited for
     bool                                               wide_    = false;  // the event uses the window
     bool                                               guesses_ = false;  // the event before wanted some: they are made from x
     std::vector<int>                                   waiting_;          // slots in host memory

@@ -63,11 +63,17 @@ bool moe_model::upload_all(const int32_t * slots, const int32_t * pool_slots, in
         const bool exists = pools && slots[i] >= 0 && slots[i] < arena->n_slots() && reads->state(slots[i]) == moe::slot_state::READY;
         const int  key = exists ? reads->key_of(slots[i]) : -1, layer = weights.layer_of(std::max(key, 0));
         if (key < 0 || weights.copy_of(key) != 0 || pool_slots[i] < 0 || pool_slots[i] >= pools->n_slots(layer)) {
+            if (pools) {
+                pools->issue();  // of what has been started
+            }
             failure.set(moe::ERROR_OTHER, "an expert to be copied to the device is not in memory, or has no slot there");
             return false;
         }
         upload(slots[i], layer, pool_slots[i]);
         ticket = read_by_[slots[i]];
+    }
+    if (n > 0) {
+        pools->issue();
     }
     pools->settle(ticket);
     return true;

@@ -202,6 +202,7 @@ struct moe_stats {
     int64_t uploads;       // experts copied to the device
     int64_t upload_bytes;
     int64_t waits;          // for the ids of a layer, on a device
+    int64_t wait_ns;        // likewise: what came before was computed meanwhile
     int64_t ranges;         // pieces of events that needed more experts than a pool has slots
     int64_t scratch_bytes;  // high-water mark of the rows that were kept and gathered
 };

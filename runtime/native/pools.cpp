@@ -103,8 +103,7 @@ bool pools::allocate(const int32_t * n_slots, bool window) {
     return true;
 }
 
-// A copy has been started: its ticket.
-int64_t pools::issue() {
+void pools::issue() {
     issued_++;
     if (events_.empty()) {
         ggml_backend_synchronize(stream_);
@@ -112,7 +111,6 @@ int64_t pools::issue() {
     } else {
         ggml_backend_event_record(event_of(issued_), stream_);
     }
-    return issued_;
 }
 
 void pools::send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory) {
@@ -128,8 +126,8 @@ int64_t pools::upload(int layer, int slot, int key, const char * memory) {
     send(tensors_, layer, slot, memory);
     forget(layer, slot);
     where_[key]         = slot;
-    slots_[layer][slot] = {key, issue()};
-    return issued_;
+    slots_[layer][slot] = {key, issued_ + 1};
+    return issued_ + 1;
 }
 
 void pools::forget(int layer, int slot) {
@@ -142,10 +140,14 @@ void pools::forget(int layer, int slot) {
 
 int64_t pools::upload_to_window(int key, const char * memory) {
     send(window_, weights_.layer_of(key), weights_.expert_of(key), memory);
-    return issue();
+    return issued_ + 1;
 }
 
-int64_t pools::copy_to_window(int layer, int slot) {
+void pools::copy_to_window(int layer, int slot) {
+    copy_to_window(stream_, layer, slot);
+}
+
+void pools::copy_to_window(ggml_backend_t stream, int layer, int slot) {
     const int expert = weights_.expert_of(slots_[layer][slot].key);
     for (const moe_tensor * weight : weights_.of_layer(layer)) {
         const int   index = weights_.index_of(*weight);
@@ -154,9 +156,8 @@ int64_t pools::copy_to_window(int layer, int slot) {
         to.data    = (char *)to.data + expert * to.nb[2];
         from.ne[2] = to.ne[2] = 1;
         from.nb[3] = to.nb[3] = from.nb[2];
-        ggml_backend_tensor_copy_async(stream_, stream_, &from, &to);
+        ggml_backend_tensor_copy_async(stream, stream, &from, &to);
     }
-    return issue();
 }
 
 void pools::wait_on(ggml_backend_t stream, int64_t ticket) {

@@ -48,12 +48,16 @@ class pools {
     void    forget(int layer, int slot);
     // Where a key is, or -1.
     int slot_of(int key) const { return where_[key]; }
-    // Starts copying an expert's matrices, of which `memory` is the slot in host memory; its ticket.
+    // Starts copying an expert's matrices, of which `memory` is the slot in host memory; its ticket, that
+    // nobody waits for before it is issued.
     int64_t upload(int layer, int slot, int key, const char * memory);
     // Likewise into the window.
     int64_t upload_to_window(int key, const char * memory);
-    // Starts copying what a slot of a pool holds into the window.
-    int64_t copy_to_window(int layer, int slot);
+    // Starts copying what a slot of a pool holds into the window, behind the upload of it or by that stream.
+    void copy_to_window(int layer, int slot);
+    void copy_to_window(ggml_backend_t stream, int layer, int slot);
+    // To be called when some have been started.
+    void issue();
     // Of the copy that was started last.
     int64_t last_ticket() const { return issued_; }
 
@@ -77,7 +81,6 @@ class pools {
         int64_t ticket = 0;
     };
 
-    int64_t              issue();
     void                 send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory);
     bool                 place(std::vector<ggml_tensor> & tensors, const int32_t * n_slots, bool stacked, ggml_backend_buffer_t & buffer);
     ggml_backend_event_t event_of(int64_t ticket) const { return events_[ticket % events_.size()]; }

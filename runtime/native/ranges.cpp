@@ -86,16 +86,17 @@ ggml_tensor * ranges::slots(int n_used, int n_tokens) {
     make_contiguous(&t);
     slots_ = experts_ = t;
     reserve(ids_, std::max(IDS_BYTES, 2 * padded(ggml_nbytes(&t))));
+    first_ids_ = first_ids_ ? first_ids_ : ggml_backend_buffer_get_base(ids_.buffer);
     put(ids_, &slots_);
     put(ids_, &experts_);
     return &slots_;
 }
 
-void ranges::send(const std::vector<int32_t> & slots, const std::vector<int32_t> & experts, int first, int last) {
+void ranges::send(const int32_t * slots, const int32_t * experts, int first, int last) {
     const size_t row = slots_.nb[1], from = first * row, bytes = (last - first) * row;
-    ggml_backend_tensor_set_async(stream_, &slots_, (const char *)slots.data() + from, from, bytes);
-    if (!experts.empty()) {
-        ggml_backend_tensor_set_async(stream_, &experts_, (const char *)experts.data() + from, from, bytes);
+    ggml_backend_tensor_set_async(stream_, &slots_, (const char *)slots + from, from, bytes);
+    if (experts) {
+        ggml_backend_tensor_set_async(stream_, &experts_, (const char *)experts + from, from, bytes);
     }
 }
 

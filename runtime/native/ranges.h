@@ -26,7 +26,9 @@ class ranges {
     // Ids of an event on the device, so many and twice: slots and experts. Throws std::bad_alloc.
     ggml_tensor * slots(int n_used, int n_tokens);
     // Copies them there: read when the stream gets to it.
-    void send(const std::vector<int32_t> & slots, const std::vector<int32_t> & experts, int first, int last);
+    void send(const int32_t * slots, const int32_t * experts, int first, int last);
+    // Whether they lie elsewhere than at first: a launch that a device remembers does not know.
+    bool has_moved() const { return first_ids_ && ggml_backend_buffer_get_base(ids_.buffer) != first_ids_; }
 
     // What does not depend on a matmul, and a copy of what the pieces read.
     ggml_status keep(const chain & c);
@@ -53,6 +55,7 @@ class ranges {
     ggml_context *           meta_       = nullptr;
     size_t                   meta_nodes_ = 0;
     memory                   ids_, inputs_, between_;
+    const void *             first_ids_  = nullptr;
     ggml_tensor              slots_{}, experts_{};
     std::vector<ggml_tensor> kept_tensors_;
     built                    kept_, built_;

@@ -206,6 +206,7 @@ class Stats(ctypes.Structure):
             "uploads",
             "upload_bytes",
             "waits",
+            "wait_ns",
             "ranges",
             "scratch_bytes",
         )

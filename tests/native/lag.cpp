@@ -5,6 +5,7 @@
 //   random delay.
 // - An asynchronous copy reads its source when it runs, and poisons its target before it lands.
 // - A graph is captured when it is launched: what is patched afterwards does not count.
+// - A graph's uid, once known, promises that it reads the same memory.
 // - Events are real, and there is a pinned host type.
 //
 // So whoever leaves out a wait computes with poison. lag_ignore leaves out a kind of wait on purpose:
@@ -23,6 +24,8 @@
 #include <random>
 #include <thread>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "buffer_type.h"
 #include "ggml-alloc.h"
@@ -102,6 +105,8 @@ class stream {
     ggml_backend_t    cpu;
     std::atomic<bool> computes{false};
     bool              brings_ids = false;  // since it was synchronized last, one thread's
+    // By a graph's first node: its uid, and what it read.
+    std::unordered_map<const ggml_tensor *, std::pair<uint64_t, std::vector<const void *>>> recorded;
 
   private:
     void run() {
@@ -331,7 +336,25 @@ class capture {
     std::unordered_map<const ggml_tensor *, ggml_tensor *> copies_;
 };
 
+// As ggml-cuda, which launches what it recorded as long as the uid under a first node stays the same.
+void check_uid(ggml_backend_t backend, ggml_cgraph * graph) {
+    if (graph->uid == 0 || graph->n_nodes == 0) {
+        return;
+    }
+    std::vector<const void *> reads;
+    for (int i = 0; i < graph->n_nodes; i++) {
+        for (const ggml_tensor * s : graph->nodes[i]->src) {
+            reads.push_back(s ? s->data : nullptr);
+        }
+    }
+    auto & [uid, known] = stream_of(backend).recorded[graph->nodes[0]];
+    GGML_ASSERT((uid != graph->uid || known == reads) && "a graph of a known uid reads other memory");
+    uid   = graph->uid;
+    known = std::move(reads);
+}
+
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    check_uid(backend, graph);
     const auto captured         = std::make_shared<capture>(graph);
     const auto cpu              = stream_of(backend).cpu;
     stream_of(backend).computes = true;
