@@ -37,7 +37,9 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from moe_gguf.policies import presets
 from moe_gguf.policies.base import Phase
+from moe_gguf.policies.presets import Facts, Policy, PolicyMaker
 from moe_gguf.runtime import logs, opening
 from moe_gguf.runtime.arena import Arena, start
 from moe_gguf.runtime.bench.results import machine_facts, versions
@@ -367,7 +369,7 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
             layout.n_experts,
             max(layers.values()) * layout.n_experts,
         )
-        arena = start(loaded, pools=pools)
+        arena = start(loaded, pools=pools, make_policy=in_pools(policy))
         if how != "cold":
             order = itertools.product(range(layout.n_experts), layers)
             tell(filled=arena.fill(layer * layout.n_experts + expert for expert, layer in order))
@@ -378,6 +380,17 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
             runner.close()
             llama_cpp.llama_model_free(loaded.model)
     arena.close()
+
+
+def in_pools(name: str) -> PolicyMaker:
+    """The policy of that name; one that keeps nothing does so on the device alone: in every row
+    memory holds what it has room for."""
+
+    def make(facts: Facts) -> Policy:
+        is_memory = len(facts.layers) > 1
+        return presets.policy("lru" if is_memory and name == "load-on-demand" else name, facts)
+
+    return make
 
 
 def ceiling(device: Device) -> float:
