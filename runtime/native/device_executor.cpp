@@ -18,7 +18,8 @@ bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID &
 
 }  // namespace
 
-device_executor::device_executor(ggml_backend_t stream, moe_model & model) : stream_(stream), model_(model), ranges_(stream), fetched_(stream), inputs_(stream), slots_(stream) {}
+device_executor::device_executor(ggml_backend_t stream, moe_model & model)
+    : stream_(stream), model_(model), ranges_(stream), fetched_(stream), inputs_(stream), slots_(stream) {}
 
 device_executor::~device_executor() {
     std::lock_guard<std::mutex> lock(model_.step);
@@ -166,7 +167,7 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
     c_.n_used                 = (int)ids->ne[0];
     x_                        = *x;
     x_.data                   = nullptr;
-    const size_t n_bytes = ggml_nbytes(ids);
+    const size_t n_bytes      = ggml_nbytes(ids);
     fetched_.resize(n_bytes);
     if (ids->ne[1] == 0) {
         return;

@@ -35,7 +35,7 @@ class device_executor {
   private:
     struct segment {
         int      begin, end;
-        bool     asks;         // it is of one layer whose pool may lack experts
+        bool     asks;            // it is of one layer whose pool may lack experts
         uint64_t uid, in_window;  // what a device remembers its launch by, from a pool and from the window
     };
 

@@ -25,14 +25,17 @@ class pinned {
         }
         release();
         ggml_backend_buffer_type_t type = ggml_backend_dev_host_buffer_type(ggml_backend_get_device(stream_));
-        size_   = 0;
-        buffer_ = ggml_backend_buft_alloc_buffer(type ? type : ggml_backend_cpu_buffer_type(), 2 * bytes);
+        size_                           = 0;
+        buffer_                         = ggml_backend_buft_alloc_buffer(type ? type : ggml_backend_cpu_buffer_type(), 2 * bytes);
         if (buffer_ == nullptr) {
             throw std::bad_alloc();
         }
         size_ = 2 * bytes;
     }
-    template <class T = char> T * data() const { return buffer_ ? (T *)ggml_backend_buffer_get_base(buffer_) : nullptr; }
+    template <class T = char>
+    T * data() const {
+        return buffer_ ? (T *)ggml_backend_buffer_get_base(buffer_) : nullptr;
+    }
 
   private:
     void release() {

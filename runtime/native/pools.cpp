@@ -143,9 +143,7 @@ int64_t pools::upload_to_window(int key, const char * memory) {
     return issued_ + 1;
 }
 
-void pools::copy_to_window(int layer, int slot) {
-    copy_to_window(stream_, layer, slot);
-}
+void pools::copy_to_window(int layer, int slot) { copy_to_window(stream_, layer, slot); }
 
 void pools::copy_to_window(ggml_backend_t stream, int layer, int slot) {
     const int expert = weights_.expert_of(slots_[layer][slot].key);

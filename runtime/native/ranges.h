@@ -55,7 +55,7 @@ class ranges {
     ggml_context *           meta_       = nullptr;
     size_t                   meta_nodes_ = 0;
     memory                   ids_, inputs_, between_;
-    const void *             first_ids_  = nullptr;
+    const void *             first_ids_ = nullptr;
     ggml_tensor              slots_{}, experts_{};
     std::vector<ggml_tensor> kept_tensors_;
     built                    kept_, built_;
