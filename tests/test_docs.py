@@ -153,6 +153,8 @@ METRICS = {
     "of bound": Metric("of_bound", lambda share: f"{100 * share:.0f} %"),
     "read/token": Metric("bytes_per_token", lambda size: f"{size / 1e6:.0f} MB"),
     "peak": Metric("rss_peak_bytes", lambda size: f"{size / 1e9:.2f} GB"),
+    "32 sequences tok/s": Metric("batch_32_tps", "{:.0f}".format),
+    "2,048 tokens of prompt tok/s": Metric("prefill_2048_tps", "{:.0f}".format),
 }
 SPEED = METRICS["decode tok/s"]
 
@@ -175,7 +177,10 @@ def tables(section: str) -> Iterator[tuple[list[str], list[list[str]]]]:
 
 def rows_of(document: Path, cap: str | None) -> dict[str, dict[str, Any]]:
     """The rows of a result by name; of several caps those under the one that is written."""
-    found = points(json.loads(document.read_text()))
+    data = json.loads(document.read_text())
+    if isinstance(data.get("rows"), dict):  # of a device
+        return dict(data["rows"])
+    found = points(data)
     if cap is not None:
         found = [p for p in found if p["memory_bytes"] == round(float(cap.split()[0]) * 1e9)]
     (point,) = found
