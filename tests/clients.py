@@ -12,8 +12,8 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from house import NAME, house
 from pydantic import BaseModel
+from service import NAME, service
 
 ASKED: Any = [{"role": "user", "content": "Hi"}]
 PARAMETERS = {"type": "object", "properties": {"location": {"type": "string"}}}
@@ -24,7 +24,7 @@ SAYS = "Hello there, friend!"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with house() as (_, url):
+    with service() as (_, url):
         yield url
 
 

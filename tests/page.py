@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from house import house
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from scripted import Scripted
+from service import service
 
 from moe_gguf.runtime.engine.request import Request
 from moe_gguf.runtime.errors import RequestError
@@ -68,7 +68,7 @@ def browser() -> Iterator[Browser]:
 def opened(browser: Browser, engine: Scripted, key: str = "", **context: Any) -> Iterator[Page]:
     """The page of a server; nothing it does may be an error to the browser."""
     wrong: list[str] = []
-    with house(engine, keys=(key,) if key else ()) as (_, url):
+    with service(engine, keys=(key,) if key else ()) as (_, url):
         found = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **context})
         page = found.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))

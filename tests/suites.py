@@ -56,7 +56,7 @@ LEFT_OUT = {
 
 @contextmanager
 def served(*key: str) -> Iterator[None]:
-    command = [sys.executable, str(HERE / "house.py"), str(PORT), *key]
+    command = [sys.executable, str(HERE / "service.py"), str(PORT), *key]
     with subprocess.Popen(command) as process:
         try:
             for _ in range(300):

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from house import NAME, house
+from service import NAME, service
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with house() as (_, url):
+    with service() as (_, url):
         yield url
 
 

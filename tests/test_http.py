@@ -14,12 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
-from house import NAME, SERVERS, house
 from scripted import Scripted, speak
+from service import NAME, SERVERS, service
 
 from moe_gguf.runtime.engine.request import Request
 from moe_gguf.runtime.errors import RequestError, UserError
-from moe_gguf.runtime.server import front
+from moe_gguf.runtime.server import static
 from moe_gguf.runtime.server.settings import Settings, hosts_of, read_keys
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
@@ -34,7 +34,7 @@ ADDRESSES = {
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with house() as (_, url):
+    with service() as (_, url):
         yield url
 
 
@@ -88,7 +88,7 @@ def test_a_model_is_to_be_named(client: httpx.Client) -> None:
         body = {k: v for k, v in ADDRESSES[path].items() if k != "model"}
         said = error(client.post(path, json=body), 400)
         assert "model is missing" in said["message"]
-        with house(require_model=False) as (_, url):
+        with service(require_model=False) as (_, url):
             assert httpx.post(url + path, json=body).status_code == 200
 
 
@@ -119,7 +119,7 @@ def test_whatever_fails_is_answered_and_the_connection_stays(path: str, raised: 
     def script(request: Request) -> bytes:
         raise raised
 
-    with house(Scripted(script)) as (_, url), httpx.Client(base_url=url) as client:
+    with service(Scripted(script)) as (_, url), httpx.Client(base_url=url) as client:
         for _ in range(2):  # on the same connection
             said = error(client.post(path, json=ADDRESSES[path]), 500)
             assert said["type"] in ("server_error", "api_error")
@@ -137,7 +137,7 @@ def test_what_an_engine_refuses_at_once_has_a_status_in_streams(client: httpx.Cl
     def script(request: Request) -> bytes:
         raise RequestError("the grammar cannot be used", "grammar")
 
-    with house(Scripted(script)) as (_, url):
+    with service(Scripted(script)) as (_, url):
         for path, body in ADDRESSES.items():
             said = error(httpx.post(url + path, json={**body, "stream": True}), 400)
             assert said["message"] == "the grammar cannot be used"
@@ -154,7 +154,7 @@ def test_a_prompt_longer_than_the_context(client: httpx.Client) -> None:
 
 
 def test_keys() -> None:
-    with house(keys=("one", "two")) as (_, url), httpx.Client(base_url=url) as client:
+    with service(keys=("one", "two")) as (_, url), httpx.Client(base_url=url) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/").status_code == 200
         for headers in ({}, {"authorization": "Bearer three"}, {"x-api-key": ""}):
@@ -169,7 +169,7 @@ def test_keys() -> None:
 
 def test_what_is_computed_for_a_key_is_kept_apart() -> None:
     engine = Scripted(speak)
-    with house(engine, keys=("one", "two")) as (_, url):
+    with service(engine, keys=("one", "two")) as (_, url):
         for key in ("one", "two", "one"):
             httpx.post(f"{url}/v1/messages", json=MESSAGES, headers={"x-api-key": key})
     first, second, third = (request.owner for request in engine.requests)
@@ -196,31 +196,31 @@ def test_an_address_that_others_reach_needs_keys(tmp_path: Any) -> None:
 
 def test_the_page_asks_its_own_server_alone(tmp_path: Path) -> None:
     """Nothing that a model writes may run or call home, were it markup after all."""
-    with house(keys=("secret",)) as (_, url), httpx.Client(base_url=url) as client:
+    with service(keys=("secret",)) as (_, url), httpx.Client(base_url=url) as client:
         for address in ("/", "/page.js", "/page.css", "/markdown.js", "/icon.svg"):
             answer = client.get(address)
             assert answer.status_code == 200, address
             policy = answer.headers["content-security-policy"]
             assert "default-src 'none'" in policy and "script-src 'self';" in policy
             assert answer.headers["x-content-type-options"] == "nosniff"
-        sources = [path.read_text() for path in Path(front.__file__).parent.glob("page/*.*")]
+        sources = [path.read_text() for path in Path(static.__file__).parent.glob("page/*.*")]
         assert len(sources) >= 7
         assert not any(re.search(r"innerHTML|insertAdjacent|eval\(", text) for text in sources)
         for closed in ("/experts", "/stats", "/slots"):
             error(client.get(closed), 401)
     (tmp_path / "index.html").write_text("another")
-    with house(ui=tmp_path) as (_, url):  # what it may do, its builders know
+    with service(ui=tmp_path) as (_, url):  # what it may do, its builders know
         assert "content-security-policy" not in httpx.get(url).headers
 
 
 def test_other_pages_in_a_browser_are_kept_out() -> None:
     hosts = hosts_of("127.0.0.1", (), insecure=False)
-    with house(hosts=hosts) as (_, url), httpx.Client(base_url=url) as client:
+    with service(hosts=hosts) as (_, url), httpx.Client(base_url=url) as client:
         assert client.post("/v1/messages", json=MESSAGES).status_code == 200
         for headers in ({"host": "evil.example"}, {"origin": "https://evil.example"}):
             error(client.post("/v1/messages", json=MESSAGES, headers=headers), 403)
         assert client.get("/health", headers={"origin": url}).status_code == 200
-    with house(origins=("https://mine.example",)) as (_, url):
+    with service(origins=("https://mine.example",)) as (_, url):
         headers = {"origin": "https://mine.example", "access-control-request-method": "POST"}
         answer = httpx.options(f"{url}/v1/messages", headers=headers)
         assert answer.headers["access-control-allow-origin"] == "https://mine.example"
@@ -229,14 +229,14 @@ def test_other_pages_in_a_browser_are_kept_out() -> None:
 
 
 def test_limits() -> None:
-    with house(most_body_bytes=1000) as (_, url):
+    with service(most_body_bytes=1000) as (_, url):
         body = {"prompt": "a" * 2000}
         error(httpx.post(f"{url}/v1/completions", json=body), 413)
         chunks = iter([b"a" * 600] * 3)
         error(httpx.post(f"{url}/v1/completions", content=chunks), 413)
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"{url}/health", headers={"x": "a" * 200_000}).raise_for_status()
-    with house(body_timeout_s=0.1) as (_, url):
+    with service(body_timeout_s=0.1) as (_, url):
         port = int(url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
             slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
@@ -246,7 +246,7 @@ def test_limits() -> None:
 def test_a_full_house_says_when_to_come_again() -> None:
     engine = Scripted(lambda request: b"a" * 200, pause_s=0.02)
     engine.parallel = 1
-    with house(engine, queue=1) as (_, url), ThreadPoolExecutor(4) as pool:
+    with service(engine, queue=1) as (_, url), ThreadPoolExecutor(4) as pool:
         body = {"prompt": "Hi", "max_tokens": 20}
         jobs = [pool.submit(httpx.post, f"{url}/v1/completions", json=body) for _ in range(4)]
         answers = [job.result() for job in jobs]
@@ -272,7 +272,7 @@ def waiting(engine: Scripted, n: int = 1) -> None:
 @pytest.mark.parametrize("path", ADDRESSES)
 def test_a_client_that_leaves_frees_its_sequence(path: str, stream: bool) -> None:
     engine = Scripted(lambda request: b"a" * 100_000, pause_s=0.01)
-    with house(engine) as (found, url):
+    with service(engine) as (found, url):
         body = json.dumps({**ADDRESSES[path], "max_tokens": 100_000, "stream": stream}).encode()
         port = int(url.rpartition(":")[2])
         head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -293,7 +293,7 @@ def test_comments_keep_a_connection_alive_during_a_long_prompt() -> None:
         return b"late"
 
     engine = Scripted(script, before=ready)
-    with house(engine, keep_alive_s=0.05) as (_, url):
+    with service(engine, keep_alive_s=0.05) as (_, url):
         body = {**CHAT, "stream": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
@@ -305,7 +305,7 @@ def test_comments_keep_a_connection_alive_during_a_long_prompt() -> None:
 
 def test_an_answer_that_takes_too_long_is_ended() -> None:
     engine = Scripted(lambda request: b"a" * 100_000, pause_s=0.01)
-    with house(engine, timeout_s=0.2) as (_, url):
+    with service(engine, timeout_s=0.2) as (_, url):
         said = error(httpx.post(f"{url}/v1/chat/completions", json=CHAT), 504)
         assert "0.2 s" in said["message"]
         body = {**CHAT, "stream": True}
@@ -317,7 +317,7 @@ def test_an_answer_that_takes_too_long_is_ended() -> None:
 @pytest.mark.parametrize(("grace_s", "status"), [(5.0, 200), (0.1, 503)])
 def test_a_stop_lets_calls_finish_within_the_grace(grace_s: float, status: int) -> None:
     engine = Scripted(lambda request: b"a" * 50, pause_s=0.02)
-    with house(engine, grace_s=grace_s) as (_, url), ThreadPoolExecutor(2) as pool:
+    with service(engine, grace_s=grace_s) as (_, url), ThreadPoolExecutor(2) as pool:
         job = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=CHAT)
         body = {**CHAT, "stream": True}
         stream = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body)
@@ -331,7 +331,7 @@ def test_a_stop_lets_calls_finish_within_the_grace(grace_s: float, status: int) 
 
 
 def test_health_tells_how_far_loading_is() -> None:
-    with house(is_open=False) as (found, url):
+    with service(is_open=False) as (found, url):
         found.progress = (1, 4)
         response = httpx.get(f"{url}/health")
         assert response.status_code == 503
@@ -383,7 +383,7 @@ def test_claude_code_s_billing_line_is_dropped(client: httpx.Client) -> None:
 
 def test_a_conversation_has_one_prompt_by_every_protocol() -> None:
     engine = Scripted(speak)
-    with house(engine) as (_, url):
+    with service(engine) as (_, url):
         call = {"name": "f", "arguments": '{"a": 1}'}
         chat = [
             {"role": "system", "content": "Be brief."},

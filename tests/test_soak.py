@@ -14,8 +14,8 @@ import time
 from typing import Any
 
 import httpx
-from house import NAME, house
 from scripted import Scripted, speak
+from service import NAME, service
 
 from moe_gguf.runtime.server.run import Run
 
@@ -109,7 +109,7 @@ async def soak(url: str, model: str, n: int, headers: dict[str, str] | None = No
 
 def test_soak() -> None:
     engine = Scripted(speak, pause_s=0.0002)
-    with house(engine) as (found, url):
+    with service(engine) as (found, url):
         crowd = asyncio.run(soak(url, NAME, N))
         assert sum(crowd.came.values()) == N
         assert {"answered", "refused", "left"} <= set(crowd.came)
@@ -118,5 +118,5 @@ def test_soak() -> None:
             time.sleep(0.01)
         assert (found.n_calls, engine.running, found.runs) == (0, [], set())
         gc.collect()
-        left = [one for one in gc.get_objects() if isinstance(one, Run) and one.house is found]
+        left = [one for one in gc.get_objects() if isinstance(one, Run) and one.service is found]
         assert not left

@@ -15,7 +15,7 @@ from .terminal import warn
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
-    from ..server.house import House, Served
+    from ..server.service import Served, Service
 
 
 @click.command()
@@ -110,7 +110,7 @@ def serve(
     /detokenize and /apply-template. The first signal lets answers in progress finish, a second one
     does not.
     """
-    from ..server.house import House
+    from ..server.service import Service
     from ..server.serving import listen, serve
     from ..server.settings import Settings, hosts_of, read_keys
 
@@ -133,15 +133,15 @@ def serve(
         del options["goal"]
     engines: list[Engine] = []
     try:
-        house = House(settings)
-        serve(house, listener, partial(_open, house, model, alias, engines, options))
+        service = Service(settings)
+        serve(service, listener, partial(_open, service, model, alias, engines, options))
     finally:
         for engine in engines:
             engine.close()
 
 
 def _open(
-    house: House,
+    service: Service,
     model: str,
     alias: str | None,
     engines: list[Engine],
@@ -151,15 +151,15 @@ def _open(
     from ..engine.planner import SCORE_ROWS
     from ..errors import RequestError
     from ..server.facts import facts_of
-    from ..server.house import Served
+    from ..server.service import Served
 
     def watch(done: float, total: float) -> None:
-        house.progress = (done, total)
+        service.progress = (done, total)
 
     engine = open_engine(model, watch=watch, score_rows=SCORE_ROWS, kept="auto", **options)
     engines.append(engine)
     texts = EngineTexts(engine)
-    house.at_end.append(texts.close)
+    service.at_end.append(texts.close)
     try:
         caps = texts.templates.caps
     except RequestError as error:  # plain completions work

@@ -23,9 +23,9 @@ from ..api.fields import Fields
 from ..api.refusal import Refusal, refusal_of
 from ..api.stream import Call, Piece, Stream
 from ..api.usage import Stamp
-from .house import House
 from .report import failed
 from .run import Run
+from .service import Service
 
 T = TypeVar("T")
 _COMMENT = b": keep-alive\n\n"
@@ -68,37 +68,37 @@ def parsed(body: bytes) -> Any:
         raise Refusal(f"the body is not JSON ({why})") from None
 
 
-async def json_of(request: Request, house: House) -> Any:
-    settings = house.settings
+async def json_of(request: Request, service: Service) -> Any:
+    settings = service.settings
     body = await body_of(request, settings.most_body_bytes, settings.body_timeout_s)
     if settings.log == "bodies":
         request.scope["moe_gguf.body"] = body
-    return parsed(body) if len(body) < 1 << 16 else await house.prepare(parsed, body)
+    return parsed(body) if len(body) < 1 << 16 else await service.prepare(parsed, body)
 
 
 def owner_of(request: Request) -> str:
     return str(request.scope.get("moe_gguf.owner", ""))
 
 
-async def answer(request: Request, house: House, kind: Kind) -> Response:
+async def answer(request: Request, service: Service, kind: Kind) -> Response:
     """The answer to a body of this kind."""
-    body = await json_of(request, house)
+    body = await json_of(request, service)
     fields = Fields(body)
-    served = house.served
+    served = service.served
     for name in kind.required:
-        if fields.value(name) is None and (name != "model" or house.settings.require_model):
+        if fields.value(name) is None and (name != "model" or service.settings.require_model):
             raise Refusal(f"{name} is missing: it is required", name)
     model = fields.text("model") or served.name
     stamp = Stamp(kind.prefix + uuid.uuid4().hex, int(time.time()), model[:256])
     streams = fields.flag("stream")
-    call_ = house.call()
+    call_ = service.call()
     call_.__enter__()  # left by whoever answers, which for a stream is not this function
     try:
         if streams:
-            call = await while_there(request, house.prepare(kind.read, body, served.texts))
-            run = await while_there(request, _begun(Run(house, call.requests, owner_of(request))))
-            return EventStream(house, run, call.stream(stamp), call_)
-        whole = _whole(house, kind, body, owner_of(request), stamp)
+            call = await while_there(request, service.prepare(kind.read, body, served.texts))
+            run = await while_there(request, _begun(Run(service, call.requests, owner_of(request))))
+            return EventStream(service, run, call.stream(stamp), call_)
+        whole = _whole(service, kind, body, owner_of(request), stamp)
         found = await while_there(request, whole)
     except BaseException as error:
         call_.__exit__(type(error), error, error.__traceback__)
@@ -111,11 +111,13 @@ async def _begun(run: Run) -> Run:
     return await run.__aenter__()
 
 
-async def _whole(house: House, kind: Kind, body: Any, owner: str, stamp: Stamp) -> dict[str, Any]:
-    async with within(house.settings.timeout_s):
-        call: Call = await house.prepare(kind.read, body, house.served.texts)
-        async with Run(house, call.requests, owner) as run:
-            return await house.prepare(call.response, await run.results(), stamp)
+async def _whole(
+    service: Service, kind: Kind, body: Any, owner: str, stamp: Stamp
+) -> dict[str, Any]:
+    async with within(service.settings.timeout_s):
+        call: Call = await service.prepare(kind.read, body, service.served.texts)
+        async with Run(service, call.requests, owner) as run:
+            return await service.prepare(call.response, await run.results(), stamp)
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -169,13 +171,13 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """An answer as server-sent events, with a comment now and then while nothing comes."""
 
-    def __init__(self, house: House, run: Run, stream: Stream, call: Any) -> None:
+    def __init__(self, service: Service, run: Run, stream: Stream, call: Any) -> None:
         super().__init__(
             media_type="text/event-stream",
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
         del self.headers["content-length"]
-        self._house, self._run, self._stream, self._call = house, run, stream, call
+        self._service, self._run, self._stream, self._call = service, run, stream, call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -193,7 +195,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
 
         try:
-            async with within(self._house.settings.timeout_s):
+            async with within(self._service.settings.timeout_s):
                 await write(_encoded(self._stream.begin()))
                 async for data in self._bytes():
                     await write(data)
@@ -207,7 +209,7 @@ class EventStream(Response):
         coming = asyncio.ensure_future(anext(batches, None))
         try:
             while True:
-                ready, _ = await asyncio.wait({coming}, timeout=self._house.settings.keep_alive_s)
+                ready, _ = await asyncio.wait({coming}, timeout=self._service.settings.keep_alive_s)
                 if not ready:
                     yield _COMMENT
                     continue
@@ -215,8 +217,8 @@ class EventStream(Response):
                 if batch is None:
                     break
                 coming = asyncio.ensure_future(anext(batches, None))
-                yield await self._house.prepare(self._pushed, batch)
-            yield _encoded(await self._house.prepare(self._stream.end))
+                yield await self._service.prepare(self._pushed, batch)
+            yield _encoded(await self._service.prepare(self._stream.end))
         finally:
             coming.cancel()
             await asyncio.gather(coming, return_exceptions=True)

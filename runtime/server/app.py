@@ -1,4 +1,4 @@
-"""The ASGI application: the endpoints, and the door they are behind."""
+"""The ASGI application: the endpoints, and the boundary around them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from ..api.refusal import Refusal
-from . import anthropic, files, front, native, openai
-from .door import Door, response_of
-from .house import House
+from . import anthropic, files, native, openai, static
+from .boundary import Boundary, response_of
+from .service import Service
 
 
-def make_app(house: House) -> FastAPI:
-    """The application over what ``house`` serves, now or later."""
+def make_app(service: Service) -> FastAPI:
+    """The application over what ``service`` serves, now or later."""
     app = FastAPI(title="moe-gguf", docs_url=None, redoc_url=None)
     for routes in (openai, anthropic, native, files):
-        app.include_router(routes.router(house))
-    open_paths = front.mount(app, house.settings.ui)
+        app.include_router(routes.router(service))
+    open_paths = static.mount(app, service.settings.ui)
 
     @app.exception_handler(HTTPException)
     async def answered(request: Request, error: HTTPException) -> Response:
@@ -31,8 +31,8 @@ def make_app(house: House) -> FastAPI:
         name = ".".join(str(part) for part in first["loc"][1:])
         return response_of(request.url.path, Refusal(f"{name}: {first['msg']}", name or None))
 
-    app.add_middleware(Door, house=house, page=open_paths)
-    if origins := house.settings.origins:
+    app.add_middleware(Boundary, service=service, page=open_paths)
+    if origins := service.settings.origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(origins),

@@ -36,9 +36,9 @@ from ..batch.lines import extent
 from ..batch.output import Output
 from ..engine.generation import Generation
 from .answer import json_of, json_response, owner_of
-from .documents import takes
-from .house import Computes, House
 from .report import failed
+from .schemas import takes
+from .service import Computes, Service
 
 _PRIORITY = -1  # whoever waits for an answer goes first
 _MOST_BATCHES = 1000  # that are remembered
@@ -120,13 +120,13 @@ class Batch:
 class Store:
     """The files and batches of one server, each for its owner only."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, service: Service) -> None:
+        self._service = service
         self._files: dict[str, File] = {}
         self._batches: dict[str, Batch] = {}
         self._pool = ThreadPoolExecutor(1, "moe-gguf batch")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        house.at_end.append(self.close)
+        service.at_end.append(self.close)
 
     # -- files
 
@@ -147,7 +147,7 @@ class Store:
         return File(id_, owner, name[:255], purpose, path, int(time.time()))
 
     def keep(self, file: File) -> File:
-        most = self._house.settings.most_file_bytes_kept
+        most = self._service.settings.most_file_bytes_kept
         if (
             file.path.stat().st_size + sum(f.path.stat().st_size for f in self._files.values())
             > most
@@ -217,7 +217,7 @@ class Store:
         batch.figures = Figures(found.n_asked, 0)
         if not batch.cancelled.is_set():
             batch.become("in_progress")
-        served = self._house.served
+        served = self._service.served
         engine = _Owned(served.engine, batch.owner)
         answerer = Answerer(engine, served.texts, served.name)
         whole = self.new(batch.owner, "all", "batch_output")
@@ -294,10 +294,10 @@ class _Owned:
 # --- addresses ----------------------------------------------------------------------------------
 
 
-def router(house: House) -> APIRouter:
-    routes, store = APIRouter(), Store(house)
-    _files(routes, store, house)
-    _batches(routes, store, house)
+def router(service: Service) -> APIRouter:
+    routes, store = APIRouter(), Store(service)
+    _files(routes, store, service)
+    _batches(routes, store, service)
     return routes
 
 
@@ -321,10 +321,10 @@ def _page(items: list[dict[str, Any]], request: Request) -> Response:
     )
 
 
-def _files(routes: APIRouter, store: Store, house: House) -> None:
+def _files(routes: APIRouter, store: Store, service: Service) -> None:
     @routes.post("/v1/files", openapi_extra=_UPLOAD)
     async def upload(request: Request) -> Response:
-        return json_response((await _uploaded(request, store, house)).body())
+        return json_response((await _uploaded(request, store, service)).body())
 
     @routes.get("/v1/files")
     async def files(request: Request) -> Response:
@@ -346,11 +346,11 @@ def _files(routes: APIRouter, store: Store, house: House) -> None:
         return json_response({"id": id_, "object": "file", "deleted": True})
 
 
-def _batches(routes: APIRouter, store: Store, house: House) -> None:
+def _batches(routes: APIRouter, store: Store, service: Service) -> None:
     @routes.post("/v1/batches", openapi_extra=takes("/v1/batches"))
     async def create(request: Request) -> Response:
-        body = await json_of(request, house)
-        _ = house.served
+        body = await json_of(request, service)
+        _ = service.served
         return json_response(store.start(body, owner_of(request)).body())
 
     @routes.get("/v1/batches")
@@ -368,8 +368,8 @@ def _batches(routes: APIRouter, store: Store, house: House) -> None:
         return json_response(found.body())
 
 
-async def _uploaded(request: Request, store: Store, house: House) -> File:
-    most = house.settings.most_file_bytes
+async def _uploaded(request: Request, store: Store, service: Service) -> File:
+    most = service.settings.most_file_bytes
     n = 0
 
     async def receive() -> Message:

@@ -14,43 +14,43 @@ from ..api.texts import Texts
 from ..text import well_formed
 from . import metrics
 from .answer import json_of, json_response, while_there
-from .documents import takes
-from .house import House
+from .schemas import takes
+from .service import Service
 
 
-def router(house: House) -> APIRouter:
+def router(service: Service) -> APIRouter:
     routes = APIRouter()
-    _state(routes, house)
+    _state(routes, service)
     for path, work in (
         ("/tokenize", _tokenize),
         ("/detokenize", _detokenize),
         ("/apply-template", _apply_template),
     ):
         routes.add_api_route(
-            path, _prepared(house, work), methods=["POST"], openapi_extra=takes(path), name=path
+            path, _prepared(service, work), methods=["POST"], openapi_extra=takes(path), name=path
         )
     return routes
 
 
-def _prepared(house: House, work: Any) -> Any:
+def _prepared(service: Service, work: Any) -> Any:
     async def call(request: Request) -> Response:
-        body = await json_of(request, house)
-        prepared = house.prepare(work, Fields(body), house.served.texts)
+        body = await json_of(request, service)
+        prepared = service.prepare(work, Fields(body), service.served.texts)
         return json_response(await while_there(request, prepared))
 
     return call
 
 
-def _state(routes: APIRouter, house: House) -> None:
+def _state(routes: APIRouter, service: Service) -> None:
     @routes.get("/health")
     @routes.get("/v1/health", include_in_schema=False)
     async def health() -> Response:
-        if house.is_stopping:
+        if service.is_stopping:
             raise Refusal("the server is stopping", status=503)
         try:
-            _ = house.served
+            _ = service.served
         except Refusal as loading:
-            done, total = house.progress
+            done, total = service.progress
             share = done / total if total > 0 else 0.0
             return json_response(
                 {**loading.body(), "status": "loading", "progress": share}, loading.status
@@ -59,27 +59,29 @@ def _state(routes: APIRouter, house: House) -> None:
 
     @routes.get("/metrics")
     async def numbers() -> Response:
-        return Response(await house.prepare(house.metrics.text), media_type=metrics.CONTENT_TYPE)
+        return Response(
+            await service.prepare(service.metrics.text), media_type=metrics.CONTENT_TYPE
+        )
 
     @routes.get("/stats")
     async def stats() -> Response:
-        return json_response(await house.prepare(house.served.engine.stats))
+        return json_response(await service.prepare(service.served.engine.stats))
 
     @routes.get("/experts")
     async def experts() -> Response:
-        return json_response(await house.prepare(house.served.engine.experts))
+        return json_response(await service.prepare(service.served.engine.experts))
 
     @routes.get("/slots")
     async def slots() -> Response:
-        return json_response(_slots(house))
+        return json_response(_slots(service))
 
     @routes.get("/props")
     async def props() -> Response:
-        return json_response(_props(house))
+        return json_response(_props(service))
 
 
-def _slots(house: House) -> list[dict[str, Any]]:
-    served = house.served
+def _slots(service: Service) -> list[dict[str, Any]]:
+    served = service.served
     busy = {one["slot"]: one for one in served.engine.sequences()}
     return [
         {
@@ -102,8 +104,8 @@ def _slots(house: House) -> list[dict[str, Any]]:
     ]
 
 
-def _props(house: House) -> dict[str, Any]:
-    served = house.served
+def _props(service: Service) -> dict[str, Any]:
+    served = service.served
     return {
         "default_generation_settings": {"n_ctx": served.texts.n_ctx, "params": {}},
         "total_slots": served.engine.parallel,

@@ -13,68 +13,68 @@ from ..api.calls import KINDS
 from ..api.refusal import Refusal
 from ..api.texts import Texts
 from .answer import answer, json_of, json_response, while_there
-from .documents import takes
-from .house import House
+from .schemas import takes
+from .service import Service
 
 
-def router(house: House) -> APIRouter:
+def router(service: Service) -> APIRouter:
     routes = APIRouter()
     for path in KINDS:
         # Clients' base addresses end with /v1, or do not.
         for address in (path, path.removeprefix("/v1")):
             routes.add_api_route(
                 address,
-                _call(house, path),
+                _call(service, path),
                 methods=["POST"],
                 openapi_extra=takes(path),
                 include_in_schema=address == path,
                 name=path,
             )
-    _models(routes, house)
-    _others(routes, house)
+    _models(routes, service)
+    _others(routes, service)
     return routes
 
 
-def _call(house: House, path: str) -> Any:
+def _call(service: Service, path: str) -> Any:
     async def call(request: Request) -> Response:
-        return await answer(request, house, KINDS[path])
+        return await answer(request, service, KINDS[path])
 
     return call
 
 
-def _counted(house: House, count: Callable[[object, Texts], dict[str, Any]]) -> Any:
+def _counted(service: Service, count: Callable[[object, Texts], dict[str, Any]]) -> Any:
     async def call(request: Request) -> Response:
-        body = await json_of(request, house)
-        work = house.prepare(count, body, house.served.texts)
+        body = await json_of(request, service)
+        work = service.prepare(count, body, service.served.texts)
         return json_response(await while_there(request, work))
 
     return call
 
 
-def _models(routes: APIRouter, house: House) -> None:
+def _models(routes: APIRouter, service: Service) -> None:
     @routes.get("/v1/models")
     @routes.get("/models", include_in_schema=False)
     async def models() -> Response:
-        model = model_card(house)
+        model = model_card(service)
         meta = {"name": model["id"], "model": model["id"], "slug": model["id"], **_codex(model)}
         return json_response({"object": "list", "data": [model], "models": [meta]})
 
     @routes.get("/v1/models/{name:path}")
     async def one(name: str) -> Response:
-        model = model_card(house)
+        model = model_card(service)
         if name != model["id"]:
             raise Refusal(f"there is no model {name[:100]}: {model['id']} is served", status=404)
         return json_response(model)
 
 
-def model_card(house: House) -> dict[str, Any]:
+def model_card(service: Service) -> dict[str, Any]:
     """A model as OpenAI lists it, with its context length under the names that clients read."""
-    served = house.served
+    served = service.served
     n_ctx, facts = served.texts.n_ctx, served.facts
     return {
         "id": served.name,
         "object": "model",
-        "created": int(house.started_s),
+        "created": int(service.started_s),
         "owned_by": "moe-gguf",
         "context_length": n_ctx,
         "context_window": n_ctx,
@@ -99,12 +99,12 @@ def _codex(model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _others(routes: APIRouter, house: House) -> None:
+def _others(routes: APIRouter, service: Service) -> None:
     @routes.post("/v1/embeddings", openapi_extra=takes("/v1/embeddings"))
     @routes.post("/embeddings", include_in_schema=False)
     async def embeddings() -> Response:
         raise Refusal(
-            f"{house.served.name} generates text and has no embeddings: ask another server",
+            f"{service.served.name} generates text and has no embeddings: ask another server",
             status=501,
         )
 
@@ -115,7 +115,7 @@ def _others(routes: APIRouter, house: House) -> None:
         for address in (path, path.removeprefix("/v1")):
             routes.add_api_route(
                 f"{address}/input_tokens",
-                _counted(house, count),
+                _counted(service, count),
                 methods=["POST"],
                 openapi_extra=takes(path),
                 include_in_schema=address == path,

@@ -15,7 +15,7 @@ from typing import Any
 from ..api.refusal import Refusal
 from ..engine.generation import Generation, Result
 from ..engine.request import Event, Finished, Request, Token
-from .house import House
+from .service import Service
 
 _FIELDS = [field.name for field in fields(Request) if field.name != "tokens"]
 
@@ -26,8 +26,8 @@ class Run:
     ``batches`` gives the events as they come, ``results`` is all of them at the end.
     """
 
-    def __init__(self, house: House, requests: Sequence[Request], owner: str) -> None:
-        self.house = house
+    def __init__(self, service: Service, requests: Sequence[Request], owner: str) -> None:
+        self.service = service
         self._requests = [replace(request, owner=owner) for request in requests]
         self._queue: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
         self._next = 0  # the first request that is not submitted
@@ -36,8 +36,8 @@ class Run:
 
     async def __aenter__(self) -> Run:
         # As many again as are computed, so that none is missed when one ends.
-        self.house.runs.add(self)
-        window = min(len(self._requests), 2 * self.house.served.engine.parallel)
+        self.service.runs.add(self)
+        window = min(len(self._requests), 2 * self.service.served.engine.parallel)
         try:
             for _ in range(window):
                 if self._next == len(self._requests):
@@ -62,7 +62,7 @@ class Run:
         self._queue.put_nowait((0, refusal))
 
     def _stop(self) -> None:
-        self.house.runs.discard(self)
+        self.service.runs.discard(self)
         for task in self._tasks:
             task.cancel()
         for generation in self._generations:
@@ -74,9 +74,9 @@ class Run:
         self._next += 1
         request = self._requests[i]
         settings: dict[str, Any] = {name: getattr(request, name) for name in _FIELDS}
-        engine = self.house.served.engine
+        engine = self.service.served.engine
         work = partial(engine.submit, list(request.tokens), **settings)
-        generation = self._generations[i] = await self.house.submit(work)
+        generation = self._generations[i] = await self.service.submit(work)
         return i, generation
 
     async def _lane(self, i: int, generation: Generation) -> None:
@@ -91,7 +91,7 @@ class Run:
             self._queue.put_nowait((i, error))
 
     async def _pass_on(self, i: int, generation: Generation) -> None:
-        metrics = self.house.metrics
+        metrics = self.service.metrics
         last = start = time.monotonic()
         first = True
         async for event in generation:

@@ -15,8 +15,8 @@ import uvicorn
 
 from ..errors import UserError, option, reason
 from .app import make_app
-from .house import House, Served
 from .report import note
+from .service import Served, Service
 
 _MOST_HEADER_BYTES = 64 << 10
 _IDLE_S = 75  # a connection without a request
@@ -40,24 +40,24 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """HTTP over ``house`` on a socket, from now until ``stop``."""
+    """HTTP over ``service`` on a socket, from now until ``stop``."""
 
-    def __init__(self, house: House, listener: socket.socket) -> None:
-        self._house, self._listener = house, listener
+    def __init__(self, service: Service, listener: socket.socket) -> None:
+        self._service, self._listener = service, listener
         self._server = _Uvicorn(
             uvicorn.Config(
-                make_app(house),
+                make_app(service),
                 http="h11",  # whose headers have a bound
                 ws="none",
                 h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
                 timeout_keep_alive=_IDLE_S,
                 timeout_graceful_shutdown=1,
-                log_level="critical",  # the door tells of failures
+                log_level="critical",  # the boundary tells of failures
                 lifespan="off",
                 server_header=False,
                 backlog=1024,
             ),
-            house,
+            service,
         )
         self._thread = threading.Thread(target=self._run, name="moe-gguf http", daemon=True)
         self._failure: BaseException | None = None
@@ -98,34 +98,34 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, house: House) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._house = house
+        self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
-        await self._house.stop(self._house.settings.grace_s)
+        await self._service.stop(self._service.settings.grace_s)
         await super().shutdown(sockets)
 
 
-def serve(house: House, listener: socket.socket, open_model: Callable[[], Served]) -> None:
+def serve(service: Service, listener: socket.socket, open_model: Callable[[], Served]) -> None:
     """Serve what ``open_model`` opens, and what is told of it until then, until SIGINT or SIGTERM.
 
     Raises what opening raises; a signal meanwhile is KeyboardInterrupt.
     """
-    server = Server(house, listener)
+    server = Server(service, listener)
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         served = open_model()
-        house.open(served)
+        service.open(served)
         try:
             note(f"serving {served.name} at {server.url} (Ctrl-C stops)")
             _wait(server)
         except KeyboardInterrupt:
             pass
     finally:
-        _stop(server, house)
+        _stop(server, service)
 
 
 def _wait(server: Server) -> None:
@@ -133,14 +133,14 @@ def _wait(server: Server) -> None:
         server.wait(1.0)
 
 
-def _stop(server: Server, house: House) -> None:
+def _stop(server: Server, service: Service) -> None:
     """With the grace that is granted; a second signal ends that."""
     server.stop()
 
     def at_once(number: int, frame: FrameType | None) -> None:
-        house.hurry()
+        service.hurry()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, at_once)
     _wait(server)
-    house.close()
+    service.close()

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..api.anthropic import error_body
 from ..api.refusal import Refusal, refusal_of
 from .answer import ClientLeft, json_response
-from .house import House
 from .report import failed, note
+from .service import Service
 
 # Without a key: whether it is there, and the page, which asks for the key itself.
 _OPEN = ("/health", "/v1/health", "/favicon.ico")
@@ -49,11 +49,11 @@ def _refusal(error: BaseException) -> Refusal:
     return refusal
 
 
-class Door:
+class Boundary:
     """``open_page``: paths that need no key beside those that never do."""
 
-    def __init__(self, app: ASGIApp, house: House, page: frozenset[str] = frozenset()) -> None:
-        self._app, self._house, self._page = app, house, page
+    def __init__(self, app: ASGIApp, service: Service, page: frozenset[str] = frozenset()) -> None:
+        self._app, self._service, self._page = app, service, page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +67,7 @@ class Door:
                 status = message["status"]
             await send(message)
 
-        metrics = self._house.metrics
+        metrics = self._service.metrics
         metrics.in_progress.inc()
         try:
             self._let_in(scope)
@@ -86,7 +86,7 @@ class Door:
             self._tell(scope, status, time.monotonic() - start)
 
     def _let_in(self, scope: Scope) -> None:
-        headers, settings = Headers(scope=scope), self._house.settings
+        headers, settings = Headers(scope=scope), self._service.settings
         host = headers.get("host", "")
         if settings.hosts is not None and _name(host) not in settings.hosts:
             raise Refusal(
@@ -107,11 +107,11 @@ class Door:
         scope["moe_gguf.owner"] = owner
 
     def _is_ours(self, origin: str, host: str) -> bool:
-        allowed = self._house.settings.origins
+        allowed = self._service.settings.origins
         return "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        log = self._house.settings.log
+        log = self._service.settings.log
         if log == "failures":
             return
         client = (scope.get("client") or ["?"])[0]

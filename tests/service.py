@@ -9,7 +9,7 @@ from typing import Any
 
 from scripted import ByteTexts, Scripted, speak
 
-from moe_gguf.runtime.server.house import House, Served
+from moe_gguf.runtime.server.service import Served, Service
 from moe_gguf.runtime.server.serving import Server, listen
 from moe_gguf.runtime.server.settings import Settings
 
@@ -19,11 +19,11 @@ SERVERS: list[Server] = []  # that run, the newest last
 
 
 @contextmanager
-def house(
+def service(
     engine: Scripted | None = None, is_open: bool = True, **settings: Any
-) -> Iterator[tuple[House, str]]:
-    """A house and the address of its server, without /v1."""
-    found = House(Settings(**settings))
+) -> Iterator[tuple[Service, str]]:
+    """A service and the address of its server, without /v1."""
+    found = Service(Settings(**settings))
     if is_open:
         found.open(Served(engine=engine or Scripted(speak), texts=ByteTexts(), name=NAME))
     server = Server(found, listen("127.0.0.1", 0))
@@ -42,8 +42,8 @@ def house(
 
 
 def main() -> None:
-    """`house.py PORT [KEY]`: a scripted server for suites of others, until it is killed."""
-    found = House(Settings(keys=sys.argv[2:3], require_model=False, origins=("*",)))
+    """`service.py PORT [KEY]`: a scripted server for suites of others, until it is killed."""
+    found = Service(Settings(keys=sys.argv[2:3], require_model=False, origins=("*",)))
     found.open(Served(engine=Scripted(speak), texts=ByteTexts(), name=NAME))
     server = Server(found, listen("127.0.0.1", int(sys.argv[1])))
     while server.is_alive:

@@ -58,7 +58,7 @@ class Ends(Protocol):
     def end(self, refusal: Refusal) -> None: ...
 
 
-class House:
+class Service:
     """One server's state."""
 
     def __init__(self, settings: Settings) -> None:
