@@ -249,11 +249,11 @@ def test_where_experts_are_and_how_much_they_are_used(client: httpx.Client) -> N
         np.frombuffer(base64.b64decode(one["uses"]), "<u4").reshape(shape) for one in (told, before)
     )
     assert np.count_nonzero(state) == told["n_held"] <= told["n_slots"] == stats["slots"]
-    # Of the steps that asked: where all experts are there, nobody does.
-    *n_pairs, n_last = (int(n) for n in (uses - earlier).sum(axis=1))
+    # Of what was asked: where all experts are there, which may come about inside a step, nobody asks.
+    n_pairs = (uses - earlier).sum(axis=1)
     n_rows = answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"] - 1
-    assert len({*n_pairs}) == 1 and n_pairs[0] <= n_rows * told["n_used"]
-    assert 0 < n_last <= n_pairs[0]  # which computes only what is put out
+    assert 0 < n_pairs.min() <= n_pairs.max() <= n_rows * told["n_used"]
+    assert n_pairs[-1] == n_pairs.min()  # the last layer computes only what is put out
     memory, schedule = stats["memory"], stats["schedule"]
     assert sum(n for _, n, _ in memory["parts"]) <= memory["total_bytes"] == stats["budget_bytes"]
     assert memory["resident_bytes"] > 0
