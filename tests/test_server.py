@@ -249,7 +249,7 @@ def test_where_experts_are_and_how_much_they_are_used(client: httpx.Client) -> N
         np.frombuffer(base64.b64decode(one["uses"]), "<u4").reshape(shape) for one in (told, before)
     )
     assert np.count_nonzero(state) == told["n_held"] <= told["n_slots"] == stats["slots"]
-    # Of what was asked: where all experts are there, which may come about inside a step, nobody asks.
+    # Of what was asked: where all experts are there, which may come about in a step, nobody asks.
     n_pairs = (uses - earlier).sum(axis=1)
     n_rows = answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"] - 1
     assert 0 < n_pairs.min() <= n_pairs.max() <= n_rows * told["n_used"]
