@@ -66,7 +66,7 @@ mutants: $(READY)
 
 # Devices behind ggml's RPC, its module built from llama.cpp's own source: a minute, after a download.
 rpc: build/rpc/bin/libggml-rpc.so $(READY)
-	$(BIN)/pytest tests/test_rpc.py
+	$(BIN)/pytest tests/rpc_loopback.py
 
 build/rpc/bin/libggml-rpc.so: $(READY)
 	mkdir -p build/llama
