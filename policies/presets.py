@@ -84,7 +84,7 @@ def _eap(facts: Facts) -> Policy:
 def _scanning(facts: Facts) -> Policy:
     """What fits stays as under ``layered-lfu``; demand that goes round and does not fit streams."""
     cache = _layered_lfu(facts)
-    scan = Scan(cache, facts.n_slots, facts.n_experts, facts.layers, facts.n_used)
+    scan = Scan(cache, facts.n_slots, facts.n_experts, facts.layers)
     return Policy(cache, Popularity(), scan=scan)
 
 

@@ -15,9 +15,12 @@ independent demands that maximises the expected hits of every round.
 
 So a layer keeps its likeliest experts, as many as its share of C - R, and the others stream: each
 is read into one of R slots, computed, and its slot taken by the next one of its layer, or of the
-next layer. R = 1 would leave disk and processor waiting for each other, and every slot of R is one
-hit less per round. R is the experts one token uses: half of them compute while the other half is
-read. It is a function of the model alone, so that replaying a recording needs no clock.
+next layer. R = 1 would leave disk and processor waiting for each other; every slot of R is one hit
+less per round, of one layer. While attention and the experts that stay are computed, the disk can
+only run ahead as far as R lets it, and a group that computes about as long as it reads needs all of
+that lead. So R is half the experts of one layer: with 64 sequences and 64 experts the disk then
+waits for nobody (LOG.md), and it is a few in a hundred of the slots. It is a function of the model
+and the arena alone, so that replaying a recording needs no clock.
 """
 
 from __future__ import annotations
@@ -35,12 +38,10 @@ _DECAY = 0.75  # of the running means of how many experts a layer asks for: abou
 class Scan:
     """Tells a scan, and which experts of a layer stay. ``cache`` is what says their worth."""
 
-    def __init__(
-        self, cache: Layered, n_slots: int, n_experts: int, layers: Sequence[int], n_used: int
-    ) -> None:
+    def __init__(self, cache: Layered, n_slots: int, n_experts: int, layers: Sequence[int]) -> None:
         self.cache = cache
         self.n_slots = n_slots
-        self.ring = max(1, min(n_used, n_slots // 4))  # of a small arena, most must stay
+        self.ring = max(1, min(n_experts // 2, n_slots // 4))  # of a small arena, most must stay
         self.quotas: Mapping[int, int] = evenly(n_slots - self.ring, n_experts, layers)
         self._widths = dict.fromkeys(layers, 0.0)
         self._demand = 0.0  # their sum: what one step asks for
