@@ -262,6 +262,12 @@ def test_a_batch_of_few_lines_gets_no_more_sequences_than_lines() -> None:
     assert made.n_seq_max <= 20
 
 
+@pytest.mark.parametrize("n", [64, 72])
+def test_a_job_that_fits_is_not_cut_into_a_large_part_and_a_small_one(n: int) -> None:
+    """Its rest would decode as slowly as a few sequences do, beside cells that nobody uses."""
+    assert plan(issue_machine(), facts(2.4 * GB), "throughput", Workload(16, 24, n)).n_seq_max == n
+
+
 def test_too_many_sequences_are_refused_with_what_they_need() -> None:
     with pytest.raises(UserError, match=r"64 sequences of 512 tokens do not fit .* parallel"):
         plan(issue_machine(), facts(1 * GB), "throughput", Workload(256, 256), 64)

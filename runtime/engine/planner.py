@@ -263,15 +263,23 @@ class _Choice(NamedTuple):
         steps = whole * self.costs.prompt(self.chunk).seconds
         return steps + (self.costs.prompt(rest).seconds if rest else 0.0)
 
+    def _decode_s(self, n: int) -> float:
+        """Of one token of each of ``n`` sequences, as many at once as there may be: the rest of a
+        job does not fill the memory that it is given."""
+        waves, rest = divmod(n, self.sequences)
+        last = rest / self.predict(rest).decode_tps if rest else 0.0
+        return waves * self.sequences / self.predict(self.sequences).decode_tps + last
+
     @property
     def worth(self) -> float:
         """What is to be made large."""
-        here = self.predict(self.sequences)
         prompt, answer, _ = self.workload
         if self.goal == "throughput":
             # Tokens generated over the whole job's time; scoring alone counts the prompt's.
+            n = self.workload.most or self.sequences
             chunk = self.costs.prompt(self.chunk).seconds / self.chunk
-            return (answer or prompt) / (prompt * chunk + answer / here.decode_tps)
+            return n * (answer or prompt) / (n * prompt * chunk + answer * self._decode_s(n))
+        here = self.predict(self.sequences)
         alone = here if self.sequences == 1 else self.predict(1)
         late = here.first_token_s + (here.gap_s if self.sequences > 1 else 0.0)
         return -(late + answer * (alone.token_s + here.token_s) / 2)
@@ -307,7 +315,8 @@ def _best(
         if (chosen := best(parallel)) is None:
             raise UserError(_too_many(facts, workload, parallel))
         return chosen
-    counts = [n for n in _SEQUENCES if n <= (workload.most or _SEQUENCES[-1])]
+    most = min(workload.most or _SEQUENCES[-1], _SEQUENCES[-1])
+    counts = sorted({n for n in _SEQUENCES if n <= most} | {most})
     fitting = [choice for n in counts if (choice := best(n)) is not None]
     if not fitting:
         raise UserError(_too_many(facts, workload, 1))
