@@ -9,7 +9,8 @@ from typing import Any
 
 from scripted import ByteTexts, Scripted, speak
 
-from moe_gguf.runtime.server.service import Served, Service
+from moe_gguf.runtime.api.texts import Texts
+from moe_gguf.runtime.server.service import Computes, Served, Service
 from moe_gguf.runtime.server.serving import Server, listen
 from moe_gguf.runtime.server.settings import Settings
 
@@ -20,12 +21,16 @@ SERVERS: list[Server] = []  # that run, the newest last
 
 @contextmanager
 def service(
-    engine: Scripted | None = None, is_open: bool = True, **settings: Any
+    engine: Computes | None = None,
+    texts: Texts | None = None,
+    is_open: bool = True,
+    **settings: Any,
 ) -> Iterator[tuple[Service, str]]:
-    """A service and the address of its server, without /v1."""
+    """A service and the address of its server, without /v1; scripted, unless an engine is given."""
     found = Service(Settings(**settings))
     if is_open:
-        found.open(Served(engine=engine or Scripted(speak), texts=ByteTexts(), name=NAME))
+        engine, texts = engine or Scripted(speak), texts or ByteTexts()
+        found.open(Served(engine=engine, texts=texts, name=NAME))
     server = Server(found, listen("127.0.0.1", 0))
     SERVERS.append(server)
     while not server.is_ready:

@@ -1,29 +1,44 @@
 """Clients of every temper at once: none hangs, none goes unanswered, nothing is left of any.
 
-`make soak` runs 2,000 of them over a model; `make test` some over a scripted engine.
+Over a scripted engine, over a model inside this process, whose every step is then repeated on stock
+llama.cpp, and over a server of its own. `make soak` sends 2,000 requests to each, `make test` some.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+import pytest
+from conftest import TinyFile
+from harness import Stock, fix_slots
 from scripted import Scripted, speak
-from service import NAME, service
+from service import service
+from tape import Tape, check
+from test_server import KEY, served
 
+from moe_gguf import Engine
+from moe_gguf.runtime.api.texts import EngineTexts
+from moe_gguf.runtime.engine.model import context_shape
+from moe_gguf.runtime.engine.schedule import Schedule
 from moe_gguf.runtime.server.run import Run
+from moe_gguf.runtime.server.service import Computes, Service
 
 N = int(os.environ.get("SOAK_REQUESTS", "100"))
 AT_A_TIME = 16
 ADDRESSES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 MALFORMED = (b"{", b"[]", b'{"model": 3}', b"\xff\xfe", b'{"messages": [[[[', b"")
 _S = 60.0  # longest that anyone waits
+GROWTH = 16 << 20  # bytes; an answer of each kind that leaked would be more
 
 
 class Crowd:
@@ -107,16 +122,72 @@ async def soak(url: str, model: str, n: int, headers: dict[str, str] | None = No
     return crowd
 
 
-def test_soak() -> None:
+def run(found: Service, url: str, engine: Computes, n: int = N) -> None:
+    """A soak after which nobody is left in the service."""
+    crowd = asyncio.run(soak(url, found.served.name, n))
+    assert sum(crowd.came.values()) == n
+    assert {"answered", "refused", "left"} <= set(crowd.came)
+    deadline = time.monotonic() + 5
+    while (found.n_calls or engine.sequences()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (found.n_calls, engine.sequences(), found.runs) == (0, [], set())
+    gc.collect()
+    left = [one for one in gc.get_objects() if isinstance(one, Run) and one.service is found]
+    assert not left
+
+
+def test_no_client_is_lost() -> None:
     engine = Scripted(speak, pause_s=0.0002)
     with service(engine) as (found, url):
-        crowd = asyncio.run(soak(url, NAME, N))
-        assert sum(crowd.came.values()) == N
-        assert {"answered", "refused", "left"} <= set(crowd.came)
-        deadline = time.monotonic() + 5
-        while (found.n_calls or engine.running) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert (found.n_calls, engine.running, found.runs) == (0, [], set())
-        gc.collect()
-        left = [one for one in gc.get_objects() if isinstance(one, Run) and one.service is found]
-        assert not left
+        run(found, url, engine)
+
+
+def test_every_step_is_stocks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What clients leave and begin in any order is computed as stock computes it."""
+    path, tape, schedule = tiny_file("qwen3moe"), Tape(), Schedule(4, chunk=64)
+    shape = context_shape(512, 4, cells=1024, chunk=64, score_rows=8, n_threads=1)
+    fix_slots(monkeypatch, 14)
+    with (
+        Engine(
+            path,
+            memory="1GB",
+            n_ctx=512,
+            parallel=4,
+            cells=1024,
+            schedule=schedule,
+            score_rows=8,
+            n_threads=1,
+            observer=tape,
+        ) as engine,
+        contextlib.closing(EngineTexts(engine)) as texts,
+        service(engine, texts) as (found, url),
+    ):
+        run(found, url, engine)
+        stats = engine.stats()
+        engine._loop.scheduler.check_integrity()
+        engine._loop.states.check_integrity()
+    assert stats["requests"]["cancelled"] > 0
+    assert stats["misses"] > 0
+    stock = Stock(path)
+    try:
+        check(tape, stock.model, shape.params())
+    finally:
+        stock.close()
+
+
+def test_a_server_keeps_its_budget(tiny_file: TinyFile, tmp_path: Path) -> None:
+    """A process that serves many is no larger than one that served some, and holds as few files."""
+    options = ("--api-key", KEY, "--parallel", "4", "--ctx", "512")
+    options += ("--alias", "tiny", "--memory", "250MB")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with served(tiny_file("qwen3moe"), tmp_path / "stderr", *options) as (process, client):
+        name = client.get("/v1/models").json()["data"][0]["id"]
+        url, there = str(client.base_url), psutil.Process(process.pid)
+        asyncio.run(soak(url, name, max(50, N // 4), headers))
+        before, files = there.memory_info().rss, there.num_fds()
+        asyncio.run(soak(url, name, N, headers))
+        stats = client.get("/stats").json()
+        assert stats["requests"]["running"] == stats["requests"]["waiting"] == 0
+        assert there.memory_info().rss <= before + GROWTH
+        assert there.memory_info().rss <= stats["budget_bytes"]
+        assert there.num_fds() <= files + 4
