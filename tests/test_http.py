@@ -422,6 +422,10 @@ def test_what_llama_s_server_has_beside_the_protocols(client: httpx.Client) -> N
     card = client.get("/v1/models").json()["data"][0]
     assert (card["id"], card["context_length"], card["max_model_len"]) == (NAME, 4096, 4096)
     assert client.get(f"/v1/models/{NAME}").json() == card
+    # Anthropic's clients read the same card, and errors of their own form.
+    assert (card["type"], card["display_name"], card["max_input_tokens"]) == ("model", NAME, 4096)
+    refused = client.get("/v1/models/other", headers={"anthropic-version": "2023-06-01"})
+    assert refused.json()["type"] == "error"
     assert client.get("/props").json()["total_slots"] == 4
     assert [slot["is_processing"] for slot in client.get("/slots").json()] == [False] * 4
     assert client.get("/stats").json()["hits"] == 3

@@ -346,9 +346,9 @@ def _server(spec: Spec) -> dict[str, Any]:
     start = time.perf_counter()
     with opponent.served(spec, _cells(spec), n_threads) as server:
         startup_s = time.perf_counter() - start
-        opponent.ask(server, asked.warm_up, min(_WARM_ANSWER, spec.n_predict), ends)
+        opponent.ask(server.port, asked.warm_up, min(_WARM_ANSWER, spec.n_predict), ends)
         begin = time.perf_counter()
-        times = opponent.ask(server, asked.prompts, spec.n_predict, ends)
+        times = opponent.ask(server.port, asked.prompts, spec.n_predict, ends)
         told = [Told([0] * len(each), each) for each in times]
         begun = max(each[0] for each in times)
         later = sum(at > begun for each in times for at in each)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from .cgroup import Group
 from .spec import Spec
 
 _OPEN_S = 300.0  # until it answers
@@ -62,8 +63,11 @@ def tokens_of(model: str, texts: Sequence[str]) -> tuple[list[list[int]], list[i
 
 
 @contextmanager
-def served(spec: Spec, n_cells: int, n_threads: int) -> Iterator[Served]:
-    """UserError where it does not come up, with the last that it said."""
+def served(
+    spec: Spec, n_cells: int, n_threads: int, group: Group | None = None
+) -> Iterator[Served]:
+    """Inside a cgroup, if one is given. UserError where it does not come up, with the last that it
+    said."""
     assert spec.server is not None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -83,6 +87,7 @@ def served(spec: Spec, n_cells: int, n_threads: int) -> Iterator[Served]:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(config))
         command = [sys.executable, spec.server, "-C", str(file)]
+        command = command if group is None else group.command(command)
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, text=True
         ) as process:
@@ -113,16 +118,24 @@ def _comes_up(process: subprocess.Popen[str], port: int) -> bool:
 
 
 def ask(
-    server: Served, prompts: Sequence[Sequence[int]], answer: int, banned: Sequence[int]
+    port: int,
+    prompts: Sequence[Sequence[int]],
+    answer: int,
+    banned: Sequence[int],
+    model: str | None = None,
 ) -> list[list[float]]:
-    """Have all answered at once; when each piece of each answer came."""
+    """Have all answered at once; when each piece of each answer came. ``model`` is named to a
+    server that wants to hear it."""
     with ThreadPoolExecutor(len(prompts)) as pool:
-        asked = [pool.submit(_ask_one, server.port, p, answer, banned) for p in prompts]
+        asked = [pool.submit(_ask_one, port, p, answer, banned, model) for p in prompts]
         return [each.result() for each in asked]
 
 
-def _ask_one(port: int, prompt: Sequence[int], answer: int, banned: Sequence[int]) -> list[float]:
+def _ask_one(
+    port: int, prompt: Sequence[int], answer: int, banned: Sequence[int], model: str | None
+) -> list[float]:
     body = {
+        "model": model,
         "prompt": list(prompt),
         "max_tokens": answer,
         "temperature": 0.0,

@@ -23,13 +23,13 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def answered(request: Request, error: HTTPException) -> Response:
-        return response_of(request.url.path, error)
+        return response_of(request.scope, error)
 
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
-        return response_of(request.url.path, Refusal(f"{name}: {first['msg']}", name or None))
+        return response_of(request.scope, Refusal(f"{name}: {first['msg']}", name or None))
 
     app.add_middleware(Boundary, service=service, page=open_paths)
     if origins := service.settings.origins:

@@ -26,7 +26,7 @@ _OPEN = ("/health", "/v1/health", "/favicon.ico")
 _LEFT = 499  # as others log it
 
 
-def response_of(path: str, error: BaseException) -> Response:
+def response_of(scope: Scope, error: BaseException) -> Response:
     """What is answered to a request that raised this."""
     refusal = _refusal(error)
     headers = {}
@@ -36,8 +36,13 @@ def response_of(path: str, error: BaseException) -> Response:
         headers["www-authenticate"] = "Bearer"
     if refusal.status in (408, 413):  # the rest of the body is not read
         headers["connection"] = "close"
-    body = error_body(refusal) if path.startswith("/v1/messages") else refusal.body()
+    body = error_body(refusal) if _is_anthropics(scope) else refusal.body()
     return json_response(body, refusal.status, headers)
+
+
+def _is_anthropics(scope: Scope) -> bool:
+    """Other paths than messages are both protocols': who speaks Anthropic's says so."""
+    return scope["path"].startswith("/v1/messages") or "anthropic-version" in Headers(scope=scope)
 
 
 def _refusal(error: BaseException) -> Refusal:
@@ -79,7 +84,7 @@ class Boundary:
             if status:  # too late for another answer: what is cut off is seen to be
                 failed(error, refusal_of(error))
                 raise _CutOff from error
-            await response_of(scope["path"], error)(scope, receive, sent)
+            await response_of(scope, error)(scope, receive, sent)
         finally:
             metrics.in_progress.dec()
             metrics.calls.labels(_route(scope), str(status)).inc()

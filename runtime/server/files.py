@@ -62,8 +62,6 @@ class File:
             "filename": self.name,
             "purpose": self.purpose,
             "status": "processed",
-            "expires_at": None,
-            "status_details": None,
         }
 
 
@@ -94,7 +92,7 @@ class Batch:
         figures = self.figures
         names = ("in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled")
         failure = {"code": "invalid_input", "message": self.failure, "line": None, "param": None}
-        return {
+        body = {
             "id": self.id,
             "object": "batch",
             "endpoint": self.endpoint,
@@ -106,8 +104,6 @@ class Batch:
             "error_file_id": self.errors.id if self.errors else None,
             "created_at": self.created,
             **{f"{name}_at": self.times.get(f"{name}_at") for name in names},
-            "expires_at": None,
-            "expired_at": None,
             "request_counts": {
                 "total": figures.n_asked if figures else 0,
                 "completed": figures.n_answered if figures else 0,
@@ -115,6 +111,7 @@ class Batch:
             },
             "metadata": self.metadata,
         }
+        return _there(body)
 
 
 class Store:
@@ -319,6 +316,11 @@ def _page(items: list[dict[str, Any]], request: Request) -> Response:
             "last_id": some[-1]["id"] if some else None,
         }
     )
+
+
+def _there(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is not known: OpenAI's document has no null there."""
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _files(routes: APIRouter, store: Store, service: Service) -> None:

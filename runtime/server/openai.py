@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,8 @@ def _models(routes: APIRouter, service: Service) -> None:
     async def models() -> Response:
         model = model_card(service)
         meta = {"name": model["id"], "model": model["id"], "slug": model["id"], **_codex(model)}
-        return json_response({"object": "list", "data": [model], "models": [meta]})
+        ends = {"has_more": False, "first_id": model["id"], "last_id": model["id"]}  # Anthropic's
+        return json_response({"object": "list", "data": [model], "models": [meta], **ends})
 
     @routes.get("/v1/models/{name:path}")
     async def one(name: str) -> Response:
@@ -68,14 +70,22 @@ def _models(routes: APIRouter, service: Service) -> None:
 
 
 def model_card(service: Service) -> dict[str, Any]:
-    """A model as OpenAI lists it, with its context length under the names that clients read."""
+    """A model as OpenAI and Anthropic list it, with its context length under the names that clients
+    read."""
     served = service.served
     n_ctx, facts = served.texts.n_ctx, served.facts
+    since = datetime.datetime.fromtimestamp(int(service.started_s), datetime.UTC)
     return {
         "id": served.name,
         "object": "model",
         "created": int(service.started_s),
         "owned_by": "moe-gguf",
+        "type": "model",
+        "display_name": served.name,
+        "created_at": since.isoformat(),
+        "capabilities": None,
+        "max_input_tokens": n_ctx,
+        "max_tokens": n_ctx,
         "context_length": n_ctx,
         "context_window": n_ctx,
         "max_model_len": n_ctx,
