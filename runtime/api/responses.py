@@ -328,6 +328,7 @@ def _conversation(fields: Fields, tools: Sequence[Json]) -> Conversation:
             messages.append({"role": "user", "content": ""})
     else:
         raise fields.wrong("input", "text or a list of items")
+    choice = _choice(fields)  # looked at without tools too: it is told again
     reasoning = fields.inner("reasoning")
     effort = None if reasoning is None else reasoning.text("effort")
     if effort is not None and effort not in _EFFORTS:
@@ -335,7 +336,7 @@ def _conversation(fields: Fields, tools: Sequence[Json]) -> Conversation:
     return Conversation(
         messages=messages,
         tools=tools or None,
-        tool_choice=_choice(fields) if tools else None,
+        tool_choice=choice if tools else None,
         parallel_tool_calls=fields.optional_flag("parallel_tool_calls"),
         held_to=settings.text_format(fields),
         reasoning_effort=effort,
@@ -459,6 +460,7 @@ def _choice(fields: Fields) -> object:
         if choice.get("type") == "function" and isinstance(choice.get("name"), str):
             return {"type": "function", "function": {"name": choice["name"]}}
         if choice.get("type") == "allowed_tools":
-            return choice.get("mode", "auto")
+            choice = choice.get("mode", "auto")
+    if choice not in (None, "auto", "none", "required"):
         raise fields.wrong("tool_choice", "auto, none, required or a function")
     return choice
