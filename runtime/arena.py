@@ -215,7 +215,7 @@ def start(
         guessing = Guessing(chosen.predictor, chosen.pace, blob_bytes, MAX_GUESSES)
     layers = [layer.layer for layer in found.layout.layers]
     residency = _residency(found, budget.n_slots, chosen)
-    if pools is not None:
+    if pools is not None and pools.n_slots:
         pool_caches = _PoolCaches(facts, make_policy or _named(found.options.policy))
         residency = Tiers(
             budget.n_slots,
@@ -231,7 +231,7 @@ def start(
     arena = Arena(
         small, budget, plugin, controller, gates.made, gates.is_blind, measured.tables, pools
     )
-    if pools is not None:
+    if isinstance(residency, Tiers):
         arena.fill_pools()
     if found.statistics is not None:
         # What is worth most is admitted last.

@@ -111,7 +111,9 @@ def find(path: Path, options: Options) -> Found:
     probe = disk.probe_all(layout.files)
     spare = system.auto_size() - total
     mode = disk.choose(layout, probe, options.reads, options.lanes, spare)
-    placement = place(layout, choose(options.device), options.gpu_layers)
+    placement = place(
+        layout, choose(options.device), options.gpu_layers, options.cpu_experts != "all"
+    )
     if placement is not None and options.precision.lossy:
         raise UserError(
             f"a device holds no low copies: leave out {option('low_share')} and "
