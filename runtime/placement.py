@@ -44,6 +44,10 @@ class Placement:
     def trunk(self, layout: ModelLayout) -> list[PlacedTensor]:
         return [t for t in layout.trunk if self.has_tensor(t.name)]
 
+    def expert_trunk(self, layout: ModelLayout) -> list[PlacedTensor]:
+        """Of its trunk what belongs to experts, which the processor needs too to compute one."""
+        return [t for t in self.trunk(layout) if _OF_EXPERTS in t.name]
+
     def share(self, layout: ModelLayout) -> float:
         """Of the model's layers."""
         return max(0, layout.n_layers - self.first) / layout.n_layers
