@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 _RISE = 0.2  # share of a slower measurement that is believed
-_PATIENCE, _MOST_PATIENCE = 32, 1024  # events without any before one is tried again
+_REST, _LONGEST_REST = 32, 1024  # events without any before one is tried again
 
 
 class Division(NamedTuple):
@@ -26,7 +26,12 @@ NOBODY = Division(frozenset(), frozenset())
 
 
 class Dividing(Protocol):
-    """Divides the missing experts of one event."""
+    """Divides the missing experts of one event.
+
+    ``rest``: so many events need not be divided, and the processor computes nothing of them.
+    """
+
+    rest: int
 
     def learn(self, now_ns: int, n_experts: int, n_pairs: int, ns: int) -> None:
         """It is now, and the processor has computed so much of the event divided last."""
@@ -49,7 +54,9 @@ class Measured:
         self.ns_per_byte: dict[int, float] = {}  # of computing one expert, by size of its rows
         self._now_ns = self._free_ns = 0  # the link is free from then on
         self._layer = -1
-        self._patience = self._waited = _PATIENCE  # the first event tries one
+        self.rest = 0
+        self._next_rest = _REST
+        self._tries = True  # where nothing pays, the next event tries one all the same
 
     def learn(self, now_ns: int, n_experts: int, n_pairs: int, ns: int) -> None:
         self._now_ns = now_ns
@@ -75,7 +82,7 @@ class Measured:
         return each * self.expert_bytes[layer]
 
     def divide(self, layer: int, counts: Sequence[int]) -> Division:
-        self._layer = layer
+        self._layer, self.rest = layer, 0
         copy_ns = self.copy_ns_per_byte * self.expert_bytes[layer]
         busy_ns = float(max(0, self._free_ns - self._now_ns))
         fewest_first = sorted(range(len(counts)), key=counts.__getitem__)
@@ -108,13 +115,14 @@ class Measured:
             if longer < least:
                 best, best_ns, least = n, cpu_ns, longer
         if best:
-            self._patience, self._waited = _PATIENCE, 0
+            self._next_rest, self._tries = _REST, False
             return best, best_ns
-        self._waited += 1
-        if self._waited < self._patience:
-            return 0, 0.0
-        self._patience, self._waited = min(_MOST_PATIENCE, 2 * self._patience), 0
-        return 1, self.compute_ns(layer, rows[0]) or 0.0
+        if self._tries:
+            self._tries = False
+            return 1, self.compute_ns(layer, rows[0]) or 0.0
+        self.rest, self._tries = self._next_rest, True
+        self._next_rest = min(_LONGEST_REST, 2 * self._next_rest)
+        return 0, 0.0
 
 
 def _size(n_rows: int) -> int:

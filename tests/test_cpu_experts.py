@@ -69,6 +69,8 @@ def test_1_all(layout: str, n_slots: int | None, tiny_file: TinyFile, lag: Lag) 
 class Forced:
     """Decides by chance; counts what it decides."""
 
+    rest = 0
+
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.n_computed = self.n_passing = self.n_pairs = 0

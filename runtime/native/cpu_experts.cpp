@@ -55,14 +55,15 @@ ggml_tensor * cpu_experts::constant(const ggml_tensor * t) {
     if (!is_weight(t)) {
         return nullptr;
     }
-    std::vector<char> & bytes = constants_[t->data];
-    if (bytes.size() < ggml_nbytes(t)) {
-        bytes.resize(ggml_nbytes(t));
-        ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
+    const ggml_tensor * base  = base_of(t);
+    std::vector<char> & bytes = constants_[base->data];
+    if (bytes.empty()) {
+        bytes.resize(ggml_nbytes(base));
+        ggml_backend_tensor_get(base, bytes.data(), 0, bytes.size());
     }
     ggml_tensor * r = copy(t);
     r->op           = GGML_OP_NONE;
-    r->data         = bytes.data();
+    r->data         = bytes.data() + ((const char *)t->data - (const char *)base->data);
     r->buffer       = nullptr;
     r->view_src     = nullptr;
     memset(r->src, 0, sizeof(r->src));

@@ -176,7 +176,12 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
     ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, n_bytes);
     has_inputs_ = false;
     if (ids->ne[1] <= GUESS_TOKENS) {
-        has_inputs_ = model_.cpu_experts && whole_.recognise(nodes, n) && cpu_.prepare(whole_);
+        int32_t & rest = model_.dialogue.call.cpu_rest;
+        if (rest > 0) {
+            rest--;
+        } else {
+            has_inputs_ = model_.cpu_experts && whole_.recognise(nodes, n) && cpu_.prepare(whole_);
+        }
         fetch_input(x);
     }
     const int64_t t0 = now_ns();

@@ -181,6 +181,8 @@ struct moe_call {
     int32_t cpu_experts;  // that it computed since whoever has read it made it 0
     int64_t cpu_pairs;    // likewise (token, rank) pairs
     int64_t cpu_ns;       // likewise
+    int32_t cpu_rest;     // set by the callback: so many events in which it may not, and its inputs stay on the device
+    int32_t reserved;
 };
 
 // Returns 1 when its part is filled; anything else fails the step. Not 0 for success: that is what

@@ -144,6 +144,8 @@ class Call(ctypes.Structure):
         ("cpu_experts", i32),
         ("cpu_pairs", i64),
         ("cpu_ns", i64),
+        ("cpu_rest", i32),
+        ("reserved", i32),
     ]
 
 

@@ -32,6 +32,9 @@ class Brain(Protocol):
         """The processor may compute experts of the event that comes, and has computed so many of
         the one before."""
 
+    def rest(self) -> int:
+        """So many events may pass before the processor is to compute any."""
+
     def on_skipped(self, layer: int, n_pairs: int, experts: Sequence[int]) -> None:
         """An event before this one that found all its experts on the device, and was not asked."""
 
@@ -127,6 +130,8 @@ class Callbacks:
             brain.on_computed(call.now_ns, call.cpu_experts, call.cpu_pairs, call.cpu_ns)
             call.cpu_experts = call.cpu_pairs = call.cpu_ns = 0
         plan = brain.on_route(event, self._ids, continuation)
+        if event.may_compute:
+            call.cpu_rest = brain.rest()
         self._plan_experts[:n] = plan.experts
         self._plan_slots[:n] = plan.slots
         self._plan_loads[:n] = plan.loads
