@@ -27,6 +27,7 @@ from moe_gguf import Llama, UserError
 from moe_gguf.policies import POLICIES
 from moe_gguf.policies.coexecution import Division
 from moe_gguf.policies.tiers import Tiers
+from moe_gguf.runtime.cli.plan import plan_document, plan_text
 from moe_gguf.runtime.errors import ExpertReadError
 from moe_gguf.runtime.options import CPU_EXPERTS, Options
 
@@ -212,6 +213,13 @@ def test_5_llama(tiny_file: TinyFile, lag: Lag) -> None:
     assert tables["off"][1]["cpu_experts"] == 0 < tables["off"][1]["uploads"]
     assert tables["all"][1]["uploads"] == tables["all"][1]["device_slots"] == 0
     assert tables["auto"][1]["cpu_pairs"] >= tables["auto"][1]["cpu_experts"] > 0
+
+
+def test_5_plan_of_all(tiny_file: TinyFile, lag: Lag) -> None:
+    given = {**DEVICE, "memory": "1GB", "cpu_experts": "all"}
+    document = plan_document(tiny_file("qwen3moe"), n_ctx=256, **given)
+    assert document["on_device"]["slots"] == 0
+    assert f"on {NAME.lower()}" in plan_text(document)
 
 
 def test_5_options() -> None:
