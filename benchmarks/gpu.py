@@ -13,7 +13,9 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
     stock-cpu         experts on the processor, in pinned memory; prefill is offloaded
     stock-cpu-host    the same without offloading
     POLICY@SHARE      ours: that share of each layer's experts on the device, the rest in pinned
-                      memory; POLICY@SHARE/cold starts with an empty memory instead
+                      memory; POLICY@SHARE/cold starts with an empty memory instead, and
+                      POLICY@SHARE/off has the processor compute none that is missing
+    POLICY@all        ours: every expert on the processor
 
 Every row decodes one sequence, then several, then reads a long prompt; all do the same steps.
 """
@@ -53,7 +55,7 @@ from moe_gguf.runtime.plugin.library import load
 from moe_gguf.runtime.stats import Meter
 
 ROWS = "ceiling,stock,stock-cpu,fate@0.4,load-on-demand@0.4,eap@0.4,fate@0.2,fate@0.8,lru@0.4,"
-ROWS += "fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
+ROWS += "fate@0.4/off,fate@all,fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
 COPY_BYTES = 64 << 20
 N_IDENTITY = 16  # tokens, one by one
 
@@ -267,6 +269,7 @@ class Runner:
         if self.meter is None:
             return
         names = ("hits", "misses", "hit_rate", "uploads", "bytes_uploaded", "device_waits")
+        names += ("cpu_experts", "cpu_pairs", "cpu_s")
         names += (
             "device_wait_s",
             "bytes_read",
@@ -351,7 +354,9 @@ def stock(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
 def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
     policy, _, rest = args.row.partition("@")
     share, _, how = rest.partition("/")
-    found = opening.find(args.model, Options(args.memory, policy, args.reads, device=device.name))
+    mode = "all" if share == "all" else "off" if how == "off" else "auto"
+    options = Options(args.memory, policy, args.reads, device=device.name, cpu_experts=mode)
+    found = opening.find(args.model, options)
     layout, placement = found.layout, found.placement
     assert placement is not None
     shape = shape_of(args)
@@ -359,19 +364,20 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
     with contextlib.closing(found.bind()) as binding:
         measured = opening.measure(found, binding, params, shape.params())
         loaded = opening.load(measured, binding, params)
-        n = max(found.n_used, round(float(share) * layout.n_experts))
         layers = {layer.layer: expert_bytes(layer) for layer in placement.layers(layout)}
+        n = max(found.n_used, round(float(share) * layout.n_experts)) if layers else 0
         pools = DeviceBudget(
             device.free,
             measured.on_device,
             dict.fromkeys(layers, n),
             layers,
             layout.n_experts,
-            max(layers.values()) * layout.n_experts,
+            max(layers.values(), default=0) * layout.n_experts,
         )
         arena = start(loaded, pools=pools, make_policy=in_pools(policy))
         if how != "cold":
-            order = itertools.product(range(layout.n_experts), layers)
+            numbers = [layer.layer for layer in layout.layers]
+            order = itertools.product(range(layout.n_experts), numbers)
             tell(filled=arena.fill(layer * layout.n_experts + expert for expert, layer in order))
         runner = Runner(loaded.model, arena, shape, opoff=True)
         try:
@@ -461,7 +467,8 @@ def identity(device: Device) -> dict[str, Any]:
             kinds = {"whole": None, "window": used, "pool": 2 * used, "least": used}
             for pool, n in kinds.items():
                 window = pool == "window"
-                with harness.ours(path, device=device.name, n_pool=n, window=window) as model:
+                how = {"device": device.name, "n_pool": n, "window": window}
+                with harness.ours(path, cpu_experts="off", **how) as model:
                     got = {"decode": singles(model), "prefill": prompt(model)}
                 for step, logits in expected.items():
                     cases[f"{layout} {pool} {step}"] = compared(got[step], logits)

@@ -47,6 +47,7 @@ class RouteEvent(NamedTuple):
     counts: Sequence[int]
     phase: Phase
     n_sequences: int
+    may_compute: bool = False  # of a device's layer: the processor may compute some of them
 
 
 class CachePolicy(Protocol):

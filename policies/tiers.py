@@ -7,10 +7,14 @@ the same classes, each hearing only the demands that reach it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from .base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .coexecution import NOBODY, Dividing
 from .residency import Plan, Residency
+
+# For an expert's slot in a pool: the processor computes it (native/moe.h).
+ON_CPU = -2
 
 
 class Tiers(Residency):
@@ -20,9 +24,12 @@ class Tiers(Residency):
     there, each in the slot of its own number, is never asked for. An event that wants more experts
     than its pool has slots leaves the pool as it is, but for free slots: a prompt does not evict
     what is generated with. (A device without room for such an event divides it before it asks.)
+
+    ``dividing`` says which missing experts the processor computes; None: none.
     """
 
     is_plain = False
+    dividing: Dividing | None = None
 
     def __init__(
         self,
@@ -49,31 +56,50 @@ class Tiers(Residency):
             return super().plan(event)
         if len(event.experts) > pool.n_slots:
             return self._plan_wide(event, pool)
-        above = pool.plan(event)
         base = event.layer * self.n_experts
+        computed, passing = self._divide(event, pool, base)
+        above = pool.plan(_without(event, passing) if passing else event)
         self.keeps = self.keeps and all(
             base + expert in pool.slot_of for expert in above.experts[above.n_hits :]
         )
         n = above.n_hits
-        missing = above.experts[n:]
+        missing = above.experts[n:] + list(passing)
         if not missing:
             return above._replace(slots=[-1] * n, pools=above.slots)
+        pools = [*above.slots, *[ON_CPU] * len(passing)]
+        if computed:
+            for i in range(n, len(above.experts)):
+                if missing[i - n] in computed:
+                    pools[i] = ON_CPU - 1 - pools[i]
         slots = self._slots_for_good(base, missing)
         if slots:
-            loads = [0] * len(above.experts)
-            return Plan(above.experts, [-1] * n + slots, loads, n, pools=above.slots)
+            experts = above.experts[:n] + missing
+            return Plan(experts, [-1] * n + slots, [0] * len(experts), n, pools=pools)
         counts = dict(zip(event.experts, event.counts, strict=True))
         below = super().plan(
             event._replace(experts=missing, counts=[counts[expert] for expert in missing])
         )
-        place = dict(zip(missing, above.slots[n:], strict=True))
+        place = dict(zip(missing, pools[n:], strict=True))
         return below._replace(
             experts=above.experts[:n] + below.experts,
             slots=[-1] * n + below.slots,
             loads=[0] * n + below.loads,
             n_hits=n,
-            pools=above.slots[:n] + [place[expert] for expert in below.experts],
+            pools=pools[:n] + [place[expert] for expert in below.experts],
         )
+
+    def _divide(
+        self, event: RouteEvent, pool: Residency, base: int
+    ) -> tuple[Collection[int], Collection[int]]:
+        """Of its experts those the processor computes, and of them those that get no slot."""
+        if self.dividing is None or not event.may_compute:
+            return (), ()
+        missing = [i for i, e in enumerate(event.experts) if base + e not in pool.slot_of]
+        division = NOBODY
+        if missing:
+            division = self.dividing.divide(event.layer, [event.counts[i] for i in missing])
+        computed = {event.experts[missing[i]] for i in division.computed}
+        return computed, [event.experts[missing[i]] for i in sorted(division.passing)]
 
     def _slots_for_good(self, base: int, experts: Sequence[int]) -> list[int]:
         """Where memory has them, if it has every expert that pools may lack and so never loses one:
@@ -143,3 +169,10 @@ class Tiers(Residency):
         for layer, pool in self.pools.items():
             pool.check_integrity()
             assert all(key // self.n_experts == layer for key in pool.slot_of)
+
+
+def _without(event: RouteEvent, experts: Collection[int]) -> RouteEvent:
+    kept = [i for i, expert in enumerate(event.experts) if expert not in experts]
+    return event._replace(
+        experts=[event.experts[i] for i in kept], counts=[event.counts[i] for i in kept]
+    )

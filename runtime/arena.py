@@ -12,6 +12,7 @@ from dataclasses import replace
 import psutil
 
 from ..policies.base import CachePolicy, Phase, Predictor
+from ..policies.coexecution import Measured
 from ..policies.layered import hottest
 from ..policies.precision import MixedResidency
 from ..policies.predict import Gates, GatesMaker
@@ -36,6 +37,8 @@ RouterReader = Callable[[ModelLayout, PluginModel], Mapping[int, Router]]
 # Slots are filled at the start in steps of this size: Ctrl-C waits for one, and between two the
 # lanes idle for about a read.
 _FILL_BYTES = 64 << 20
+# What the speed of the link to a device is measured by.
+_LINK_BYTES = 32 << 20
 
 
 class Arena:
@@ -130,6 +133,23 @@ class Arena:
                 self.plugin.fill(list(zip(keys, range(n_slots), strict=False)))
                 self.plugin.upload(list(zip(range(n_slots), experts, strict=False)))
 
+    def divide_missing(self) -> None:
+        """Have the processor compute experts that the device lacks where that takes less time.
+
+        Measures the link, with slots whose experts are forgotten. Before the first step.
+        """
+        residency, pools = self.residency, self.pools
+        if not isinstance(residency, Tiers) or not residency.pools or pools is None:
+            return
+        layer = next(iter(residency.pools))
+        n_bytes = pools.expert_bytes[layer]
+        n = min(residency.n_experts, residency.n_slots, 1 + _LINK_BYTES // n_bytes)
+        first = layer * residency.n_experts
+        self.plugin.fill([(first + i, i) for i in range(n)])
+        ns = self.plugin.copy_ns(layer, n)
+        residency.dividing = Measured(ns / (n * n_bytes), pools.expert_bytes)
+        self.plugin.compute_on_cpu()
+
     # -- what is known of it
 
     def demands(self) -> Demands:
@@ -215,7 +235,7 @@ def start(
         guessing = Guessing(chosen.predictor, chosen.pace, blob_bytes, MAX_GUESSES)
     layers = [layer.layer for layer in found.layout.layers]
     residency = _residency(found, budget.n_slots, chosen)
-    if pools is not None:
+    if pools is not None and pools.n_slots:
         pool_caches = _PoolCaches(facts, make_policy or _named(found.options.policy))
         residency = Tiers(
             budget.n_slots,
@@ -231,8 +251,10 @@ def start(
     arena = Arena(
         small, budget, plugin, controller, gates.made, gates.is_blind, measured.tables, pools
     )
-    if pools is not None:
+    if isinstance(residency, Tiers):
         arena.fill_pools()
+        if found.options.cpu_experts == "auto":
+            arena.divide_missing()
     if found.statistics is not None:
         # What is worth most is admitted last.
         keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]

@@ -94,6 +94,15 @@ class Controller:
         self.residency.drop(keys)
         self._cancelled = keys
 
+    def on_computed(self, now_ns: int, n_experts: int, n_pairs: int, ns: int) -> None:
+        if isinstance(self.residency, Tiers) and self.residency.dividing is not None:
+            self.residency.dividing.learn(now_ns, n_experts, n_pairs, ns)
+
+    def rest(self) -> int:
+        residency = self.residency
+        dividing = residency.dividing if isinstance(residency, Tiers) else None
+        return dividing.rest if dividing is not None else 0
+
     def on_skipped(self, layer: int, n_pairs: int, experts: Sequence[int]) -> None:
         residency = self.residency
         assert isinstance(residency, Tiers)

@@ -32,7 +32,7 @@ def mode_line(
         f"{format_size(needs.compute)} + experts {format_size(budget.experts)} "
         f"({budget.n_slots} slots, {budget.resident_share:.0%}) + process "
         f"{format_size(needs.process)}; reads {found.mode}; policy {_policy(found, is_blind)}; "
-        f"device {found.device}{_pools(pools, is_pinned)}{_tables(tables)}{_kernels(found)}"
+        f"device {found.device}{_pools(found, pools, is_pinned)}{_tables(tables)}{_kernels(found)}"
         f"{lossy and f', LOSSY: {lossy}'}"
     )
 
@@ -50,16 +50,17 @@ def _tables(tables: Sequence[PlacedTensor]) -> str:
     return f"; on disk: {names}"
 
 
-def _pools(pools: DeviceBudget | None, is_pinned: bool) -> str:
-    """How a device's memory is divided."""
+def _pools(found: Found, pools: DeviceBudget | None, is_pinned: bool) -> str:
+    """How a device's memory is divided, and what experts the processor computes nevertheless."""
     if pools is None:
         return ""
     needs, n = pools.needs, sum(pools.n_slots.values())
     pinned = "" if is_pinned else ", copied to from pageable memory, which is slow"
+    on_cpu = f", cpu-experts {found.options.cpu_experts}"
     return (
         f": {format_size(pools.total)} = trunk {format_size(needs.trunk)} + KV "
         f"{format_size(needs.kv)} + compute {format_size(needs.compute)} + experts "
-        f"{format_size(pools.experts)} ({n} slots, {pools.resident_share:.0%}){pinned}"
+        f"{format_size(pools.experts)} ({n} slots, {pools.resident_share:.0%}){pinned}{on_cpu}"
     )
 
 

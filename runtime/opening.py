@@ -111,7 +111,9 @@ def find(path: Path, options: Options) -> Found:
     probe = disk.probe_all(layout.files)
     spare = system.auto_size() - total
     mode = disk.choose(layout, probe, options.reads, options.lanes, spare)
-    placement = place(layout, choose(options.device), options.gpu_layers)
+    placement = place(
+        layout, choose(options.device), options.gpu_layers, options.cpu_experts != "all"
+    )
     if placement is not None and options.precision.lossy:
         raise UserError(
             f"a device holds no low copies: leave out {option('low_share')} and "
@@ -205,15 +207,17 @@ def measure(
     n_ubatch = min(context_params.n_ubatch, context_params.n_ctx)
     logits = n_outputs * found.layout.n_vocab * 4
     work = binding.plugin.work_bytes(found.n_used, n_ubatch)
-    on_device = DeviceNeeds()
+    on_device, shared = DeviceNeeds(), 0
     if placement is not None:
+        if found.options.cpu_experts == "auto":
+            shared = sum(t.n_bytes for t in placement.expert_trunk(found.layout))
         on_device = DeviceNeeds(
             trunk=sum(t.n_bytes for t in placement.trunk(found.layout)),
             kv=int(announced.kv * placement.share(found.layout)),
             compute=announced.on_device,
         )
     needs = Needs(
-        trunk=found.layout.trunk_bytes - on_device.trunk,
+        trunk=found.layout.trunk_bytes - on_device.trunk + shared,
         kv=announced.kv - on_device.kv,
         compute=announced.compute + logits + work,
         process=rss + budgets.MARGIN_BYTES,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 READ_MODES = ("auto", "direct", "buffered")
 MOST_LANES = 64
 TABLE_ROWS = ("auto", "resident", "disk")
+CPU_EXPERTS = ("auto", "off", "all")
 
 
 class Entry(NamedTuple):
@@ -71,6 +72,12 @@ class Options:
     gpu_layers: int | None = entry(
         None, "N|auto", "so many layers, the last ones, are the device's; auto: all"
     )
+    cpu_experts: str = entry(
+        "auto",
+        "WHICH",
+        "experts of a device's layers that the processor computes: all, none (off), or auto: those "
+        "that the device lacks, where that is measured to take less time than copying them",
+    )
     warm: bool = entry(
         False, None, "fill memory first with what was popular in runs of trace --save-routing"
     )
@@ -90,6 +97,8 @@ class Options:
             raise UserError(
                 f"{self.table_rows!r} is no place for tables: use {', '.join(TABLE_ROWS)}"
             )
+        if self.cpu_experts not in CPU_EXPERTS:
+            raise UserError(f"{self.cpu_experts!r} names no experts: use {', '.join(CPU_EXPERTS)}")
         if self.lanes is not None and not 1 <= self.lanes <= MOST_LANES:
             raise UserError(f"{self.lanes} lanes make no sense: give 1 to {MOST_LANES}, or auto")
         if not 0.0 <= self.low_share <= 1.0:

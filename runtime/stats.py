@@ -167,6 +167,9 @@ class Meter:
             "device_slots": 0 if arena.pools is None else sum(arena.pools.n_slots.values()),
             "uploads": native.uploads,
             "bytes_uploaded": native.upload_bytes,
+            "cpu_experts": native.cpu_experts,
+            "cpu_pairs": native.cpu_pairs,
+            "cpu_s": native.cpu_ns / 1e9,
             "device_waits": native.waits,
             "device_wait_s": native.wait_ns / 1e9,
         }

@@ -37,6 +37,7 @@ from moe_gguf.policies.presets import PolicyMaker, policy
 from moe_gguf.policies.tiers import Tiers
 from moe_gguf.runtime import logs, opening
 from moe_gguf.runtime.arena import Arena, RouterReader, start
+from moe_gguf.runtime.binding import BuftOverride
 from moe_gguf.runtime.budget import Budget, DeviceBudget, DeviceNeeds, Needs
 from moe_gguf.runtime.controller import Recorder
 from moe_gguf.runtime.engine import context as contexts
@@ -113,7 +114,13 @@ class Stock(Model):
     That crashes stock llama.cpp where the processor has AMX.
     """
 
-    def __init__(self, path: Path, repack: bool = False, device: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        repack: bool = False,
+        device: str | None = None,
+        experts_on_cpu: bool = False,
+    ) -> None:
         if repack and " amx_tile" in Path("/proc/cpuinfo").read_text():
             missing("stock llama.cpp crashes in its AMX kernels when it repacks on this processor")
         params = llama_cpp.llama_model_default_params()
@@ -124,6 +131,12 @@ class Stock(Model):
             devices[0] = address(device)
             params.n_gpu_layers = 999
         params.devices = ctypes.cast(devices, ctypes.c_void_p).value
+        if experts_on_cpu:
+            library = llama_cpp.llama_cpp._lib
+            library.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+            cpu = library.ggml_backend_cpu_buffer_type()
+            overrides = (BuftOverride * 2)(BuftOverride(b"exps", cpu), BuftOverride(None, None))
+            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p).value
         with logs.capture() as log:
             model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         assert model, log.reason()
@@ -264,8 +277,8 @@ class Ours(Model):
 
 
 @contextmanager
-def stock(path: Path, repack: bool = False, device: str | None = None) -> Iterator[Stock]:
-    model = Stock(path, repack, device)
+def stock(path: Path, **how: Any) -> Iterator[Stock]:
+    model = Stock(path, **how)
     try:
         yield model
     finally:

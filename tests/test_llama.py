@@ -51,6 +51,7 @@ EXTRA_STATS = {
     *("low_share", "low_bytes_read"),
     *("table_rows", "table_missed", "table_ahead"),
     *("device_slots", "device_waits", "device_wait_s", "uploads", "bytes_uploaded"),
+    *("cpu_experts", "cpu_pairs", "cpu_s"),
 }
 
 

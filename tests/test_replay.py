@@ -136,7 +136,7 @@ def arrays_of(path: Path) -> dict[str, Any]:
 def test_a_route_event_lists_experts_as_first_seen() -> None:
     ids = np.array([[7, 2, 5], [5, 7, 1], [9, 7, 2]], np.int16)
     event = TraceEvent(3, Phase.MIXED, 2, False, ids).route()
-    assert event == (3, 3, [7, 2, 5, 1, 9], [3, 2, 2, 1, 1], Phase.MIXED, 2)
+    assert event == (3, 3, [7, 2, 5, 1, 9], [3, 2, 2, 1, 1], Phase.MIXED, 2, False)
 
 
 @pytest.mark.parametrize("n_experts", [10, 40000])

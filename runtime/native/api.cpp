@@ -50,6 +50,11 @@ int32_t moe_model_is_pinned(moe_model * model) { return model->arena->is_pinned(
 int32_t moe_model_pools(moe_model * model, const int32_t * n_slots, int32_t window) {
     return model->allocate_pools(n_slots, window != 0) ? 0 : -1;
 }
+int64_t moe_model_copy_ns(moe_model * model, int32_t layer, int32_t n) {
+    std::lock_guard<std::mutex> lock(model->step);
+    return model->pools->copy_ns(layer, n, [model](int i) { return model->arena->place(i, 0); });
+}
+void moe_model_compute_on_cpu(moe_model * model) { model->cpu_experts = true; }
 void moe_model_pool_keys(moe_model * model, int32_t layer, int32_t * keys) {
     for (int slot = 0; slot < model->pools->n_slots(layer); slot++) {
         keys[slot] = model->pools->key_of(layer, slot);

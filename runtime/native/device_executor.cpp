@@ -11,7 +11,8 @@ namespace {
 
 // Graphs whose cuts are remembered: a context has a few that it computes again and again.
 constexpr size_t MAX_CUTS = 64;
-// Inputs of larger batches stay on the device: nobody is asked to guess from them.
+// Inputs of larger batches stay on the device: nobody is asked to guess from them, and their experts have many
+// rows each, which the processor is slow at.
 constexpr int GUESS_TOKENS = 32;
 
 bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID && is_expert_weight(node->src[0]); }
@@ -19,7 +20,7 @@ bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID &
 }  // namespace
 
 device_executor::device_executor(ggml_backend_t stream, moe_model & model)
-    : stream_(stream), model_(model), ranges_(stream), fetched_(stream), inputs_(stream), slots_(stream) {}
+    : stream_(stream), model_(model), ranges_(stream), fetched_(stream), inputs_(stream), slots_(stream), cpu_(stream) {}
 
 device_executor::~device_executor() {
     std::lock_guard<std::mutex> lock(model_.step);
@@ -137,21 +138,21 @@ ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
     if (fitting(0) < n_tokens) {
         if (model_.pools->has_window()) {
             wide_                    = true;
-            const ggml_status status = event(0, n_tokens) ? launch(graph, s, nullptr) : GGML_STATUS_FAILED;
+            const ggml_status status = event(0, n_tokens, [&] { return launch(graph, s, nullptr); });
             wide_                    = false;
             return status;
         }
+        has_inputs_ = false;
         if (whole_.recognise(graph->nodes + s.begin, s.end - s.begin)) {
             return in_ranges();
         }
         return GGML_STATUS_FAILED;
     }
     ggml_tensor * slots = ranges_.slots(c_.n_used, n_tokens);
-    if (!event(0, n_tokens)) {
-        return GGML_STATUS_FAILED;
-    }
-    ranges_.send(slots_.data<int32_t>(), nullptr, 0, n_tokens);
-    return launch(graph, s, slots);
+    return event(0, n_tokens, [&] {
+        ranges_.send(slots_.data<int32_t>(), nullptr, 0, n_tokens);
+        return launch(graph, s, slots);
+    });
 }
 
 // Takes the ids to the host, and the input as far as guesses want it: the one wait of a layer.
@@ -173,10 +174,15 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
         return;
     }
     ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, n_bytes);
-    if (guesses_ && ids->ne[1] <= GUESS_TOKENS) {
-        inputs_.resize(ggml_nbytes(x));
-        ggml_backend_tensor_get_async(stream_, x, inputs_.data(), 0, ggml_nbytes(x));
-        x_.data = inputs_.data();
+    has_inputs_ = false;
+    if (ids->ne[1] <= GUESS_TOKENS) {
+        int32_t & rest = model_.dialogue.call.cpu_rest;
+        if (rest > 0) {
+            rest--;
+        } else {
+            has_inputs_ = model_.cpu_experts && whole_.recognise(nodes, n) && cpu_.prepare(whole_);
+        }
+        fetch_input(x);
     }
     const int64_t t0 = now_ns();
     ggml_backend_synchronize(stream_);
@@ -190,6 +196,19 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
         }
     }
     slots_.resize(ids_.size() * sizeof(int32_t));
+}
+
+// For guesses; it may be on its way already.
+void device_executor::fetch_input(const ggml_tensor * x) {
+    if (!guesses_) {
+        return;
+    }
+    x_.data = has_inputs_ ? (void *)cpu_.input(x) : nullptr;
+    if (x_.data == nullptr) {
+        inputs_.resize(ggml_nbytes(x));
+        ggml_backend_tensor_get_async(stream_, x, inputs_.data(), 0, ggml_nbytes(x));
+        x_.data = inputs_.data();
+    }
 }
 
 // One context at a time: what the one before launched may still read the slots that this one fills.
@@ -234,19 +253,20 @@ ggml_status device_executor::in_ranges() {
         if (first > 0) {
             model_.pools->wait_for(stream_);
         }
-        if (!event(first, last)) {
-            return GGML_STATUS_FAILED;
-        }
-        ranges_.send(slots_.data<int32_t>(), ids_.data(), first, last);
-        status = ranges_.run(whole_, first, last, [this](const ggml_tensor * w) { return model_.pools->tensor(*model_.weights.find(w)); });
+        status = event(first, last, [&] {
+            ranges_.send(slots_.data<int32_t>(), ids_.data(), first, last);
+            return ranges_.run(whole_, first, last,
+                               [this](const ggml_tensor * w) { return model_.pools->tensor(*model_.weights.find(w)); });
+        });
         model_.stats.ranges++;
         first = last;
     }
     return status;
 }
 
-// Asks for the experts of these tokens and has the stream wait for them; their slots are in slots_ then.
-bool device_executor::event(int first, int last) {
+// Asks for the experts of these tokens and has the stream wait for them; their slots are in slots_ when it is
+// launched. The processor's part is computed meanwhile and sent after it.
+ggml_status device_executor::event(int first, int last, const std::function<ggml_status()> & launch) {
     dialogue &    said = model_.dialogue;
     const int64_t t0   = model_.reads->history.start();
     ggml_tensor   x    = x_;
@@ -254,19 +274,29 @@ bool device_executor::event(int first, int last) {
     c_.x               = &x;
     c_.n_tokens        = last - first;
     said.ids.assign(ids_.begin() + (ptrdiff_t)first * c_.n_used, ids_.begin() + (ptrdiff_t)last * c_.n_used);
+    said.call.may_compute = has_inputs_ && !wide_;
+    computes_ = asked_ = false;
+
     bool ok  = said.begin(c_);
     guesses_ = said.call.wants_guesses != 0;
     if (x.data == nullptr) {  // this one was not told of
         said.call.wants_guesses = 0;
     }
-    ok = ok && bring();
-    if (ok) {
+    ggml_status status = GGML_STATUS_FAILED;
+    if (ok && bring(false)) {
         use_slots(first);
+        status = launch();
+        if (status == GGML_STATUS_SUCCESS && !bring(true)) {
+            status = GGML_STATUS_FAILED;
+        }
+        if (status == GGML_STATUS_SUCCESS && computes_) {
+            cpu_.send();
+        }
     }
     model_.record(MOE_EVENT_LAYER, c_.layer, t0);
-    said.end(!ok);
+    said.end(status != GGML_STATUS_SUCCESS);
     c_.x = nullptr;
-    return ok;
+    return status;
 }
 
 // Has the stream wait for what the event computes on; where that is a pool, its slots are in slots_ then.
@@ -277,12 +307,26 @@ void device_executor::use_slots(int first) {
         if (wide_) {
             break;
         }
-        ticket = std::max(ticket, model_.pools->ticket_of(c_.layer, e.pool));
+        if (!e.on_cpu) {
+            ticket = std::max(ticket, model_.pools->ticket_of(c_.layer, e.pool));
+        }
+        const int32_t slot = e.on_cpu ? unused_slot() : e.pool;
         for (int i = e.first; i < e.first + e.count; i++) {
-            slots_.data<int32_t>()[first * c_.n_used + said.pairs[i]] = e.pool;
+            slots_.data<int32_t>()[first * c_.n_used + said.pairs[i]] = slot;
         }
     }
     wait_on(ticket);
+}
+
+// Where the device computes rows that the processor's will replace: not among those of an expert, for kernels
+// are chosen by the rows it has. There is one, since all of the event's experts would fit the pool.
+int32_t device_executor::unused_slot() const {
+    const auto & entries = model_.dialogue.entries;
+    int32_t      slot    = 0;
+    while (std::any_of(entries.begin(), entries.end(), [slot](const auto & e) { return !e.on_cpu && e.pool == slot; })) {
+        slot++;
+    }
+    return slot;
 }
 
 // What the pool has already; by the stream that computes, so that copies from host memory go on meanwhile.
@@ -307,41 +351,79 @@ void device_executor::wait_on(int64_t ticket) {
     }
 }
 
-// Every expert of the plan into its slot of the pool, each as soon as it is in host memory.
-bool device_executor::bring() {
-    dialogue & said    = model_.dialogue;
-    bool       guessed = false;
+// Every expert of the plan that the device computes into its slot of the pool, each as soon as it is in host
+// memory; `all`: until the processor has computed the others too, which it does before if there is nothing
+// else to do.
+bool device_executor::bring(bool all) {
+    dialogue & said = model_.dialogue;
     submit_ready_loads();
-    if (wide_) {
+    if (wide_ && !all) {
         copy_to_window();
     }
     for (;;) {
+        const auto & entries = said.entries;
+        const bool   done =
+            std::all_of(entries.begin(), entries.end(), [all](const auto & e) { return e.done || e.slot < 0 || (e.on_cpu && !all); });
+        if (done && asked_) {
+            return true;
+        }
         bool any = false;
         if (!advance(any)) {
             return false;
         }
         if (any) {
             submit_ready_loads();
-        } else if (!guessed) {
-            guessed = true;
+        } else if (!asked_) {
+            asked_ = true;
             if (!said.ask_for_guesses()) {
                 return false;
             }
+        } else if (!there_.empty()) {
+            if (!compute_there()) {
+                return false;
+            }
+            submit_ready_loads();
         } else if (!waiting_.empty()) {
             const int64_t t0 = now_ns();
             model_.reads->wait_any(waiting_);
             said.stalled(now_ns() - t0);
             model_.stats.stall_ns += now_ns() - t0;
             model_.record(MOE_EVENT_STALL, c_.layer, t0);
-        } else {
-            return true;
         }
     }
+}
+
+// The experts that are there for the processor. What is to be in the pool later is copied meanwhile.
+bool device_executor::compute_there() {
+    moe_call & call = model_.dialogue.call;
+    for (const dialogue::entry * e : there_) {
+        if (e->pool >= 0) {
+            model_.upload(e->slot, c_.layer, e->pool);
+            model_.pools->issue();
+        }
+    }
+    const int64_t t0 = now_ns();
+    computes_        = computes_ || cpu_.begin(ids_.data());
+    if (!computes_ || cpu_.compute(there_) != GGML_STATUS_SUCCESS) {
+        return false;
+    }
+    const int64_t ns = now_ns() - t0;
+    for (dialogue::entry * e : there_) {
+        e->done = true;
+        call.cpu_pairs += e->count;
+        model_.stats.cpu_pairs += e->count;
+    }
+    call.cpu_experts += (int32_t)there_.size();
+    call.cpu_ns += ns;
+    model_.stats.cpu_experts += (int64_t)there_.size();
+    model_.stats.cpu_ns += ns;
+    return true;
 }
 
 // Starts copying what has arrived in host memory; false when a read has failed.
 bool device_executor::advance(bool & any) {
     waiting_.clear();
+    there_.clear();
     for (dialogue::entry & e : model_.dialogue.entries) {
         if (e.done || e.slot < 0 || (e.load && !e.submitted)) {
             continue;
@@ -352,6 +434,10 @@ bool device_executor::advance(bool & any) {
                 model_.failure.set(ERROR_READ, model_.reads->last_error());
                 return false;
             case slot_state::READY:
+                if (e.on_cpu) {
+                    there_.push_back(&e);
+                    break;
+                }
                 model_.upload(e.slot, c_.layer, e.pool);
                 if (wide_ && e.pool >= 0) {
                     model_.pools->copy_to_window(c_.layer, e.pool);

@@ -6,15 +6,19 @@
 //   window    an event of more experts than the pool has slots: all of them side by side, with the graph's ids
 //   ranges    likewise without a window: as many tokens at a time as fit the pool
 //
+// Of experts that a pool lacks, those that a plan leaves to the processor are computed meanwhile (cpu_experts.h).
+//
 // Nodes are patched in place and restored after the launch, which has captured them by then. So a graph
 // keeps its identity, and with it whatever the device knows of it: fused kernels, recorded launches.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <unordered_map>
 #include <vector>
 
 #include "chain.h"
+#include "cpu_experts.h"
 #include "ggml-iface.h"
 #include "moe.h"
 #include "pinned.h"
@@ -46,12 +50,15 @@ class device_executor {
     ggml_status                  experts(ggml_cgraph * graph, const segment & s);
     ggml_status                  in_ranges();
     void                         fetch(ggml_tensor * const * nodes, int n);
+    void                         fetch_input(const ggml_tensor * x);
     int                          fitting(int first);
-    bool                         event(int first, int last);
+    ggml_status                  event(int first, int last, const std::function<ggml_status()> & launch);
     void                         use_slots(int first);
     void                         copy_to_window();
     void                         wait_on(int64_t ticket);
-    bool                         bring();
+    bool                         bring(bool all);
+    bool                         compute_there();
+    int32_t                      unused_slot() const;
     void                         submit_ready_loads();
     bool                         advance(bool & any);
     void                         take_over();
@@ -70,10 +77,15 @@ class device_executor {
     pinned                                             slots_;    // likewise in the pool; read by the stream until it is next waited for
     bool                                               wide_    = false;  // the event uses the window
     bool                                               guesses_ = false;  // the event before wanted some: they are made from x
-    std::vector<int>                                   waiting_;          // slots in host memory
-    std::vector<int32_t>                               in_range_;         // expert -> number of the range that needs it
-    int32_t                                            range_  = 0;       // numbers all ranges
-    int64_t                                            waited_ = 0;       // the stream has been told to wait for copies up to this ticket
+    bool                                               asked_   = false;  // for guesses, in this event
+    cpu_experts                                        cpu_;
+    bool                                               has_inputs_ = false;  // of the segment, for the processor
+    bool                                               computes_   = false;  // the processor has begun with this event
+    std::vector<dialogue::entry *>                     there_;               // for it, in host memory
+    std::vector<int>                                   waiting_;             // slots in host memory
+    std::vector<int32_t>                               in_range_;            // expert -> number of the range that needs it
+    int32_t                                            range_  = 0;          // numbers all ranges
+    int64_t                                            waited_ = 0;  // the stream has been told to wait for copies up to this ticket
 };
 
 }  // namespace moe

@@ -259,8 +259,16 @@ bool dialogue::on_device() const { return model_.pools && model_.pools->has(c_->
 
 // The claim about the device's slot; where the expert is there, an entry of its own.
 const char * dialogue::read_pool(int i, int index) {
-    pools &   p      = *model_.pools;
-    const int expert = call.plan_experts[i], slot = call.plan_pools[i];
+    pools &    p      = *model_.pools;
+    const int  expert = call.plan_experts[i];
+    const bool on_cpu = call.plan_pools[i] <= MOE_ON_CPU;
+    const int  slot   = on_cpu ? MOE_ON_CPU - 1 - call.plan_pools[i] : call.plan_pools[i];
+    if (on_cpu && (!call.may_compute || call.plan_slots[i] < 0)) {
+        return "has the processor compute what it cannot";
+    }
+    if (on_cpu && slot < 0) {
+        return nullptr;
+    }
     if (slot == -1 && p.has_window() && call.n_experts > p.n_slots(c_->layer) && call.plan_slots[i] >= 0) {
         return nullptr;
     }
@@ -279,7 +287,7 @@ const char * dialogue::read_pool(int i, int index) {
     if (p.key_of(c_->layer, slot) != model_.weights.key_of(0, c_->layer, expert)) {
         return "takes an expert for resident on the device that is not";
     }
-    entries.push_back({expert, 0, -1, first_of_[index], call.counts[index], -1, slot, false, false, false, false});
+    entries.push_back({expert, 0, -1, first_of_[index], call.counts[index], -1, slot, false, false, false, false, false});
     return nullptr;
 }
 
@@ -306,8 +314,10 @@ const char * dialogue::read_slot(int i, int index) {
     if (on_device() && copy != 0) {
         return "loads a copy that the device has no slots for";
     }
-    const int pool = on_device() ? call.plan_pools[i] : -1;
-    entries.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], pool, load, false, false, false});
+    const int  said   = on_device() ? call.plan_pools[i] : -1;
+    const bool on_cpu = said <= MOE_ON_CPU;
+    const int  pool   = on_cpu ? MOE_ON_CPU - 1 - said : said;
+    entries.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], pool, on_cpu, load, false, false, false});
     if (occupant_[slot] >= 0) {
         entries[occupant_[slot]].awaited = true;
         model_.stats.recycled++;

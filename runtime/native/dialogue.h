@@ -28,6 +28,7 @@ class dialogue {
         int  count;
         int  waits_for;  // index of the entry that must free the slot first, or -1
         int  pool;       // its slot in the layer's pool on the device, where slot -1 means that it is there; -1 without one
+        bool on_cpu;     // the processor computes it, of a device's event, and the pool has it afterwards
         bool load;
         bool submitted;
         bool done;

@@ -75,14 +75,10 @@ static bool is_expert_here(const ggml_tensor * t) { return moe::is_expert_weight
 // ---- backend: one per llama context
 
 struct moe_backend {
-    ggml_backend_t               inner;
-    ggml_backend_set_n_threads_t set_n_threads;
-    moe::executor                executor;
+    ggml_backend_t inner;
+    moe::executor  executor;
 
-    explicit moe_backend(ggml_backend_t b) : inner(b), set_n_threads(nullptr), executor(b, std::make_unique<moe::host_rows>()) {
-        ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(b));
-        set_n_threads          = (ggml_backend_set_n_threads_t)ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
-    }
+    explicit moe_backend(ggml_backend_t b) : inner(b), executor(b, std::make_unique<moe::host_rows>()) {}
     ~moe_backend() { ggml_backend_free(inner); }
 };
 
@@ -209,11 +205,21 @@ static const char *       moe_reg_name(ggml_backend_reg_t) { return "MOE"; }
 static size_t             moe_reg_device_count(ggml_backend_reg_t) { return 1; }
 static ggml_backend_dev_t moe_reg_device(ggml_backend_reg_t, size_t) { return &moe_device; }
 
-static void moe_set_n_threads(ggml_backend_t backend, int n_threads) {
-    auto * b = (moe_backend *)backend->context;
-    if (b->set_n_threads) {
-        b->set_n_threads(b->inner, n_threads);
+// A device is not told, but whoever computes on it is this thread.
+static thread_local int told_n_threads = 1;
+
+int moe::n_threads() { return told_n_threads; }
+
+void moe::set_n_threads(ggml_backend_t cpu, int n) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu));
+    if (auto set = (ggml_backend_set_n_threads_t)ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+        set(cpu, n);
     }
+}
+
+static void moe_set_n_threads(ggml_backend_t backend, int n_threads) {
+    told_n_threads = n_threads;
+    moe::set_n_threads(((moe_backend *)backend->context)->inner, n_threads);
 }
 
 static void * moe_reg_proc_address(ggml_backend_reg_t, const char * name) {

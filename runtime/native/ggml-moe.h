@@ -10,6 +10,10 @@ namespace moe {
 int ggml_version();
 // Ours, once ggml has registered it.
 ggml_backend_dev_t device();
+// How many threads llama.cpp wants for the graph that this thread computes: it tells before each one.
+int n_threads();
+// Tells ggml-cpu's backend.
+void set_n_threads(ggml_backend_t cpu, int n);
 // Of routed experts: address space without memory.
 extern const buffer_type_functions expert_type;
 // What buffer types of weights that never arrive have in common: a place for a tensor, without memory.

@@ -59,6 +59,7 @@ struct moe_model {
     std::unique_ptr<moe::reads>  reads;
     std::unique_ptr<moe::tables> tables;
     moe::dialogue                dialogue;
+    bool                         cpu_experts = false;  // the processor may compute some of a device's events
     moe_stats                    stats{};              // those of steps
     std::mutex                   step;                 // one context at a time computes on the slots
     ggml_backend_t               computing = nullptr;  // the device's stream whose launches may still read pools

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 7
+#define MOE_ABI 8
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
@@ -28,6 +28,8 @@ extern "C" {
 #define MOE_MAX_SKIPPED 16384
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
+// In plan_pools.
+#define MOE_ON_CPU (-2)
 
 struct moe_model;
 struct moe_gates;
@@ -162,6 +164,8 @@ struct moe_call {
 
     // [n_experts] on a device: the slot in the layer's pool. What is there already has a plan_slot of -1. In an
     // event of more experts than the pool has slots -1: for this event only, into the window.
+    // MOE_ON_CPU: computed by the processor, only where it may; MOE_ON_CPU - 1 - slot: likewise, and copied into
+    // that slot of the pool for later events.
     int32_t * plan_pools;
 
     // On a device, where the callback has set may_skip: events of a decode step that found all in their pool
@@ -172,6 +176,13 @@ struct moe_call {
 
     int64_t * settled_hits;   // by layer: experts that were found unasked, since the model was opened
     int64_t   settled_pairs;  // likewise (token, rank) pairs
+
+    int32_t may_compute;  // the processor may compute experts of this event, which is a device's
+    int32_t cpu_experts;  // that it computed since whoever has read it made it 0
+    int64_t cpu_pairs;    // likewise (token, rank) pairs
+    int64_t cpu_ns;       // likewise
+    int32_t cpu_rest;     // set by the callback: so many events in which it may not, and its inputs stay on the device
+    int32_t reserved;
 };
 
 // Returns 1 when its part is filled; anything else fails the step. Not 0 for success: that is what
@@ -204,6 +215,9 @@ struct moe_stats {
     int64_t waits;          // for the ids of a layer, on a device
     int64_t wait_ns;        // likewise: what came before was computed meanwhile
     int64_t ranges;         // pieces of events that needed more experts than a pool has slots
+    int64_t cpu_experts;    // of a device's events, computed by the processor
+    int64_t cpu_pairs;      // likewise (token, rank) pairs
+    int64_t cpu_ns;         // likewise
     int64_t scratch_bytes;  // high-water mark of the rows that were kept and gathered
 };
 
@@ -314,6 +328,11 @@ MOE_API int32_t moe_model_is_pinned(struct moe_model * model);
 // besides for all experts of any layer, in turn; without one, an event of more experts than a pool has slots
 // is asked for in pieces. 0, or -1 when memory is refused.
 MOE_API int32_t moe_model_pools(struct moe_model * model, const int32_t * n_slots, int32_t window);
+// Nanoseconds in which so many slots are copied into a layer's pool, which holds nothing yet; only before the
+// first step.
+MOE_API int64_t moe_model_copy_ns(struct moe_model * model, int32_t layer, int32_t n);
+// From now on the processor may compute experts of the device's events; plans say which.
+MOE_API void moe_model_compute_on_cpu(struct moe_model * model);
 // keys[slots of the layer]: the key each slot of a pool holds, -1 for none.
 MOE_API void moe_model_pool_keys(struct moe_model * model, int32_t layer, int32_t * keys);
 // Copies n experts from slots that hold them into slots of their layers' pools, and returns when all are

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "os.h"
+
 namespace moe {
 
 namespace {
@@ -156,6 +158,22 @@ void pools::copy_to_window(ggml_backend_t stream, int layer, int slot) {
         from.nb[3] = to.nb[3] = from.nb[2];
         ggml_backend_tensor_copy_async(stream, stream, &from, &to);
     }
+}
+
+// Twice: the first copies may set things up.
+int64_t pools::copy_ns(int layer, int n, const std::function<const char *(int)> & memory) {
+    const counters counted = count;
+    int64_t        t0      = 0;
+    for (int round = 0; round < 2; round++) {
+        t0 = now_ns();
+        for (int i = 0; i < n; i++) {
+            send(tensors_, layer, i % n_slots(layer), memory(i));
+        }
+        issue();
+        settle(issued_);
+    }
+    count = counted;
+    return now_ns() - t0;
 }
 
 void pools::wait_on(ggml_backend_t stream, int64_t ticket) {

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "ggml-iface.h"
@@ -60,6 +61,9 @@ class pools {
     void issue();
     // Of the copy that was started last.
     int64_t last_ticket() const { return issued_; }
+
+    // How long it takes to copy so much memory into a pool that holds nothing, in nanoseconds.
+    int64_t copy_ns(int layer, int n, const std::function<const char *(int)> & memory);
 
     // A stream waits on the device for a copy and all before it.
     void wait_on(ggml_backend_t stream, int64_t ticket);

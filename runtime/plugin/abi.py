@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 7
+ABI = 8
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
@@ -140,6 +140,12 @@ class Call(ctypes.Structure):
         ("may_skip", i32),
         ("settled_hits", ctypes.POINTER(i64)),
         ("settled_pairs", i64),
+        ("may_compute", i32),
+        ("cpu_experts", i32),
+        ("cpu_pairs", i64),
+        ("cpu_ns", i64),
+        ("cpu_rest", i32),
+        ("reserved", i32),
     ]
 
 
@@ -208,6 +214,9 @@ class Stats(ctypes.Structure):
             "waits",
             "wait_ns",
             "ranges",
+            "cpu_experts",
+            "cpu_pairs",
+            "cpu_ns",
             "scratch_bytes",
         )
     ]

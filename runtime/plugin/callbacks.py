@@ -28,6 +28,13 @@ class Brain(Protocol):
     def on_cancelled(self, keys: Sequence[int]) -> None:
         """Guesses that will not arrive any more."""
 
+    def on_computed(self, now_ns: int, n_experts: int, n_pairs: int, ns: int) -> None:
+        """The processor may compute experts of the event that comes, and has computed so many of
+        the one before."""
+
+    def rest(self) -> int:
+        """So many events may pass before the processor is to compute any."""
+
     def on_skipped(self, layer: int, n_pairs: int, experts: Sequence[int]) -> None:
         """An event before this one that found all its experts on the device, and was not asked."""
 
@@ -117,8 +124,14 @@ class Callbacks:
             call.counts[:n],
             _PHASES[call.phase],
             call.n_sequences,
+            bool(call.may_compute),
         )
+        if event.may_compute:
+            brain.on_computed(call.now_ns, call.cpu_experts, call.cpu_pairs, call.cpu_ns)
+            call.cpu_experts = call.cpu_pairs = call.cpu_ns = 0
         plan = brain.on_route(event, self._ids, continuation)
+        if event.may_compute:
+            call.cpu_rest = brain.rest()
         self._plan_experts[:n] = plan.experts
         self._plan_slots[:n] = plan.slots
         self._plan_loads[:n] = plan.loads

@@ -123,6 +123,14 @@ class PluginModel:
             )
         self._pools = list(n_slots)
 
+    def copy_ns(self, layer: int, n: int) -> int:
+        """What copying the first n slots into a layer's pool takes; before the first step."""
+        return int(self._lib.moe_model_copy_ns(self._open, layer, n))
+
+    def compute_on_cpu(self) -> None:
+        """Plans for the device may leave experts to the processor from now on."""
+        self._lib.moe_model_compute_on_cpu(self._open)
+
     def pool_keys(self, layer: int) -> list[int]:
         """Per slot of a layer's pool the key it holds, -1 for none."""
         keys = (i32 * self._pools[layer])()

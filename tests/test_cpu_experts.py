@@ -1,0 +1,227 @@
+"""Experts of a device's layers that the processor computes: logits equal stock's all the same.
+
+The device is the one of native/lag.cpp, whose kernels are the processor's. A pass proves:
+
+ 1  all       the device has the trunk alone: as stock with experts in the processor's memory
+ 2  any       whatever part of the missing experts is computed where: decoding, groups, prompts;
+              what is copied is what the plan says, with one wait per layer
+ 3  auto      a slow link makes the processor compute
+ 4  failures  a read that fails for the processor, and the same step again
+ 5  users     the option, the statistics, the library's Llama
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from conftest import TinyFile
+from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, stock
+from lag import NAME, Lag, lag
+
+from moe_gguf import Llama, UserError
+from moe_gguf.policies import POLICIES
+from moe_gguf.policies.coexecution import Division
+from moe_gguf.policies.tiers import Tiers
+from moe_gguf.runtime.cli.plan import plan_document, plan_text
+from moe_gguf.runtime.errors import ExpertReadError
+from moe_gguf.runtime.options import CPU_EXPERTS, Options
+
+__all__ = ["lag"]  # a fixture
+
+DEVICE = {"device": NAME.lower()}
+FEW = 12
+N_USED = {"mixtral": 2, "llama4": 1}  # experts per token; of other layouts 4
+
+
+def same(got: Logits, expected: Logits) -> None:
+    assert got.shape == expected.shape
+    assert np.isfinite(expected).all()
+    difference = float(np.abs(got - expected).max())
+    assert np.array_equal(got, expected), f"logits differ by up to {difference}"
+
+
+def generation(model: Model) -> Logits:
+    context = model.context()
+    logits = [context.decode(rows(random_tokens(FEW)))]
+    for i in range(6):
+        logits.append(context.decode(rows([int(logits[-1][-1].argmax())], FEW + i)))
+    return np.concatenate(logits)
+
+
+@pytest.mark.parametrize("n_slots", [None, 7])
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled"])
+def test_1_all(layout: str, n_slots: int | None, tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe", scales=True) if layout == "scaled" else tiny_file(layout)
+    with stock(path, device=NAME, experts_on_cpu=True) as model:
+        expected = generation(model)
+    with ours(path, n_slots, cpu_experts="all", **DEVICE) as model:
+        lag.count()
+        same(generation(model), expected)
+        assert lag.count().launches > 0
+        assert model.stats().uploads == model.stats().generic == 0
+        assert "cpu-experts all" in model.arena.mode_line()
+
+
+class Forced:
+    """Decides by chance; counts what it decides."""
+
+    rest = 0
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.n_computed = self.n_passing = self.n_pairs = 0
+
+    def learn(self, now_ns: int, n_experts: int, n_pairs: int, ns: int) -> None:
+        assert n_pairs >= n_experts
+        assert (ns > 0) == (n_experts > 0)
+
+    def divide(self, layer: int, counts: Sequence[int]) -> Division:
+        share = self.rng.choice([0.0, 0.5, 1.0])
+        computed = {i for i in range(len(counts)) if self.rng.random() < share}
+        passing = {i for i in computed if self.rng.random() < 0.5}
+        self.n_computed += len(computed)
+        self.n_passing += len(passing)
+        self.n_pairs += sum(counts[i] for i in computed)
+        return Division(frozenset(computed), frozenset(passing))
+
+
+def forced(model: Ours, seed: int) -> Forced:
+    residency = model.controller.residency
+    assert isinstance(residency, Tiers)
+    residency.dividing = chance = Forced(seed)
+    return chance
+
+
+def token_by_token(model: Model) -> Logits:
+    context = model.context()
+    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(random_tokens(16))])
+
+
+def several(model: Model) -> Logits:
+    """Three sequences, decoding together."""
+    context = model.context(n_seq_max=3)
+    steps = [[Row(7 * i + 3 * s, i, seq=s) for s in range(3)] for i in range(12)]
+    return np.concatenate([context.decode(step) for step in steps])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("n_slots", [None, 5])
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled", "mixed"])
+def test_2_any(layout: str, n_slots: int | None, seed: int, tiny_file: TinyFile, lag: Lag) -> None:
+    flags = {"scaled": {"scales": True}, "mixed": {"mixed": True}}.get(layout, {})
+    path = tiny_file("qwen3moe" if flags else layout, **flags)
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model), several(model), generation(model)
+    n_pool = 2 * N_USED.get(layout, 4)
+    with ours(path, n_slots, n_pool=n_pool, **DEVICE) as model:
+        chance = forced(model, seed)
+        model.reset_stats()
+        lag.count()
+        same(token_by_token(model), expected[0])
+        stats = model.stats()
+        assert stats.cpu_experts == chance.n_computed > 0
+        assert stats.cpu_pairs == chance.n_pairs
+        assert stats.uploads == model.misses - chance.n_passing
+        assert lag.count().upload_bytes == stats.upload_bytes
+        assert stats.waits == 16 * len(model.found.layout.layers)
+        model.check()
+        same(several(model), expected[1])
+        same(generation(model), expected[2])
+
+
+def test_2_groups(tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = several(model)
+    with ours(path, n_pool=13, **DEVICE) as model:
+        chance = forced(model, 3)
+        same(several(model), expected)
+        assert model.stats().cpu_pairs == chance.n_pairs > chance.n_computed > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_2_policies(policy: str, tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    with ours(path, 19, n_pool=6, policy=policy, **DEVICE) as model:
+        forced(model, 5)
+        same(token_by_token(model), expected)
+        assert model.stats().cpu_experts > 0
+
+
+def test_2_slow_streams(tiny_file: TinyFile, lag: Lag) -> None:
+    """Results go behind the launch, and no slot is written over that is still read."""
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    lag.delay(us=1000)
+    try:
+        with ours(path, 4, n_pool=5, **DEVICE) as model:
+            forced(model, 7)
+            same(token_by_token(model), expected)
+    finally:
+        lag.delay()
+
+
+def test_3_auto_on_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    lag.delay(us=0, bytes_per_s=10**6)
+    try:
+        with ours(path, n_pool=6, **DEVICE) as model:
+            model.reset_stats()
+            same(token_by_token(model), expected)
+            stats = model.stats()
+            assert stats.cpu_experts > 0.9 * model.misses
+            assert stats.uploads < model.misses
+    finally:
+        lag.delay()
+
+
+def test_4_a_read_that_fails(tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    with ours(path, 7, n_pool=6, **DEVICE) as model:
+        for skip in (3, 9, 14):
+            forced(model, skip)
+            model.plugin.inject(skip, 5)
+            with pytest.raises(ExpertReadError):
+                token_by_token(model)
+            model.check()
+        same(token_by_token(model), expected)
+
+
+def test_5_llama(tiny_file: TinyFile, lag: Lag) -> None:
+    path, tables = str(tiny_file("qwen3moe")), {}
+    for mode in CPU_EXPERTS:
+        options: dict[str, Any] = {**DEVICE, "device_memory": "6MB", "cpu_experts": mode}
+        llama = Llama(path, memory="1GB", n_ctx=256, **options)
+        try:
+            answer = llama.create_completion("Hello", max_tokens=8, temperature=0.0)
+            tables[mode] = answer["choices"][0]["text"], llama.stats()
+        finally:
+            llama.close()
+    assert len({text for text, _ in tables.values()}) == 1
+    assert tables["off"][1]["cpu_experts"] == 0 < tables["off"][1]["uploads"]
+    assert tables["all"][1]["uploads"] == tables["all"][1]["device_slots"] == 0
+    assert tables["auto"][1]["cpu_pairs"] >= tables["auto"][1]["cpu_experts"] > 0
+
+
+def test_5_plan_of_all(tiny_file: TinyFile, lag: Lag) -> None:
+    given = {**DEVICE, "memory": "1GB", "cpu_experts": "all"}
+    document = plan_document(tiny_file("qwen3moe"), n_ctx=256, **given)
+    assert document["on_device"]["slots"] == 0
+    assert f"on {NAME.lower()}" in plan_text(document)
+
+
+def test_5_options() -> None:
+    with pytest.raises(UserError, match="'some' names no experts: use auto, off, all"):
+        Options(cpu_experts="some")
