@@ -14,7 +14,7 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
     stock-cpu-host    the same without offloading
     POLICY@SHARE      ours: that share of each layer's experts on the device, the rest in pinned
                       memory; POLICY@SHARE/cold starts with an empty memory instead, and
-                      POLICY@SHARE/off has the processor compute none that is missing
+                      POLICY@SHARE/auto has the processor compute some of those missing
     POLICY@all        ours: every expert on the processor
 
 Every row decodes one sequence, then several, then reads a long prompt; all do the same steps.
@@ -55,7 +55,7 @@ from moe_gguf.runtime.plugin.library import load
 from moe_gguf.runtime.stats import Meter
 
 ROWS = "ceiling,stock,stock-cpu,fate@0.4,load-on-demand@0.4,eap@0.4,fate@0.2,fate@0.8,lru@0.4,"
-ROWS += "fate@0.4/off,fate@all,fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
+ROWS += "fate@0.4/auto,fate@all,fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
 COPY_BYTES = 64 << 20
 N_IDENTITY = 16  # tokens, one by one
 
@@ -354,7 +354,7 @@ def stock(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
 def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
     policy, _, rest = args.row.partition("@")
     share, _, how = rest.partition("/")
-    mode = "all" if share == "all" else "off" if how == "off" else "auto"
+    mode = "all" if share == "all" else "auto" if how == "auto" else "off"
     options = Options(args.memory, policy, args.reads, device=device.name, cpu_experts=mode)
     found = opening.find(args.model, options)
     layout, placement = found.layout, found.placement

@@ -73,10 +73,11 @@ class Options:
         None, "N|auto", "so many layers, the last ones, are the device's; auto: all"
     )
     cpu_experts: str = entry(
-        "auto",
+        "off",
         "WHICH",
-        "experts of a device's layers that the processor computes: all, none (off), or auto: those "
-        "that the device lacks, where that is measured to take less time than copying them",
+        "experts of a device's layers that the processor computes: none (off), all, or auto: those "
+        "that the device lacks, where that is measured to take less time than copying them; the "
+        "output is then as exact as either's, and which experts they are depends on time",
     )
     warm: bool = entry(
         False, None, "fill memory first with what was popular in runs of trace --save-routing"

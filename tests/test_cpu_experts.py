@@ -34,6 +34,7 @@ from moe_gguf.runtime.options import CPU_EXPERTS, Options
 __all__ = ["lag"]  # a fixture
 
 DEVICE = {"device": NAME.lower()}
+AUTO = {**DEVICE, "cpu_experts": "auto"}
 FEW = 12
 N_USED = {"mixtral": 2, "llama4": 1}  # experts per token; of other layouts 4
 
@@ -118,7 +119,7 @@ def test_2_any(layout: str, n_slots: int | None, seed: int, tiny_file: TinyFile,
     with stock(path, device=NAME) as model:
         expected = token_by_token(model), several(model), generation(model)
     n_pool = 2 * N_USED.get(layout, 4)
-    with ours(path, n_slots, n_pool=n_pool, **DEVICE) as model:
+    with ours(path, n_slots, n_pool=n_pool, **AUTO) as model:
         chance = forced(model, seed)
         model.reset_stats()
         lag.count()
@@ -138,7 +139,7 @@ def test_2_groups(tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = several(model)
-    with ours(path, n_pool=13, **DEVICE) as model:
+    with ours(path, n_pool=13, **AUTO) as model:
         chance = forced(model, 3)
         same(several(model), expected)
         assert model.stats().cpu_pairs == chance.n_pairs > chance.n_computed > 0
@@ -149,7 +150,7 @@ def test_2_policies(policy: str, tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = token_by_token(model)
-    with ours(path, 19, n_pool=6, policy=policy, **DEVICE) as model:
+    with ours(path, 19, n_pool=6, policy=policy, **AUTO) as model:
         forced(model, 5)
         same(token_by_token(model), expected)
         assert model.stats().cpu_experts > 0
@@ -162,7 +163,7 @@ def test_2_slow_streams(tiny_file: TinyFile, lag: Lag) -> None:
         expected = token_by_token(model)
     lag.delay(us=1000)
     try:
-        with ours(path, 4, n_pool=5, **DEVICE) as model:
+        with ours(path, 4, n_pool=5, **AUTO) as model:
             forced(model, 7)
             same(token_by_token(model), expected)
     finally:
@@ -175,7 +176,7 @@ def test_3_auto_on_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
         expected = token_by_token(model)
     lag.delay(us=0, bytes_per_s=10**6)
     try:
-        with ours(path, n_pool=6, **DEVICE) as model:
+        with ours(path, n_pool=6, **AUTO) as model:
             model.reset_stats()
             same(token_by_token(model), expected)
             stats = model.stats()
@@ -189,7 +190,7 @@ def test_4_a_read_that_fails(tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = token_by_token(model)
-    with ours(path, 7, n_pool=6, **DEVICE) as model:
+    with ours(path, 7, n_pool=6, **AUTO) as model:
         for skip in (3, 9, 14):
             forced(model, skip)
             model.plugin.inject(skip, 5)

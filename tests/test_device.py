@@ -50,7 +50,7 @@ __all__ = ["lag"]  # a fixture
 FEW = 12
 N_STEPS = 6
 N_USED = {"mixtral": 2, "llama4": 1}  # experts per token; of other layouts 4
-DEVICE = {"device": NAME.lower(), "cpu_experts": "off"}
+DEVICE = {"device": NAME.lower()}
 
 Script = Callable[[Model], Logits]
 Reference = Callable[[Path, Script], Logits]
