@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ from moe_gguf.runtime.api.texts import Conversation
 from moe_gguf.runtime.chat.templates import Prompt
 from moe_gguf.runtime.engine.request import Request
 
-PROGRAMS = Path(__file__).parents[1] / "build/agents/node_modules/.bin"
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "build/agents/node_modules/.bin"
+DOCUMENT = ROOT / "docs/serving.md"
 NAME = "olmoe"  # clients offer some names, such as gpt-5, tools of their own
 KEY = "a-key"
 ASKED = "Write blue to colour.txt"
@@ -82,6 +85,15 @@ class Agent:
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 
+    def told(self, language: str) -> str:
+        """What docs/serving.md tells people to set, in the agents' one block of this kind."""
+        agents = DOCUMENT.read_text().partition("## Agents")[2].partition("\n## ")[0]
+        (block,) = re.findall(rf"^```{language}\n(.*?)^```", agents, flags=re.M | re.S)
+        settings = {"http://127.0.0.1:8080": self.url, "NAME": NAME, "secret": KEY}
+        for written, meant in settings.items():
+            block = block.replace(written, meant)
+        return block
+
     def wrote(self) -> None:
         """The tool was called on this machine, and the model was told what came of it."""
         assert (self.work / "colour.txt").read_text().strip() == "blue"
@@ -112,37 +124,17 @@ def test_claude_code(tmp_path: Path) -> None:
     with agent(tmp_path, "Write", arguments) as claude:
         said = claude.run(
             *("claude", "-p", ASKED, "--allowedTools", "Write"),
-            ANTHROPIC_BASE_URL=claude.url,
-            ANTHROPIC_AUTH_TOKEN=KEY,
-            ANTHROPIC_MODEL=NAME,
-            ANTHROPIC_DEFAULT_HAIKU_MODEL=NAME,
-            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+            **dict(re.findall(r"(\w+)=(\S+)", claude.told("sh"))),
         )
         assert said.strip() == SAID
         claude.wrote()
-
-
-CODEX = """
-model = "{model}"
-model_provider = "moe-gguf"
-check_for_update_on_startup = false
-
-[analytics]
-enabled = false
-
-[model_providers.moe-gguf]
-name = "moe-gguf"
-base_url = "{url}/v1"
-wire_api = "responses"
-env_key = "MOE_GGUF_API_KEY"
-"""
 
 
 def test_codex(tmp_path: Path) -> None:
     with agent(tmp_path, "exec_command", {"cmd": "echo blue > colour.txt"}) as codex:
         config = codex.home / ".codex/config.toml"
         config.parent.mkdir()
-        config.write_text(CODEX.format(model=NAME, url=codex.url))
+        config.write_text(codex.told("toml"))
         said = codex.run(
             *("codex", "exec", "--skip-git-repo-check", "-s", "danger-full-access", ASKED),
             MOE_GGUF_API_KEY=KEY,
@@ -151,27 +143,11 @@ def test_codex(tmp_path: Path) -> None:
         codex.wrote()
 
 
-OPENCODE = {
-    "$schema": "https://opencode.ai/config.json",
-    "autoupdate": False,
-    "share": "disabled",
-    "model": f"moe-gguf/{NAME}",
-    "provider": {
-        "moe-gguf": {
-            "npm": "@ai-sdk/openai-compatible",
-            "name": "moe-gguf",
-            "options": {"baseURL": "ADDRESS/v1", "apiKey": "{env:MOE_GGUF_API_KEY}"},
-            "models": {NAME: {"name": NAME, "limit": {"context": 1 << 20, "output": 8192}}},
-        }
-    },
-}
-
-
 def test_opencode(tmp_path: Path) -> None:
     arguments = {"filePath": "WORK/colour.txt", "content": "blue"}
     with agent(tmp_path, "write", arguments) as opencode:
         config = opencode.work / "opencode.json"
-        config.write_text(json.dumps(OPENCODE).replace("ADDRESS", opencode.url))
+        config.write_text(opencode.told("json"))
         said = opencode.run(
             *("opencode", "run", ASKED),
             MOE_GGUF_API_KEY=KEY,
