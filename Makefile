@@ -9,7 +9,10 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
-.PHONY: demo check lint types native test zoo chat page mutants rpc stress ray suites soak tsan clean
+# Versions that were tried.
+AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.171.0 opencode-ai@1.18.33
+
+.PHONY: demo check lint types native test zoo chat page agents mutants rpc stress ray suites soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -59,6 +62,12 @@ chat: $(READY)
 page: $(READY)
 	$(BIN)/pip install -q playwright
 	$(BIN)/pytest tests/page.py
+
+# Claude Code, Codex and opencode against the server, each for a turn with a tool. Needs npm; not in
+# `check`: 1 GB.
+agents: $(READY)
+	npm install --prefix build/agents --no-save --no-audit --no-fund $(AGENTS)
+	$(BIN)/pytest tests/agents.py
 
 # Damaged headers: what is not refused must not kill llama.cpp; `make test` tries 150.
 mutants: $(READY)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -19,6 +21,7 @@ ASKED: Any = [{"role": "user", "content": "Hi"}]
 PARAMETERS = {"type": "object", "properties": {"location": {"type": "string"}}}
 FUNCTION = {"name": "get_weather", "description": "", "parameters": PARAMETERS}
 TOOL: Any = {"type": "function", "function": FUNCTION}
+DOCUMENT = Path(__file__).parents[1] / "docs/serving.md"
 SAYS = "Hello there, friend!"
 
 
@@ -168,6 +171,14 @@ def test_openai_batches(client: openai.OpenAI) -> None:
             endpoint="/v1/chat/completions",
             completion_window="24h",
         )
+
+
+@pytest.mark.parametrize("package", ["openai", "anthropic"])
+def test_what_the_documents_say(url: str, package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = DOCUMENT.read_text().replace("http://127.0.0.1:8080", url).replace("NAME", NAME)
+    (block,) = re.findall(rf"^```python\n(import {package}\n.*?)^```", text, flags=re.M | re.S)
+    exec(block, {})
+    assert capsys.readouterr().out.strip() == SAYS
 
 
 def test_anthropic_messages(claude: anthropic.Anthropic) -> None:

@@ -24,13 +24,14 @@ def service(
     engine: Computes | None = None,
     texts: Texts | None = None,
     is_open: bool = True,
+    name: str = NAME,
     **settings: Any,
 ) -> Iterator[tuple[Service, str]]:
     """A service and the address of its server, without /v1; scripted, unless an engine is given."""
     found = Service(Settings(**settings))
     if is_open:
         engine, texts = engine or Scripted(speak), texts or ByteTexts()
-        found.open(Served(engine=engine, texts=texts, name=NAME))
+        found.open(Served(engine=engine, texts=texts, name=name))
     server = Server(found, listen("127.0.0.1", 0))
     SERVERS.append(server)
     while not server.is_ready:

@@ -25,16 +25,17 @@ DOCUMENTS = (
     "README.md",
     "ARCHITECTURE.md",
     "docs/policies.md",
+    "docs/serving.md",
     "benchmarks/README.md",
     "benchmarks/RESULTS.md",
 )
 PACKAGE = ("moe_gguf", "runtime", "converters", "policies")
-FOLDERS = (*PACKAGE, "benchmarks", "tests", "docs")
+FOLDERS = (*PACKAGE, "benchmarks", "tests", "docs", "deploy")
 
 FILE = re.compile(r"(?<![\w/.-])[\w./-]+\.(?:py|cpp|h|json|png|md)\b")
 FOLDER = re.compile(r"(?<![\w/.:<@-])(?:\w+/)+(?![\w<])")
 OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
-ELSEWHERE = {"llama.cpp"}  # a name that ends like a file
+ELSEWHERE = {"llama.cpp", "opencode.json"}  # a name that ends like a file; a client's own file
 
 
 def read(document: str) -> str:
@@ -46,7 +47,8 @@ def code(text: str) -> list[str]:
     blocks = re.findall(r"^```.*?\n(.*?)^```", text, flags=re.M | re.S)
     blocks += re.findall(r"\n\n((?:    \S.*\n)+)", text)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    whole = [block.replace("\\\n", " ") for block in blocks]
+    lines = [line.split(" #")[0].strip() for block in whole for line in block.splitlines()]
     return lines + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 

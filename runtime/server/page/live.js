@@ -7,8 +7,8 @@ const at = (id) => document.getElementById(id);
 const WINDOW_S = 5; // over which speeds are taken: a slow model makes a token in seconds
 const TRACE = 120; // of these seconds the disk's speed is drawn
 
-const size = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`);
-const speed = (n) => n.toFixed(n < 10 ? 2 : n < 100 ? 1 : 0);
+const size = (n) => (n === 0 ? "0 MB" : n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`);
+const speed = (n) => n.toFixed(n === 0 ? 0 : n < 10 ? 2 : n < 100 ? 1 : 0);
 
 // --- speeds -------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ function recent(stats, slots) {
 
 function figures(stats, { since, seconds }) {
   const demanded = since.hits + since.misses;
-  const rate = demanded ? since.hits / demanded : stats.hit_rate;
+  const rate = demanded ? since.hits / demanded : stats.hits + stats.misses ? stats.hit_rate : undefined;
   const told = [
     ["tokens/s", speed(since.decode_tokens / seconds)],
     ["prompt/s", speed(since.prefill_tokens / seconds)],
@@ -56,9 +56,9 @@ function reads(stats, { since, seconds }) {
   at("rate").textContent = `${size(now)}/s`;
   const top = Math.max(ceiling, ...disk, 1);
   const points = disk.map((n, i) => `${TRACE - disk.length + i + 1},${(31 - (30 * n) / top).toFixed(2)}`);
-  at("line").setAttribute("d", points.length ? `M${points.join("L")}` : "");
+  at("line").setAttribute("d", points.length > 1 ? `M${points.join("L")}` : "");
   const start = TRACE - disk.length + 1;
-  at("area").setAttribute("d", points.length ? `M${start},32L${points.join("L")}L${TRACE},32Z` : "");
+  at("area").setAttribute("d", points.length > 1 ? `M${start},32L${points.join("L")}L${TRACE},32Z` : "");
   const whence = planned ? "measured" : "while reading";
   const of = ceiling ? ` · ${((100 * now) / ceiling).toFixed(0)} % of ${size(ceiling)}/s, ${whence}` : "";
   at("ceiling").textContent = `${size(stats.bytes_read ?? 0)} so far${of}`;
@@ -160,7 +160,7 @@ function colours() {
     probe.fillRect(0, 0, 1, 1);
     return [...probe.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
-  return { none: rgb("--card"), held: rgb("--accent"), ahead: rgb("--ahead"), missed: rgb("--warm") };
+  return { none: rgb("--cell"), held: rgb("--accent"), ahead: rgb("--ahead"), missed: rgb("--warm") };
 }
 
 const mixed = (a, b, share) => a.map((n, i) => Math.round(n + (b[i] - n) * share));
@@ -170,7 +170,7 @@ function shade(i, most, { none, held, ahead, missed }) {
   const used = Math.sqrt(heat[i] / most);
   if (map.state[i] === 2) return ahead;
   if (map.state[i]) return mixed(none, held, 0.35 + 0.65 * used);
-  return mixed(none, missed, 0.5 * used);
+  return mixed(none, missed, 0.7 * used);
 }
 
 let palette = null;
