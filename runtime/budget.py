@@ -31,6 +31,7 @@ class Needs(NamedTuple):
     process: int  # Python, libraries, vocabulary, margin
     rows: int = 0  # the cache of rows of tables on disk
     states: int = 0  # copies of sequences that have left the KV cache
+    beside: int = 0  # other processes that whoever opens the model runs
 
     @property
     def total(self) -> int:
@@ -69,6 +70,7 @@ class Budget(NamedTuple):
             ("KV cache", self.needs.kv, ""),
             *([("states", self.needs.states, "of past sequences")] if self.needs.states else []),
             ("compute", self.needs.compute, "graph and work buffers"),
+            *([("beside", self.needs.beside, "child processes")] if self.needs.beside else []),
             ("process", self.needs.process, "Python, libraries, vocabulary, margin"),
             ("experts", self.experts, share),
             ("total", self.needs.total + self.experts, f"of {format_size(self.total)}"),

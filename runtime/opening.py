@@ -269,8 +269,10 @@ def load(
     """
     found = measured.found
     budget = measured.divide()
-    trunk, kv, compute, _, rows, states = budget.needs
-    growth = trunk + kv + compute + rows + states + budget.experts + budgets.MARGIN_BYTES
+    needs, trunk = budget.needs, budget.needs.trunk
+    rows = needs.rows
+    ours = needs.total - needs.process - needs.beside  # that this process will grow by
+    growth = ours + budget.experts + budgets.MARGIN_BYTES
     system.check_room(_reserved(found.layout, measured.tables), growth)
     of_all = trunk + found.warm_bytes(budget.n_slots)
     binding.hold_tables(measured.tables, rows)

@@ -6,6 +6,8 @@ both versions, affinity, ``ulimit``. What is done about one is the caller's busi
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,11 +26,25 @@ from .sizes import MB, format_size
 AUTO_HEADROOM = 0.10
 _ROOT = Path("/")
 
+_LARGE_BYTES, _M_MMAP_THRESHOLD = 1 << 20, -3  # the latter is glibc's name for mallopt
+
 # What of a cgroup's use is not given back under pressure, as memory.stat names it. Page cache is.
 _V1_USE = ("total_rss", "total_shmem")
 _V2_USE = ("anon", "shmem", "sock")
 # Older kernels do not say the sum, which counts what of it can be given back as well.
 _V2_KERNEL = ("kernel_stack", "pagetables", "sec_pagetables", "percpu", "vmalloc", "slab")
+
+
+def return_what_is_freed() -> None:
+    """Have large pieces of memory go back to the system when they are freed.
+
+    glibc learns from the first large piece that is freed to keep such pieces, and by thread: copies
+    of sequences that came and went took twice the memory that they had together, and a process was
+    killed inside its budget.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
 
 # --- control groups -----------------------------------------------------------------------------
 

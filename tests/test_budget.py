@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,3 +278,33 @@ def test_a_buffer_two_backends_compute_in_counts_once() -> None:
     assert logs.context_sizes(log) == (int(11.25 * 2**20), int(111.5 * 2**20), 0)
     on_device = logs.context_sizes(log, "CUDA0")
     assert on_device[1:] == (int(101.5 * 2**20), 10 * 2**20)
+
+
+def test_what_is_freed_goes_back() -> None:
+    """Pieces of many sizes that come and go in a thread leave nothing in its heap."""
+    script = """
+import random, threading, psutil
+from moe_gguf.runtime.plugin.library import load
+
+load()
+process, most, rng = psutil.Process(), 0, random.Random(1)
+before = process.memory_info().rss
+
+def come_and_go():
+    global most
+    kept, n = [], 0
+    for _ in range(200):
+        size = rng.randrange(1 << 20, 17 << 20)
+        while n + size > 40 << 20:
+            n -= len(kept.pop(0))
+        kept.append(bytearray(size))
+        n += size
+        most = max(most, process.memory_info().rss - before)
+
+thread = threading.Thread(target=come_and_go)
+thread.start()
+thread.join()
+print(most >> 20)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= 48

@@ -18,8 +18,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import tiny
+
+from moe_gguf.runtime.chat.templates import CHILDREN_BYTES
 
 KEY = "secret"
 COMMAND = (sys.executable, "-m", "moe_gguf", "serve")
@@ -62,6 +65,16 @@ def client(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ht
     log = tmp_path_factory.mktemp("log") / "stderr"
     with served(model, log, "--api-key", KEY, "--parallel", "4") as (_, client):
         yield client
+
+
+def test_children_are_in_the_budget(model: Path, tmp_path: Path) -> None:
+    """What runs beside the server's process has its place in the table."""
+    with served(model, tmp_path / "stderr", "--parallel", "2") as (process, client):
+        assert chat(client).status_code == 200
+        assert "beside     67.1 MB" in (tmp_path / "stderr").read_text()
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        assert sum(child.memory_info().rss for child in children) <= CHILDREN_BYTES
 
 
 def complete(client: httpx.Client, **body: Any) -> httpx.Response:

@@ -148,6 +148,7 @@ def _open(
     options: dict[str, Any],
 ) -> Served:
     from ..api.texts import EngineTexts
+    from ..chat.templates import CHILDREN_BYTES
     from ..engine.planner import SCORE_ROWS
     from ..errors import RequestError
     from ..server.facts import facts_of
@@ -156,7 +157,14 @@ def _open(
     def watch(done: float, total: float) -> None:
         service.progress = (done, total)
 
-    engine = open_engine(model, watch=watch, score_rows=SCORE_ROWS, kept="auto", **options)
+    engine = open_engine(
+        model,
+        watch=watch,
+        score_rows=SCORE_ROWS,
+        kept="auto",
+        beside=CHILDREN_BYTES,
+        **options,
+    )
     engines.append(engine)
     texts = EngineTexts(engine)
     service.at_end.append(texts.close)

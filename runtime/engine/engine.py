@@ -10,7 +10,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,8 @@ class Engine:
     What has been computed is not computed again for the same ``owner``. A finished sequence stays
     in memory while its cells are not needed, then as a copy in ``kept`` bytes of the budget (a
     size; "auto": a fiftieth of it), then, if there is a ``cache_dir``, on disk, in files of
-    ``cache_size`` in all, from where later engines of the same model go on.
+    ``cache_size`` in all, from where later engines of the same model go on. ``beside`` bytes of the
+    budget are left for processes that the caller runs.
 
     ``make_policy``, ``routers``, ``recorder`` and ``progress`` are as in ``moe_gguf.Llama``;
     ``observer`` hears of each step and of all else that changes the context's memory.
@@ -102,6 +103,7 @@ class Engine:
         kept: str | int = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
         cache_size: str | int = "4GiB",
+        beside: int = 0,
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -114,7 +116,7 @@ class Engine:
         self.plan: Plan | None = None
         if goal is not None and parallel != 1 and schedule is None:
             self.plan = planned(
-                found,
+                replace(found, total=found.total - beside),
                 goal,
                 n_ctx=self.n_ctx,
                 parallel=None if parallel == "auto" else parallel,
@@ -152,6 +154,7 @@ class Engine:
             observer=observer,
             progress=progress,
             kept_bytes=kept_bytes,
+            beside_bytes=beside,
         )
         self.vocabulary = self._model.vocabulary
         self._template: Template | None = None

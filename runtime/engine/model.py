@@ -58,7 +58,8 @@ def context_shape(
 class Model:
     """A found model, loaded, with a context of this shape. UserError for what cannot be opened.
 
-    ``kept_bytes`` of the budget are left for whoever keeps states outside the context.
+    ``kept_bytes`` of the budget are left for whoever keeps states outside the context,
+    ``beside_bytes`` for other processes.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Model:
         observer: Observer | None = None,
         progress: Report | None = None,
         kept_bytes: int = 0,
+        beside_bytes: int = 0,
     ) -> None:
         with contextlib.ExitStack() as stack:
             # Context and model go first, then the plugin, then what it used.
@@ -83,7 +85,7 @@ class Model:
                 overrides[f"{found.layout.architecture}.expert_used_count"] = found.n_used
             model_params, params = ModelParams(overrides), shape.params()
             measured = opening.measure(found, binding, model_params.params, params)
-            needs = measured.needs._replace(states=kept_bytes)
+            needs = measured.needs._replace(states=kept_bytes, beside=beside_bytes)
             measured = replace(measured, needs=needs)
             loaded = opening.load(measured, binding, model_params.params, progress)
             self.model = loaded.model

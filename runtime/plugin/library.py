@@ -14,6 +14,7 @@ import llama_cpp
 
 from .. import logs
 from ..errors import UserError
+from ..system import return_what_is_freed
 from .abi import (
     GGML_NEWEST,
     GGML_OLDEST,
@@ -65,6 +66,7 @@ def load() -> ctypes.CDLL:
     library files are copies, and opening one by path would make a second registry.
     """
     path = os.fsencode(library_path())
+    return_what_is_freed()
     host = llama_cpp.llama_cpp._lib
     llama_cpp.llama_backend_init()
     host.ggml_backend_load.restype = ctypes.c_void_p
