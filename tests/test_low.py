@@ -87,7 +87,7 @@ def reference() -> Reference:
 
     def get(path: Path, repack: bool = False, script: Script = generation) -> Logits:
         if (path, repack, script) not in known:
-            with stock(path, repack) as model:
+            with stock(path, repack=repack) as model:
                 known[path, repack, script] = script(model)
         return known[path, repack, script]
 
