@@ -301,6 +301,14 @@ def fix_slots(monkeypatch: pytest.MonkeyPatch, n_slots: int) -> None:
     monkeypatch.setattr(Measured, "divide", lambda measured: fixed(measured, n_slots))
 
 
+def same(got: Logits, expected: Logits) -> None:
+    """Equal to the last bit, and numbers at all."""
+    assert got.shape == expected.shape
+    assert np.isfinite(expected).all()
+    difference = float(np.abs(got - expected).max())
+    assert np.array_equal(got, expected), f"logits differ by up to {difference}"
+
+
 # --- scripted policies ----------------------------------------------------------------------------
 
 

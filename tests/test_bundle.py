@@ -21,7 +21,7 @@ import pytest
 import tiny
 from conftest import MakeBundle, TinyFile
 from gguf import GGMLQuantizationType as Quant
-from harness import Context, Logits, Model, ours, random_tokens, rows, stock
+from harness import Context, Logits, Model, ours, random_tokens, rows, same, stock
 
 from moe_gguf.runtime.cli.inspect import describe, describe_text
 from moe_gguf.runtime.errors import UserError
@@ -44,11 +44,6 @@ def prefill_and_decode(context: Context) -> Logits:
 
 def generation(model: Model) -> Logits:
     return prefill_and_decode(model.context())
-
-
-def same(got: Logits, expected: Logits) -> None:
-    assert np.isfinite(expected).all()
-    assert np.array_equal(got, expected), f"differ by up to {np.abs(got - expected).max()}"
 
 
 # --- 1 and 2 -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import TinyFile
-from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, stock
+from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock
 from lag import NAME, Lag, lag
 
 from moe_gguf import Llama, UserError
@@ -37,13 +37,6 @@ DEVICE = {"device": NAME.lower()}
 AUTO = {**DEVICE, "cpu_experts": "auto"}
 FEW = 12
 N_USED = {"mixtral": 2, "llama4": 1}  # experts per token; of other layouts 4
-
-
-def same(got: Logits, expected: Logits) -> None:
-    assert got.shape == expected.shape
-    assert np.isfinite(expected).all()
-    difference = float(np.abs(got - expected).max())
-    assert np.array_equal(got, expected), f"logits differ by up to {difference}"
 
 
 def generation(model: Model) -> Logits:

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import TinyFile
-from harness import Events, Logits, Model, Ours, Row, ours, random_tokens, rows, stock
+from harness import Events, Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock
 from lag import COMPUTE_WAITS, COPY_WAITS, HOST_WAITS, NAME, SYNCHRONIZE, Lag, lag
 
 from moe_gguf import Engine, Llama, UserError
@@ -70,13 +70,6 @@ def reference(lag: Lag) -> Reference:
         return known[path, script]
 
     return get
-
-
-def same(got: Logits, expected: Logits) -> None:
-    assert got.shape == expected.shape
-    assert np.isfinite(expected).all()
-    difference = float(np.abs(got - expected).max())
-    assert np.array_equal(got, expected), f"logits differ by up to {difference}"
 
 
 def generation(model: Model) -> Logits:

@@ -52,6 +52,7 @@ from harness import (
     ours,
     random_tokens,
     rows,
+    same,
     stock,
 )
 
@@ -89,13 +90,6 @@ def reference() -> Reference:
         return known[path, script]
 
     return get
-
-
-def same(got: Logits, expected: Logits) -> None:
-    assert got.shape == expected.shape
-    assert np.isfinite(expected).all()
-    difference = float(np.abs(got - expected).max())
-    assert np.array_equal(got, expected), f"logits differ by up to {difference}"
 
 
 # --- scripts: the same work for stock and for ours ------------------------------------------------

@@ -35,6 +35,7 @@ from harness import (
     ours,
     random_tokens,
     rows,
+    same,
     stock,
 )
 
@@ -92,11 +93,6 @@ def reference() -> Reference:
         return known[path, repack, script]
 
     return get
-
-
-def same(got: Logits, expected: Logits) -> None:
-    assert np.isfinite(expected).all()
-    assert np.array_equal(got, expected), f"differ by up to {np.abs(got - expected).max()}"
 
 
 def check_counts(model: Ours, events: Events) -> None:
