@@ -39,8 +39,7 @@ def return_what_is_freed() -> None:
     """Have large pieces of memory go back to the system when they are freed.
 
     glibc learns from the first large piece that is freed to keep such pieces, and by thread: copies
-    of sequences that came and went took twice the memory that they had together, and a process was
-    killed inside its budget.
+    of sequences that came and went took twice the memory that they had together, beyond the budget.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
