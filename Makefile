@@ -16,7 +16,7 @@ AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.171.0 opencode-ai@1.
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
-	$(BIN)/moe-gguf run demo --memory 312MB --ctx 512 --temp 0 --repeat-penalty 1.1 -n 90 \
+	$(BIN)/moe-gguf run demo --memory 390MB --ctx 512 --temp 0 --repeat-penalty 1.1 -n 90 \
 		--chat -p "Why is sleep important?"
 
 # Format, lint, types, native warnings, tests: what CI runs.

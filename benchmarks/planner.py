@@ -72,7 +72,7 @@ def row(spec: dict[str, Any]) -> dict[str, Any]:
     schedule = Schedule(n, 0, made.schedule.chunk) if spec["whole"] else made.schedule
     engine = Engine(
         spec["model"], n_ctx=n_ctx, parallel=n, cells=made.cells, schedule=schedule,
-        n_threads=n_threads, **options,
+        n_threads=n_threads, chat=False, **options,
     )  # fmt: skip
     with engine:
         share = engine.arena.budget.resident_share

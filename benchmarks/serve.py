@@ -92,11 +92,11 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
             schedule=Schedule(SEQUENCES),
             n_threads=args.threads,
             score_rows=1,
+            chat=False,
         ) as engine,
-        contextlib.closing(EngineTexts(engine)) as texts,
     ):
         service = Service(Settings())
-        service.open(Served(engine=engine, texts=texts, name="model"))
+        service.open(Served(engine=engine, texts=EngineTexts(engine), name="model"))
         server = Server(service, listen("127.0.0.1", 0))
         port = _port(server.url)
         rounds = []

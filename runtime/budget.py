@@ -31,7 +31,7 @@ class Needs(NamedTuple):
     process: int  # Python, libraries, vocabulary, margin
     rows: int = 0  # the cache of rows of tables on disk
     states: int = 0  # copies of sequences that have left the KV cache
-    beside: int = 0  # other processes that whoever opens the model runs
+    beside: int = 0  # child processes
 
     @property
     def total(self) -> int:
@@ -111,11 +111,12 @@ def fit(total: int, needs: Needs, slot_bytes: int, n_all: int, working_set: int)
     n_slots = min(n_all, (total - needs.total) // slot_bytes)
     floor = min_slots(n_all)
     if n_slots < floor:
+        beside = f"child processes {format_size(needs.beside)}, " if needs.beside else ""
         raise UserError(
             f"{format_size(total)} of memory is too little for this model: the smallest budget "
             f"that works is {smallest(needs, slot_bytes, n_all) // MB}MB "
             f"(trunk {format_size(needs.trunk)}, KV cache {format_size(needs.kv)}, "
-            f"compute {format_size(needs.compute)}, process {format_size(needs.process)}, "
+            f"compute {format_size(needs.compute)}, process {format_size(needs.process)}, {beside}"
             f"{floor} slots of {format_size(slot_bytes)}); a smaller {option('n_ctx')} also helps"
         )
     return Budget(total, needs, slot_bytes, n_slots, n_all, working_set)

@@ -32,11 +32,11 @@ from .arena import Arena, RouterReader
 from .controller import Recorder
 from .errors import UserError, option
 from .grammar.grammar import Grammar, Processor, check_chat, longest_texts
+from .handlers import LateFormatter
 from .opening import Found, Loaded, check_adapter
 from .options import Options
 from .params import n_ctx_of
 from .progress import Report
-from .prompts import LateFormatter
 from .routers import read_routers
 from .stats import Meter, Step
 from .system import physical_cores

@@ -68,7 +68,7 @@ def test_library_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_install_without_the_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "built_file", lambda name: None)
-    process._libraries.cache_clear()
+    process.libraries.cache_clear()
     with pytest.raises(ChatMissing, match=r"built without llama.cpp's headers.*reinstall"):
         templates(PLAIN).apply(HI)
 
@@ -77,14 +77,14 @@ def test_foreign_wheel_without_common_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(process, "LLAMA_LIBRARIES", (str(tmp_path),))
-    process._libraries.cache_clear()
+    process.libraries.cache_clear()
     with pytest.raises(ChatMissing, match=r"no libllama-common .*--no-binary llama-cpp-python"):
         templates(PLAIN).apply(HI)
 
 
 def test_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "broken.so").write_bytes(b"not a library")
-    monkeypatch.setattr(process, "_libraries", lambda: (tmp_path / "broken.so", tmp_path))
+    monkeypatch.setattr(process, "libraries", lambda: (tmp_path / "broken.so", tmp_path))
     with pytest.raises(ChatMissing, match="does not load"):
         templates(PLAIN).apply(HI)
     error = "libssl.so.3: cannot open shared object file: No such file or directory"

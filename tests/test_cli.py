@@ -17,23 +17,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import tiny
+from chat_files import template, templates
 from conftest import Command, TinyFile
 
 from moe_gguf import Engine
 from moe_gguf.policies.presets import POLICIES
 from moe_gguf.runtime import budget as budgets
 from moe_gguf.runtime.budget import Budget, Needs
+from moe_gguf.runtime.chat.process import libraries
+from moe_gguf.runtime.chat.templates import CHILDREN_BYTES
 from moe_gguf.runtime.cli import main, run
 from moe_gguf.runtime.cli.inspect import describe
 from moe_gguf.runtime.cli.plan import plan_document
 from moe_gguf.runtime.cli.replay import replay_document, replay_text
+from moe_gguf.runtime.engine.request import Event, Finished, Sampling, Timings, Token
 from moe_gguf.runtime.formats.gguf_header import read_header
 from moe_gguf.runtime.sizes import MB
 
@@ -92,7 +96,7 @@ def test_text_goes_to_stdout_and_mode_budget_and_stats_to_stderr(
 def test_json_is_one_document(moe_gguf: Command, model: Path) -> None:
     args = ("run", model, *ONE, "-p", "Hello", "-n", 6, "--temp", 0)
     document = json.loads(moe_gguf(*args, "--json").out)
-    assert list(document) == ["text", "tokens", "prompt_tokens", "stats"]
+    assert list(document) == ["text", "reasoning", "tokens", "prompt_tokens", "stats"]
     assert len(document["tokens"]) == 6
     assert document["text"] + "\n" == moe_gguf(*args).out
     assert set(document["stats"]) >= STATS
@@ -137,6 +141,58 @@ def test_chat_uses_the_template(moe_gguf: Command, model: Path) -> None:
     assert system["prompt_tokens"] > chat["prompt_tokens"]
 
 
+def test_thoughts_are_told_apart_from_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe gets the answer, and the next prompt the thoughts where its template wants them."""
+    made = templates(template("Qwen-Qwen3-0.6B"))
+    prompt = made.apply([{"role": "user", "content": "hi"}])
+
+    class Engine:
+        templates = made
+
+        @contextlib.contextmanager
+        def submit(self, given: Any, **settings: Any) -> Iterator[list[Event]]:
+            assert given is prompt
+            pieces = ["<think>\nLet me", " see.", "\n</think>", "\n\nHello", " there"]
+            ended = Finished("length", None, "!", 1, 0, 5, Timings(0, 0, 0))
+            yield [*(Token(i, piece, None) for i, piece in enumerate(pieces)), ended]
+
+    answer = run._Answer(Engine(), prompt)  # type: ignore[arg-type]
+    answer.compute(9, Sampling(), run._tell)
+    made.close()
+    assert answer.tokens == [0, 1, 2, 3, 4]
+    assert answer.said() == {
+        "role": "assistant",
+        "content": "Hello there!",
+        "reasoning_content": "Let me see.",
+    }
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("Hello there!", "Let me see.\n\n")
+
+
+def test_chat_without_its_library_says_how_to_mend_it(
+    moe_gguf: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_gguf.runtime.plugin.library.built_file", lambda name: None)
+    libraries.cache_clear()
+    result = moe_gguf("run", model, *ONE, "-p", "x", "--chat")
+    libraries.cache_clear()
+    assert result.code == 2
+    assert "reinstall moe-gguf where pip can download it" in result.err
+    assert len(result.err.splitlines()) == 1  # before anything is loaded
+
+
+def test_chat_s_children_are_in_the_plan_and_in_the_run(moe_gguf: Command, model: Path) -> None:
+    run = moe_gguf("run", model, *ONE, "-p", "x", "-n", 1, "--chat")
+    plan = moe_gguf("plan", model, *ONE, "--chat")
+    for told in (run.err, plan.out):
+        assert "beside     67.1 MB" in told
+    without = json.loads(moe_gguf("plan", model, *ONE, "--json").out)
+    with_them = json.loads(moe_gguf("plan", model, *ONE, "--json", "--chat").out)
+    assert with_them["beside_bytes"] == CHILDREN_BYTES
+    more = with_them["smallest_bytes"] - without["smallest_bytes"]
+    assert abs(more - CHILDREN_BYTES) <= 2 * MB
+
+
 def with_template(model: Path, path: Path, old: bytes, new: bytes) -> Path:
     """The model with other text in its chat template, padded to the same length."""
     data = model.read_bytes()
@@ -146,7 +202,8 @@ def with_template(model: Path, path: Path, old: bytes, new: bytes) -> Path:
 
 
 def test_a_chat_template_that_refuses(moe_gguf: Command, model: Path, tmp_path: Path) -> None:
-    old, new = b"{% for m in messages %}", b"{% for m in 5 %}"
+    old = b"<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    new = b"{{ m.content=='x' and raise_exception('?') }}"
     path = with_template(model, tmp_path / "m.gguf", old, new)
     result = moe_gguf("run", path, *ONE, "-p", "x", "--chat")
     assert result.code == 2

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tape import Tape
 
 from moe_gguf import Engine, ExpertReadError, UserError
 from moe_gguf.runtime import logs
+from moe_gguf.runtime.chat.templates import CHILDREN_BYTES
 from moe_gguf.runtime.engine.generation import Generation
 from moe_gguf.runtime.engine.request import (
     GBNF,
@@ -206,6 +208,48 @@ def test_a_failed_opening_leaves_nothing(path: Path) -> None:
     with pytest.raises(UserError, match="smallest budget that works"):
         Engine(path, **(SETTINGS | {"memory": "40MB"}))
     assert threading.active_count() == before
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+HI = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_conversation_is_written_and_ended_as_its_template_says(engine: Engine) -> None:
+    written = engine.templates.apply(HI)
+    assert engine.encode(HI) == list(written.tokens)
+    plain = engine.submit(HI, max_tokens=12, **GREEDY).result()
+    again = engine.submit(written, max_tokens=12, **GREEDY).result()
+    assert again.tokens == plain.tokens
+    end = next(letter for letter in plain.text if letter.isalpha())
+    ended = replace(written, stops=(end,))
+    cut = engine.submit(ended, max_tokens=12, stop="not in it", **GREEDY).result()
+    assert (cut.finished.reason, cut.finished.stop_text) == ("stop", end)
+    control = engine.submit([engine.vocabulary.eos], max_tokens=0).result()
+    assert control.text == ""
+    bias = {engine.vocabulary.bos: 1000.0}
+    shown = replace(written, preserved=frozenset(bias))
+    for prompt, text in ((written, ""), (shown, engine.detokenize(list(bias), special=True) * 2)):
+        assert engine.submit(prompt, max_tokens=2, logit_bias=bias, **GREEDY).result().text == text
+
+
+def test_children_have_their_room_in_the_budget(path: Path) -> None:
+    process = psutil.Process()
+    before = set(process.children())
+    with opened(path) as engine:
+        assert engine.arena.budget.needs.beside == CHILDREN_BYTES
+        assert set(process.children()) == before  # none before the first conversation
+        prompt = engine.templates.apply([{"role": "user", "content": "Hello " * 20_000}])
+        engine.templates.parser(prompt).finish("Hello")
+        children = set(process.children()) - before
+        assert len(children) == 2
+        assert sum(child.memory_info().rss for child in children) <= CHILDREN_BYTES
+    assert set(process.children()) == before
+    with opened(path, chat=False) as engine:
+        assert engine.arena.budget.needs.beside == 0
+        assert engine.submit("Hello", max_tokens=1).result().tokens
+        with pytest.raises(RequestError, match="no room for conversations: open it with chat"):
+            engine.submit(HI)
 
 
 # --- several callers ------------------------------------------------------------------------------

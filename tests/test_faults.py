@@ -28,7 +28,6 @@ from moe_gguf import UserError
 from moe_gguf.runtime.engine.output import Output
 from moe_gguf.runtime.errors import RequestError
 from moe_gguf.runtime.formats.gguf_header import ValueType
-from moe_gguf.runtime.prompts import Template, encode
 
 SETTINGS: dict[str, Any] = {"memory": "600MB", "n_ctx": 256, "n_threads": 1}
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
@@ -119,7 +118,6 @@ def test_a_model_without_a_vocabulary(changed: Callable[..., Path]) -> None:
             lambda: llama.tokenize(b"a"),
             lambda: llama.detokenize([1]),
             lambda: llama.create_completion("a"),
-            lambda: encode(llama, "a"),
         ):
             with pytest.raises(RequestError, match="no vocabulary"):
                 call()
@@ -201,9 +199,10 @@ def test_a_bias_of_what_is_no_number(llama: moe_gguf.Llama) -> None:
 def test_control_tokens_in_a_prompt_are_control_tokens(llama: moe_gguf.Llama) -> None:
     control = llama._model.token_get_text(llama.token_eos())
     prompt = f"{control}a{control}"
-    assert encode(llama._vocabulary, prompt).count(llama.token_eos()) == 2
+    tokens = llama._vocabulary.tokenize(prompt.encode(), add_bos=True, special=True)
+    assert tokens.count(llama.token_eos()) == 2
     out = llama.create_completion(prompt, max_tokens=1)
-    assert out["usage"]["prompt_tokens"] == len(encode(llama._vocabulary, prompt))
+    assert out["usage"]["prompt_tokens"] == len(tokens)
 
 
 # --- templates ------------------------------------------------------------------------------------
@@ -220,8 +219,6 @@ def test_a_bad_template_does_not_keep_a_model_from_opening(
         assert text(llama)
         with pytest.raises(UserError, match="chat template cannot be used"):
             llama.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=1)
-        with pytest.raises(UserError, match="chat template cannot be used"):
-            Template(llama._vocabulary, llama.metadata)
     finally:
         llama.close()
     llama = opened(llama.found.layout.path, chat_format="chatml")

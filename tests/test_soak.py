@@ -7,7 +7,6 @@ llama.cpp, and over a server of its own. `make soak` sends 2,000 requests to eac
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -159,8 +158,7 @@ def test_every_step_is_stocks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPat
             n_threads=1,
             observer=tape,
         ) as engine,
-        contextlib.closing(EngineTexts(engine)) as texts,
-        service(engine, texts) as (found, url),
+        service(engine, EngineTexts(engine)) as (found, url),
     ):
         run(found, url, engine)
         stats = engine.stats()

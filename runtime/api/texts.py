@@ -7,14 +7,13 @@ of messages its model understands, and what its answer means is decided behind `
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..chat.parser import Delta, Message
-from ..chat.templates import Prompt, Templates
+from ..chat.templates import Prompt
 from ..engine.request import GBNF, Schema
 from .refusal import Refusal
 
@@ -83,8 +82,6 @@ class EngineTexts:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._vocabulary = engine.vocabulary
-        self._lock = threading.Lock()
-        self._templates: Templates | None = None
         self.n_ctx = engine.n_ctx
         self.n_vocab = engine.vocabulary.n_tokens
 
@@ -107,17 +104,9 @@ class EngineTexts:
         """Bytes of the longest token."""
         return max(len(self.piece(token)) for token in range(self.n_vocab))
 
-    @property
-    def templates(self) -> Templates:
-        """RequestError for a model that has no template."""
-        with self._lock:
-            if self._templates is None:
-                self._templates = Templates(self._vocabulary, self._engine.metadata)
-            return self._templates
-
     def conversation(self, asked: Conversation) -> Prompt:
         self._check_size("messages", list(_strings(asked.messages)))
-        return self.templates.apply(
+        return self._engine.templates.apply(
             asked.messages,
             tools=asked.tools,
             tool_choice=asked.tool_choice,
@@ -132,19 +121,13 @@ class EngineTexts:
         )
 
     def reader(self, prompt: Prompt) -> Reader:
-        return self.templates.parser(prompt)
+        return self._engine.templates.parser(prompt)
 
     def piece(self, token: int, special: bool = True) -> bytes:
         return self._vocabulary.piece(token, special)
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._engine.detokenize(tokens, special=True)
-
-    def close(self) -> None:
-        """End the processes of the templates."""
-        with self._lock:
-            if self._templates is not None:
-                self._templates.close()
 
 
 def _strings(value: object) -> Iterator[str]:

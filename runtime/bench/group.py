@@ -220,6 +220,7 @@ def _open(spec: Spec, clock: Clock) -> Engine:
 
     n, answer = spec.sequences, _answer(spec)
     how: dict[str, Any] = {"n_ctx": spec.prompt_tokens + answer, "n_threads": spec.n_threads}
+    how["chat"] = False
     if spec.way in PLANNED:
         workload = Workload(spec.prompt_tokens, answer, n)
         how |= {"goal": "throughput", "workload": workload}

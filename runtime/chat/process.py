@@ -103,7 +103,7 @@ class _Running:
     """A child that was started."""
 
     def __init__(self) -> None:
-        library, folder = _libraries()
+        library, folder = libraries()
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._popen = subprocess.Popen(
@@ -181,7 +181,7 @@ def _missing(why: str) -> str:
 
 
 @functools.cache
-def _libraries() -> tuple[Path, Path]:
+def libraries() -> tuple[Path, Path]:
     """Ours, and the folder of llama.cpp's. ChatMissing where there is none."""
     from ..plugin.library import built_file
 

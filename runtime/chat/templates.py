@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import RequestError
+from ..formats.keys import Keys
 from ..grammar.asked import GBNF, Schema
 from ..grammar.grammar import MAX_COUNT, MAX_LEAST, check_schema
 from ..text import shown
@@ -22,12 +23,18 @@ from .parser import Parser
 from .process import Process, ProcessEnded
 
 KEY = "tokenizer.chat_template"
+TOOL_KEY = f"{KEY}.tool_use"
 _SPECIAL = re.compile(r"[.^$|()*+?\[\]{}\\]")  # in a regular expression
 
 
 # Of the two processes that a model's templates are run in: 27 MB each were measured, libraries
-# included, and each more for a while with a long conversation.
+# included, and 36 in one that had written a conversation of a million characters.
 CHILDREN_BYTES = 2 * (32 << 20)
+
+
+def room(keys: Keys) -> int:
+    """Bytes that conversations of a model take beside this process, by its file's metadata."""
+    return CHILDREN_BYTES if any(keys.value(key) for key in (KEY, TOOL_KEY)) else 0
 
 
 class Thinking(NamedTuple):
@@ -280,7 +287,7 @@ class Templates:
 
 def _templates(metadata: Mapping[str, str]) -> dict[str, str]:
     """A model's own: one for all, and one it may have for tools."""
-    default, tool_use = metadata.get(KEY), metadata.get(f"{KEY}.tool_use")
+    default, tool_use = metadata.get(KEY), metadata.get(TOOL_KEY)
     found = {"default": default or tool_use, "tool_use": tool_use}
     return {name: text for name, text in found.items() if text}
 

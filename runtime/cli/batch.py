@@ -96,7 +96,7 @@ def _open_and_run(
     from ..engine.planner import SCORE_ROWS
     from ..engine.planning import lines
 
-    engine = open_engine(score_rows=SCORE_ROWS)
+    engine = open_engine(score_rows=SCORE_ROWS, chat=True)
     try:
         for line in lines(engine.plan) if engine.plan else ():
             note(line)

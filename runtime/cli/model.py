@@ -55,11 +55,12 @@ def open_llama(model: str | Path, *, recorder: Any = None, **options: Any) -> Ll
 
 
 def open_engine(model: str | Path, *, recorder: Any = None, **options: Any) -> Engine:
-    """Open MODEL with the shared options, for one sequence at a time whose state is not kept unless
-    they say otherwise, and say what is in force. ``watch`` hears of the progress too."""
+    """Open MODEL with the shared options, for one sequence at a time, whose state is not kept, and
+    no conversations unless they say otherwise, and say what is in force. ``watch`` hears of the
+    progress too."""
     from ..engine.engine import Engine
 
-    single = {"parallel": 1, "score_rows": 1, "kept": 0}
+    single = {"parallel": 1, "score_rows": 1, "kept": 0, "chat": False}
     return _opened(Engine, model, recorder=recorder, **{**single, **options})
 
 

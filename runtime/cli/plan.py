@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_options
 @parallel_options("latency")
+@click.option("--chat", is_flag=True, help="with room for conversations, as run --chat and serve")
 @click.option("--measure", is_flag=True, help="first measure MODEL on this machine, which opens it")
 @click.option("--json", "as_json", is_flag=True)
 def plan(
@@ -59,14 +61,18 @@ def plan(
 
 
 def plan_document(
-    path: Path, n_ctx: int | None = None, n_threads: int | None = None, **options: Any
+    path: Path,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    chat: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """The document of ``plan``; ``options`` are those of ``Options``. UserError for an unusable
     file."""
     from .. import opening
 
     found = opening.find(path, Options(**options))
-    measured = _measure(found, n_ctx, n_threads)
+    measured = _measure(found, n_ctx, n_threads, _beside(found, chat))
     needs, slot_bytes = measured.needs, found.slots.slot_bytes
     document: dict[str, Any] = {
         "path": str(path),
@@ -117,6 +123,7 @@ def schedule_document(
     progress: Report,
     n_ctx: int | None = None,
     n_threads: int | None = None,
+    chat: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """``schedule``: how sequences would share the model; None where it was never measured, or
@@ -125,6 +132,7 @@ def schedule_document(
     from ..engine import planning
 
     found = opening.find(path, Options(**options))
+    found = replace(found, total=found.total - _beside(found, chat))
     if not measure and planning.known(found, n_threads) is None:
         reason = "not measured on this machine yet: --measure takes about ten seconds"
         return {"schedule": None, "schedule_reason": reason}
@@ -151,7 +159,13 @@ def on_device(pools: DeviceBudget) -> dict[str, Any]:
     }
 
 
-def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured:
+def _beside(found: Found, chat: bool) -> int:
+    from ..chat.templates import room
+
+    return room(found.layout.keys) if chat else 0
+
+
+def _measure(found: Found, n_ctx: int | None, n_threads: int | None, beside: int) -> Measured:
     """What ``run`` would find with the same options; no weight is read, nothing stays open."""
     # What ``run`` has imported by then is part of the process, and measured with it.
     from .. import opening, timeline  # noqa: F401
@@ -165,7 +179,8 @@ def _measure(found: Found, n_ctx: int | None, n_threads: int | None) -> Measured
     params = ModelParams(overrides)
     shape = context_shape(n_ctx_of(found.layout, n_ctx), n_threads=n_threads)
     with contextlib.closing(found.bind()) as binding:
-        return opening.measure(found, binding, params.params, shape.params())
+        measured = opening.measure(found, binding, params.params, shape.params())
+    return replace(measured, needs=measured.needs._replace(beside=beside))
 
 
 def predict(found: Found, resident_share: float) -> dict[str, Any]:

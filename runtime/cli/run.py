@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,8 +18,11 @@ from .options import Number, model_options, prompt_options, state_options
 from .terminal import argument_text, note, prompt_text, report_error
 
 if TYPE_CHECKING:
+    from ..chat.templates import Prompt
     from ..engine.engine import Engine
     from ..engine.request import Sampling
+
+Tell = Callable[[str, str], None]  # more of the thoughts, more of the content
 
 
 @click.command()
@@ -71,6 +74,7 @@ def run(
     The prompt comes from -p, -f or a pipe; --chat without one starts a conversation.
     """
     from .. import timeline
+    from ..chat.process import libraries
     from ..engine.request import Sampling
 
     names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
@@ -84,8 +88,11 @@ def run(
         raise UserError("--json is for one answer: give a prompt with -p, -f or a pipe")
     if timeline_file is not None:
         check_writable(Path(timeline_file))
+    if chat:
+        libraries()  # before anything is loaded
     # Of one answer nothing is gone back to; in a conversation a state that cannot be cut is.
-    engine = open_engine(model, kept="auto" if text is None else 0, **options)
+    kept = "auto" if text is None else 0
+    engine = open_engine(model, kept=kept, chat=chat, **options)
     try:
         if timeline_file is not None:
             timeline.record(engine.arena)
@@ -111,25 +118,24 @@ def _complete(
 ) -> None:
     from ..stats import stats_line
 
-    prompt = engine.encode(_messages(system, text) if chat else text)
-    pieces, interrupted = [], False
+    prompt = engine.templates.apply(_messages(system, text)) if chat else engine.encode(text)
+    answer = _Answer(engine, prompt)
+    interrupted = False
     try:
-        for token in _answer(engine, prompt, n_predict, sampling):
-            pieces.append(token)
-            if not as_json:
-                click.echo(token.text, nl=False)
+        answer.compute(n_predict, sampling, _quiet if as_json else _tell)
     except KeyboardInterrupt:
         interrupted = True
     except Exception:  # whatever it is: it goes on, only its sentence gets a line of its own
-        if pieces and not as_json:
+        if answer.tokens and not as_json:
             click.echo()
         raise
     stats = engine.stats()
     if as_json:
         document = {
-            "text": "".join(piece.text for piece in pieces),
-            "tokens": [piece.token for piece in pieces if piece.token is not None],
-            "prompt_tokens": len(prompt),
+            "text": answer.content,
+            "reasoning": answer.reasoning,
+            "tokens": answer.tokens,
+            "prompt_tokens": answer.n_prompt,
             "stats": stats,
         }
         click.echo(json.dumps(document))
@@ -146,7 +152,7 @@ def _converse(engine: Engine, system: str | None, n_predict: int, sampling: Samp
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and history
-    _ = engine.template  # a model without one is told of before anything is typed
+    _ = engine.templates.caps  # a model without one is told of before anything is typed
     messages = _messages(system)
     note("Type a message; Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     while True:
@@ -158,11 +164,10 @@ def _converse(engine: Engine, system: str | None, n_predict: int, sampling: Samp
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        answer: list[str] = []
+        answer = None
         try:
-            for piece in _answer(engine, engine.encode(messages), n_predict, sampling):
-                answer.append(piece.text)
-                click.echo(piece.text, nl=False)
+            answer = _Answer(engine, engine.templates.apply(messages))
+            answer.compute(n_predict, sampling, _tell)
         except KeyboardInterrupt:
             note(" [stopped]")
         except ExpertReadError as error:  # the model stays usable
@@ -172,7 +177,10 @@ def _converse(engine: Engine, system: str | None, n_predict: int, sampling: Samp
             report_error(error)
             break
         click.echo()
-        messages.append({"role": "assistant", "content": "".join(answer)})
+        if answer is None:
+            messages.pop()
+        else:
+            messages.append(answer.said())
     note(stats_line(engine.stats()))
 
 
@@ -181,23 +189,58 @@ def _messages(system: str | None, *texts: str) -> list[dict[str, str]]:
     return first + [{"role": "user", "content": text} for text in texts]
 
 
-class _Piece(NamedTuple):
-    text: str
-    token: int | None = None  # the last text belongs to none
+class _Answer:
+    """What the model says to a prompt: the tokens of a text, or a conversation as its template
+    writes it, whose answer has thoughts apart from its content."""
+
+    def __init__(self, engine: Engine, prompt: list[int] | Prompt) -> None:
+        self._engine, self._prompt = engine, prompt
+        self._reader = None if isinstance(prompt, list) else engine.templates.parser(prompt)
+        self.n_prompt = len(prompt if isinstance(prompt, list) else prompt.tokens)
+        self.tokens: list[int] = []
+        self.content = self.reasoning = ""
+
+    def compute(self, n_predict: int, sampling: Sampling, tell: Tell) -> None:
+        """Until it ends, and ``tell`` what comes; left early, it is cancelled."""
+        from ..engine.request import Finished, Token
+
+        if n_predict == 0:
+            return
+        most = None if n_predict < 0 else n_predict
+        try:
+            with self._engine.submit(self._prompt, max_tokens=most, sampling=sampling) as events:
+                for event in events:
+                    if isinstance(event, Token):
+                        self.tokens.append(event.token)
+                        self._read(event.text, tell)
+                    elif isinstance(event, Finished):
+                        self._read(event.text, tell, event.reason)
+        except BaseException:  # what its reader holds back was said too
+            self._read("", _quiet, "cancelled")
+            raise
+
+    def _read(self, text: str, tell: Tell, end: str | None = None) -> None:
+        reasoning = ""
+        if self._reader is not None:
+            new = self._reader.finish(text, end != "stop") if end else self._reader.push(text)
+            reasoning, text = new.reasoning, new.content
+        self.reasoning += reasoning
+        if text and self.reasoning and not self.content:
+            reasoning += "\n\n"
+        self.content += text
+        tell(reasoning, text)
+
+    def said(self) -> dict[str, str]:
+        """As a message of the conversation."""
+        thoughts = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        return {"role": "assistant", "content": self.content, **thoughts}
 
 
-def _answer(
-    engine: Engine, prompt: list[int], n_predict: int, sampling: Sampling
-) -> Iterator[_Piece]:
-    """What the model says, as it comes; left early, it is cancelled."""
-    from ..engine.request import Finished, Token
+def _tell(reasoning: str, content: str) -> None:
+    """Thoughts are no part of the text that a pipe gets."""
+    click.secho(reasoning, nl=False, err=True, dim=True)
+    click.echo(content, nl=False)
 
-    if n_predict == 0:
-        return
-    most = None if n_predict < 0 else n_predict
-    with engine.submit(prompt, max_tokens=most, sampling=sampling) as events:
-        for event in events:
-            if isinstance(event, Token):
-                yield _Piece(event.text, event.token)
-            elif isinstance(event, Finished) and event.text:
-                yield _Piece(event.text)
+
+def _quiet(reasoning: str, content: str) -> None:
+    pass

@@ -148,7 +148,6 @@ def _open(
     options: dict[str, Any],
 ) -> Served:
     from ..api.texts import EngineTexts
-    from ..chat.templates import CHILDREN_BYTES
     from ..engine.planner import SCORE_ROWS
     from ..errors import RequestError
     from ..server.facts import facts_of
@@ -162,14 +161,13 @@ def _open(
         watch=watch,
         score_rows=SCORE_ROWS,
         kept="auto",
-        beside=CHILDREN_BYTES,
+        chat=True,
         **options,
     )
     engines.append(engine)
     texts = EngineTexts(engine)
-    service.at_end.append(texts.close)
     try:
-        caps = texts.templates.caps
+        caps = engine.templates.caps
     except RequestError as error:  # plain completions work
         warn(str(error))
         caps = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -20,13 +21,14 @@ import llama_cpp._logger
 from ...policies.presets import PolicyMaker
 from .. import opening
 from ..arena import Arena, RouterReader
+from ..chat.templates import Prompt as Written
+from ..chat.templates import Templates, room
 from ..controller import Recorder
 from ..errors import RequestError, UserError, option
 from ..opening import Found
 from ..options import Options
 from ..params import n_ctx_of
 from ..progress import Report
-from ..prompts import Template, encode
 from ..routers import read_routers
 from ..sizes import parse_size
 from ..stats import Step
@@ -45,7 +47,7 @@ from .schedule import Schedule
 from .store import Store
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | Written
 
 # Of one that is told nothing: they take turns in the memory of one, since a small group decodes
 # slower than its sequences one after the other.
@@ -74,8 +76,9 @@ class Engine:
     What has been computed is not computed again for the same ``owner``. A finished sequence stays
     in memory while its cells are not needed, then as a copy in ``kept`` bytes of the budget (a
     size; "auto": a fiftieth of it), then, if there is a ``cache_dir``, on disk, in files of
-    ``cache_size`` in all, from where later engines of the same model go on. ``beside`` bytes of the
-    budget are left for processes that the caller runs.
+    ``cache_size`` in all, from where later engines of the same model go on. ``chat`` leaves room in
+    the budget for the processes that a model's chat template is run in, where it has one; without
+    it no conversations are taken.
 
     ``make_policy``, ``routers``, ``recorder`` and ``progress`` are as in ``moe_gguf.Llama``;
     ``observer`` hears of each step and of all else that changes the context's memory.
@@ -103,7 +106,7 @@ class Engine:
         kept: str | int = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
         cache_size: str | int = "4GiB",
-        beside: int = 0,
+        chat: bool = True,
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -113,6 +116,7 @@ class Engine:
         llama_cpp._logger.set_verbose(verbose)
         found = opening.find(Path(model), chosen)
         self.n_ctx = n_ctx_of(found.layout, n_ctx)
+        beside = room(found.layout.keys) if chat else 0
         self.plan: Plan | None = None
         if goal is not None and parallel != 1 and schedule is None:
             self.plan = planned(
@@ -157,7 +161,9 @@ class Engine:
             beside_bytes=beside,
         )
         self.vocabulary = self._model.vocabulary
-        self._template: Template | None = None
+        self._chat = chat
+        self._templates: Templates | None = None
+        self._lock = threading.Lock()
         self._loop = Loop(
             self._model,
             schedule,
@@ -176,9 +182,11 @@ class Engine:
     def submit(self, prompt: Prompt, **settings: Any) -> Generation:
         """Have this computed; its events come as they happen.
 
-        ``prompt`` is text, tokens, or the messages of a conversation. ``settings`` are the fields
-        of ``Request`` and of ``Sampling`` by name; ``stop`` may be one text. RequestError for what
-        cannot be computed as it is asked.
+        ``prompt`` is text, tokens, the messages of a conversation, or what ``templates`` made of
+        one. ``settings`` are the fields of ``Request`` and of ``Sampling`` by name; ``stop`` may be
+        one text. A conversation's answer also ends where its template says, and what a parser of
+        ``templates`` tells its parts by appears in the text. RequestError for what cannot be
+        computed as it is asked.
         """
         with self._loop.using():
             request = self._request(prompt, settings)
@@ -190,13 +198,18 @@ class Engine:
     def _request(self, prompt: Prompt, settings: dict[str, Any]) -> Request:
         if unknown := set(settings) - _SAMPLING - _REQUEST - {"sampling"}:
             raise TypeError(f"a request has no setting {', '.join(sorted(unknown))}")
-        tokens = self.encode(prompt)
+        written = self._written(prompt)
+        tokens = self.encode(prompt) if written is None else list(written.tokens)
         asked = {name: settings.pop(name) for name in _SAMPLING & set(settings)}
         sampling = settings.pop("sampling", None)
         if sampling is not None and asked:
             raise TypeError("sampling and its fields exclude each other")
         if isinstance(settings.get("stop"), str):
             settings["stop"] = (settings["stop"],)
+        if written is not None:
+            settings["stop"] = (*settings.get("stop", ()), *written.stops)
+            settings["shown"] = written.preserved | settings.get("shown", frozenset())
+            settings.setdefault("constraint", written.constraint)
         request = Request(tokens=tokens, sampling=sampling or Sampling(**asked), **settings)
         self._check(request)
         return request
@@ -220,15 +233,23 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens that ``submit`` takes a prompt for: of text and conversations with the model's
-        own start token, if it has one."""
+        own start token, if it has one. Control tokens may be written in a text."""
+        if isinstance(prompt, str):
+            return self.tokenize(prompt)
+        if (written := self._written(prompt)) is not None:
+            return list(written.tokens)
         with self._loop.using():
-            if isinstance(prompt, str):
-                return encode(self.vocabulary, well_formed(prompt))
-            if len(prompt) and isinstance(prompt[0], Mapping):
-                return self.template.encode(prompt)  # type: ignore[arg-type]
-            tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
+            tokens = [int(token) for token in prompt]  # type: ignore[union-attr, arg-type]
             self.vocabulary.check(tokens)
             return tokens
+
+    def _written(self, prompt: Prompt) -> Written | None:
+        """A conversation as its template writes it; None of any other prompt."""
+        if isinstance(prompt, Written):
+            return prompt
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+            return self.templates.apply(prompt)
+        return None
 
     def tokenize(self, text: str, *, add_bos: bool = True, special: bool = True) -> list[int]:
         """Tokens of a text; ``special``: control tokens may be written in it."""
@@ -241,12 +262,17 @@ class Engine:
             return self.vocabulary.text(tokens, special).decode("utf-8", "replace")
 
     @property
-    def template(self) -> Template:
-        """How the model writes conversations; UserError for a model that has no template."""
-        with self._loop.using() as model:
-            if self._template is None:
-                self._template = Template(self.vocabulary, model.metadata)
-            return self._template
+    def templates(self) -> Templates:
+        """How the model writes conversations and its answers are read. RequestError where it has no
+        template, or the budget no room for it."""
+        with self._loop.using() as model, self._lock:
+            if self._templates is None:
+                if not self._chat:
+                    raise RequestError(
+                        f"this engine has no room for conversations: open it with {option('chat')}"
+                    )
+                self._templates = Templates(self.vocabulary, model.metadata)
+            return self._templates
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -317,6 +343,9 @@ class Engine:
     def close(self) -> None:
         """End all requests with EngineClosed and free the model. Again: nothing."""
         self._finalizer()
+        with self._lock:
+            if self._templates is not None:
+                self._templates.close()
 
     def __enter__(self) -> Engine:
         return self
