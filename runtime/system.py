@@ -45,6 +45,26 @@ def return_what_is_freed() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
+class Stolen:
+    """What others had of the processors since this was made.
+
+    On a virtual machine the host's work for the disk counts too: it may take from the processors
+    that compute. Where the system does not say, it is nothing.
+    """
+
+    def __init__(self) -> None:
+        self._before = psutil.cpu_times()
+
+    @property
+    def share(self) -> float:
+        """Of the time of all processors."""
+        now = psutil.cpu_times()
+        grown = {name: getattr(now, name) - getattr(self._before, name) for name in now._fields}
+        for part in ("guest", "guest_nice"):  # counted in user and nice already
+            grown.pop(part, None)
+        return float(grown.get("steal", 0.0) / max(1e-9, sum(grown.values())))
+
+
 # --- control groups -----------------------------------------------------------------------------
 
 

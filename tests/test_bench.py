@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny import write_tiny
 
+from moe_gguf.runtime import system
 from moe_gguf.runtime.bench import cgroup, plot, process, report, results
 from moe_gguf.runtime.bench import rounds as benches
 from moe_gguf.runtime.bench.cgroup import Limits
@@ -325,6 +327,17 @@ def test_a_row_of_ours_that_ends_badly_is_an_error() -> None:
     }
     errors = results.errors_of([results.point_of(runs, CAP)])
     assert errors == ["lru: killed (out of memory)"]
+
+
+def test_what_others_had_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = psutil.cpu_times()
+    fields = times._fields
+    monkeypatch.setattr(psutil, "cpu_times", lambda: times)
+    stolen = system.Stolen()
+    assert stolen.share == 0
+    grown = {"user": 3.0, "idle": 4.0, "guest": 2.0, "steal": 1.0}
+    times = times._replace(**{k: getattr(times, k) + v for k, v in grown.items() if k in fields})
+    assert stolen.share == pytest.approx(1 / 8 if "steal" in fields else 0)
 
 
 def test_medians_and_ratios() -> None:

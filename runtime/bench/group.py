@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...policies.base import Phase
 from ..errors import UserError
+from ..system import Stolen
 from . import opponent
 from .prose import passages
 from .spec import PLANNED, Spec
@@ -197,11 +198,11 @@ def _ours(spec: Spec) -> dict[str, Any]:
             keys = [e.layer * n_experts + i for e in layers for i in range(n_experts)]
             engine.arena.fill(keys)  # nothing is computed now
         clock.start(engine.arena)
-        begin = time.perf_counter()
+        begin, stolen = time.perf_counter(), Stolen()
         told = asyncio.run(_job(engine, asked.prompts, _answer(spec), spec))
         stats = engine.stats()
         return {
-            **_result(spec, clock, told, begin),
+            **_result(spec, clock, told, begin, stolen),
             **_counters(clock, len(engine.found.layout.layers)),
             "startup_s": startup_s,
             "threads": spec.n_threads or _physical_cores(),
@@ -286,8 +287,10 @@ def _counters(clock: Clock, n_layers: int) -> dict[str, Any]:
     }
 
 
-def _result(spec: Spec, clock: Clock, told: Sequence[Told], begin: float) -> dict[str, Any]:
-    """What can be said of any engine; rates are of all sequences together."""
+def _result(
+    spec: Spec, clock: Clock, told: Sequence[Told], begin: float, stolen: Stolen
+) -> dict[str, Any]:
+    """What can be said of any engine once its job is done; rates are of all sequences together."""
     from ..system import rss_peak
 
     ends = [each.times[-1] if each.times else each.scored for each in told]
@@ -304,6 +307,7 @@ def _result(spec: Spec, clock: Clock, told: Sequence[Told], begin: float) -> dic
         "prefill_s": prompts.seconds,
         "prefill_tps": n_prompt / prompts.seconds,
         "steps": {"prompts": asdict(prompts), "answers": asdict(answers)},
+        "stolen_share": stolen.share,
         "rss_peak_bytes": rss_peak(),
     }
     if spec.way == "score":
@@ -348,7 +352,7 @@ def _server(spec: Spec) -> dict[str, Any]:
     with opponent.served(spec, _cells(spec), n_threads) as server:
         startup_s = time.perf_counter() - start
         opponent.ask(server.port, asked.warm_up, min(_WARM_ANSWER, spec.n_predict), ends)
-        begin = time.perf_counter()
+        begin, stolen = time.perf_counter(), Stolen()
         times = opponent.ask(server.port, asked.prompts, spec.n_predict, ends)
         told = [Told([0] * len(each), each) for each in times]
         begun = max(each[0] for each in times)
@@ -357,8 +361,9 @@ def _server(spec: Spec) -> dict[str, Any]:
             prompts=Sums(seconds=begun - begin),
             answers=Sums(rows=later, seconds=max(each[-1] for each in times) - begun),
         )
+        result = _result(spec, clock, told, begin, stolen)
         return {
-            **{k: v for k, v in _result(spec, clock, told, begin).items() if k != "answers"},
+            **{k: v for k, v in result.items() if k != "answers"},
             "rss_peak_bytes": server.peak_bytes,
             "startup_s": startup_s,
             "threads": n_threads,
@@ -379,10 +384,10 @@ def _stock(spec: Spec) -> dict[str, Any]:
         loop = _score if spec.way == "score" else _generate
         loop(context, asked.warm_up, min(_WARM_ANSWER, answer))
         clock.start(None)
-        begin = time.perf_counter()
+        begin, stolen = time.perf_counter(), Stolen()
         told = loop(context, asked.prompts, answer)
         return {
-            **_result(spec, clock, told, begin),
+            **_result(spec, clock, told, begin, stolen),
             "startup_s": startup_s,
             "threads": spec.n_threads or _physical_cores(),
             "kernels": "repacked" if spec.repack else "plain",

@@ -81,6 +81,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("read/token", _median("bytes_per_token", format_size)),
     ("disk busy", _median("disk_share", "{:.0%}".format)),
     ("stalled", _median("stall_share", "{:.1%}".format)),
+    ("stolen", _median("stolen_share", "{:.0%}".format)),
     ("controller", _median("controller_share", "{:.1%}".format)),
     ("peak RSS", _median("rss_peak_bytes", format_size)),
     ("log p", _median("logprob_mean", "{:.4f}".format)),

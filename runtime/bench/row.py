@@ -189,12 +189,13 @@ def _decode(llama: llama_cpp.Llama, tokens: list[int], n: int) -> dict[str, Any]
     A quarter of them is warm-up, and never more than half of the time; then our counters begin.
     """
     from ..llama import Llama
+    from ..system import Stolen
 
     start = time.perf_counter()
     warm_up = _append(llama, tokens, n // 4, start + DECODE_LIMIT_S / 2)
     if isinstance(llama, Llama):
         llama.reset_stats()
-    begin = time.perf_counter()
+    begin, stolen = time.perf_counter(), Stolen()
     counted = _append(llama, tokens, n - n // 4, start + DECODE_LIMIT_S)
     decode_s = time.perf_counter() - begin
     return {
@@ -202,6 +203,7 @@ def _decode(llama: llama_cpp.Llama, tokens: list[int], n: int) -> dict[str, Any]
         "decode_tokens": counted,
         "decode_s": decode_s,
         "decode_tps": counted / decode_s,
+        "stolen_share": stolen.share,
     }
 
 
