@@ -7,6 +7,8 @@
 3. One owner's states are never another's, wherever they are.
 4. Files are bounded, whole or absent, and used only if they are what was written, for this model.
 5. The ledger counts cells as a naive count does; the shelf keeps its limit.
+6. While the disk is slow others are computed; who waits for it are those whose start lies there,
+   and whoever needs the room of what is not written yet.
 
 That any requests keep the gate, test_engine_identity.py shows.
 """
@@ -18,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +36,12 @@ from tape import Tape, check
 
 from moe_gguf import Engine, UserError
 from moe_gguf.policies.base import Phase
+from moe_gguf.runtime.engine import store
 from moe_gguf.runtime.engine.copies import Shelf
 from moe_gguf.runtime.engine.ledger import Ledger
 from moe_gguf.runtime.engine.memory import Memory
 from moe_gguf.runtime.engine.model import context_shape
-from moe_gguf.runtime.engine.request import Finished
+from moe_gguf.runtime.engine.request import Cancelled, Finished
 from moe_gguf.runtime.engine.schedule import Schedule
 from moe_gguf.runtime.engine.states import Kind, common
 from moe_gguf.runtime.engine.store import Store, written
@@ -243,7 +247,7 @@ def test_2_kinds_are_what_llama_cpp_then_does(kind: str, models: Models) -> None
 def put(store: Store, owner: str, first: int, state: bytes) -> None:
     """A state of 40 tokens."""
     tokens = list(range(first, first + 40))
-    store.write(owner, tokens, len(state), written(tokens, bytes(8) + state))
+    store.write(owner, tokens, len(state), written(tokens, bytes(8) + state), False).result()
 
 
 def get(store: Store, owner: str) -> bytes:
@@ -357,7 +361,7 @@ def test_4_the_folder_is_bounded_and_the_oldest_go(tmp_path: Path, notes: list[s
         ):
             os.utime(file, (age, age))
         assert sum(f.stat().st_size for f in tmp_path.rglob("*.state")) <= 10_000
-    assert [entry.tokens[0] for entry in store.entries("a")] == [2, 3, 4]
+    assert sorted(entry.tokens[0] for entry in store.entries("a")) == [2, 3, 4]
     put(store, "a", 9, bytes(10_000))
     assert len(store.entries("a")) == 3, "what is too large for all of it drives nobody out"
     assert not notes
@@ -485,3 +489,88 @@ def test_5_the_shelf_keeps_its_limit_and_the_latest() -> None:
     assert [copy.tokens for copy in shelf.of("a")] == [[8], [5], [7]]
     shelf.add("a", [9], 101, lambda: bytearray(101), False)
     assert len(list(shelf.of("a"))) == 3, "what is larger than the shelf drives nobody out"
+
+
+# --- 6: a slow disk -----------------------------------------------------------------------------
+
+
+class SlowDisk:
+    """Checksums wait until it is ``ready``."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.ready, self.asked, self.by = threading.Event(), threading.Event(), set[str]()
+        checksum = store._checksum
+
+        def slow(*arguments: Any) -> bytes:
+            self.by.add(threading.current_thread().name)
+            self.asked.set()
+            assert self.ready.wait(60)
+            return checksum(*arguments)
+
+        patch.setattr(store, "_checksum", slow)
+
+
+def test_6_others_are_computed_while_a_state_is_read(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stock = models("plain")
+    tape = Tape()
+    with engine_of(path, tape, cache_dir=tmp_path) as engine:
+        past = answered(engine, random_tokens(60))
+    tape.cleared()
+    disk = SlowDisk(monkeypatch)
+    with engine_of(path, tape, cache_dir=tmp_path) as engine:
+        follow, given_up = (ask_for(engine, past + random_tokens(20, seed=i)) for i in (2, 3))
+        assert disk.asked.wait(60)
+        assert ask(engine, random_tokens(40, seed=4), n=20).completion_tokens == 20
+        given_up.cancel()
+        assert ask(engine, random_tokens(40, seed=5), n=20).completion_tokens == 20
+        disk.ready.set()
+        assert list(follow)[-1].cached_tokens == len(past) - 1
+        with pytest.raises(Cancelled):
+            list(given_up)
+        engine._loop.states.check_integrity()
+    assert all(name.startswith("moe-gguf states") for name in disk.by)
+    check(tape, stock.model, params_of())
+
+
+def test_6_others_are_computed_while_a_state_is_written(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stock = models("plain")
+    tape, disk = Tape(), SlowDisk(monkeypatch)
+    with engine_of(path, tape, parallel=1, kept=0, cache_dir=tmp_path) as engine:
+        past = answered(engine, random_tokens(60))
+        assert ask(engine, random_tokens(40, seed=4), n=20).completion_tokens == 20
+        assert disk.asked.wait(60)
+        follow = ask_for(engine, past + random_tokens(20, seed=2))
+        assert ask(engine, random_tokens(40, seed=5), n=20).completion_tokens == 20
+        disk.ready.set()
+        assert list(follow)[-1].cached_tokens == len(past) - 1
+    assert not list(tmp_path.rglob("*.partial"))
+    assert len(list(tmp_path.rglob("*.state"))) >= 3
+    check(tape, stock.model, params_of(1))
+
+
+def test_6_the_older_half_of_the_shelf_is_written_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, folder = SlowDisk(monkeypatch), Store(tmp_path, b"model", 1 << 20, print)
+    shelf = Shelf(1000, folder)
+    for i in range(3):
+        shelf.add("a", [i], 250, lambda: bytearray(250), False)
+    first, second, _ = reversed(list(shelf.of("a")))
+    assert first.written is not None
+    assert not first.written.done()
+    assert second.written is None
+    assert shelf.n_bytes == 750, "it stays until it is written"
+    shelf.add("a", [3], 250, lambda: bytearray(250), False)
+    assert second.written is not None
+    shelf.remove(second)
+    assert second.written.cancelled(), "nobody needs it there"
+    threading.Timer(0.05, disk.ready.set).start()
+    assert shelf.reserve(500)
+    assert [copy.tokens for copy in shelf.of("a")] == [[3], [2]]
+    shelf.clear()
+    folder.close()
+    assert sorted(entry.tokens[0] for entry in folder.entries("a")) == [0, 2, 3]

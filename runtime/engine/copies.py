@@ -6,12 +6,14 @@ Knows whose a copy is and of which tokens; what the bytes mean only llama.cpp kn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from .store import Store, written
 
 
-class Copy(NamedTuple):
+@dataclass(eq=False)
+class Copy:
     """The state after these tokens. ``partial``: only what cannot be rolled back, a checkpoint; it
     is worth something beside the state of a sequence that begins with the same tokens."""
 
@@ -19,11 +21,17 @@ class Copy(NamedTuple):
     tokens: list[int]
     data: bytes | bytearray
     partial: bool = False
+    written: Future[None] | None = None  # to the store, or on its way there
 
 
 class Shelf:
     """At most ``limit`` bytes of copies; those unused for the longest go first, to the store if
-    there is one."""
+    there is one.
+
+    A copy stays here until it is written, so what waits for the disk is in the limit too. When more
+    than half of the limit is not written yet, the oldest are, ahead of need: whoever needs room
+    then waits for the disk only if states come faster than it takes them.
+    """
 
     def __init__(self, limit: int, store: Store | None = None) -> None:
         self.limit = limit
@@ -32,7 +40,7 @@ class Shelf:
         self._copies: list[Copy] = []  # the least recently used first
 
     def __contains__(self, copy: Copy) -> bool:
-        return any(other is copy for other in self._copies)
+        return copy in self._copies
 
     def of(self, owner: str) -> Iterator[Copy]:
         """The copies of one owner, the latest first."""
@@ -41,7 +49,8 @@ class Shelf:
     def touch(self, copy: Copy) -> None:
         """It was used."""
         if copy in self:
-            self._copies = [other for other in self._copies if other is not copy] + [copy]
+            self._copies.remove(copy)
+            self._copies.append(copy)
 
     def add(
         self, owner: str, tokens: list[int], size: int, save: Callable[[], bytearray], partial: bool
@@ -55,6 +64,7 @@ class Shelf:
             return False
         self._copies.append(Copy(owner, tokens, save(), partial))
         self.n_bytes += size
+        self._write_ahead()
         return True
 
     def reserve(self, size: int) -> bool:
@@ -67,14 +77,32 @@ class Shelf:
 
     def remove(self, copy: Copy) -> None:
         if copy in self:
-            self._copies = [other for other in self._copies if other is not copy]
+            self._copies.remove(copy)
             self.n_bytes -= len(copy.data)
+            if copy.written is not None:
+                copy.written.cancel()  # unless it has begun
+
+    def _write_ahead(self) -> None:
+        if self._store is None:
+            return
+        waiting = [copy for copy in self._copies if not copy.partial and copy.written is None]
+        n_bytes = sum(len(copy.data) for copy in waiting)
+        for copy in waiting:
+            if 2 * n_bytes <= self.limit:
+                return
+            self._write(self._store, copy)
+            n_bytes -= len(copy.data)
 
     def _let_go(self, copy: Copy) -> None:
         if self._store is not None and not copy.partial:
-            save = written(copy.tokens, copy.data)
-            self._store.write(copy.owner, copy.tokens, len(copy.data), save)
+            self._write(self._store, copy).result()
         self.remove(copy)
+
+    def _write(self, store: Store, copy: Copy) -> Future[None]:
+        if copy.written is None:
+            save = written(copy.tokens, copy.data)
+            copy.written = store.write(copy.owner, copy.tokens, len(copy.data), save, here=False)
+        return copy.written
 
     def clear(self) -> None:
         """Let everything go."""

@@ -112,6 +112,7 @@ class Loop:
         self.scheduler = Scheduler(schedule, limits, self.states, self._drop)
         self._constraints = Constraints(model.vocabulary)
         self._alive: dict[Sequence, Part] = {}
+        self._preparing: set[Sequence] = set()  # of them, those that wait for the disk
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._end: BaseException | None = None  # why nothing is computed any more
@@ -252,8 +253,36 @@ class Loop:
         sequence.number = self.counts.submitted
         self.counts.submitted += 1
         self._alive[sequence] = sequence.part
-        self.scheduler.add(sequence)
         self._replan()
+        self._prepare(sequence)
+
+    def _prepare(self, sequence: Sequence) -> None:
+        """Have it scheduled as soon as what the disk has of its start can be used; others are
+        computed meanwhile."""
+        owner = sequence.request.owner
+        wanted = self.states.wanted(owner, sequence.tokens, sequence.first_output)
+        if wanted is None:
+            self._preparing.discard(sequence)
+            self.scheduler.add(sequence)
+            return
+
+        def done(future: Future[None]) -> None:
+            error = None if future.cancelled() else future.exception()
+            with self._wake:
+                if self._end is None:
+                    self._inbox.append(lambda: self._prepared(sequence, error))
+                    self._wake.notify_all()
+
+        self._preparing.add(sequence)
+        wanted.add_done_callback(done)
+
+    def _prepared(self, sequence: Sequence, error: BaseException | None) -> None:
+        if sequence not in self._preparing:  # it was cancelled
+            return
+        if error is None:
+            self._prepare(sequence)
+        else:
+            self._fail(sequence, error)
 
     def _replan(self) -> None:
         """As many sequences as there are now may be served best in another way."""
@@ -421,7 +450,10 @@ class Loop:
         sequence.part.generation.fail(error)
 
     def _leave(self, sequence: Sequence, keep: bool = False) -> None:
-        self.scheduler.remove(sequence, keep)
+        if sequence in self._preparing:
+            self._preparing.remove(sequence)
+        else:
+            self.scheduler.remove(sequence, keep)
         del self._alive[sequence]
         self._replan()
         sequence.part.sampler.close()

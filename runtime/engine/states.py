@@ -15,6 +15,7 @@ whole or nothing; what is wanted of it earlier is a checkpoint, taken on the way
 from __future__ import annotations
 
 from collections.abc import Collection
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,6 +93,24 @@ class States:
 
     # -- coming and going
 
+    def wanted(self, owner: str, tokens: list[int], most: int) -> Future[None] | None:
+        """What has to end before ``enter``, so that this does not wait for the disk; None: nothing
+        any more. It is to be asked again after that."""
+        store = self.store
+        if store is None or most < WORTH:
+            return None
+        if not store.is_listed(owner):
+            return store.reading(lambda: store.look_up(owner))
+        found, n = self._best_copy(owner, tokens, most)
+        here = self._best(owner, tokens, most)[1] + WORTH
+        for coming, done in store.coming(owner):
+            if common(coming, tokens, most) >= max(n + 1, here):
+                return done
+        if n < here or not isinstance(found, Entry) or found.checked is not None:
+            return None
+        entry = found
+        return store.reading(lambda: store.check(owner, entry))
+
     def enter(self, owner: str, tokens: list[int], most: int, free: Collection[int]) -> Place:
         """A number of ``free`` for a sequence that begins to run, with as many of its first
         ``most`` tokens as can be had."""
@@ -161,7 +180,7 @@ class States:
         assert self.store is not None
         owner, tokens = self.held[slot].owner, self.held[slot].tokens
         self.store.write(
-            owner, tokens, size, lambda path: self.memory.save_file(slot, path, tokens)
+            owner, tokens, size, lambda path: self.memory.save_file(slot, path, tokens), here=True
         )
 
     def shared(self, slots: Collection[int]) -> int:
@@ -180,6 +199,7 @@ class States:
         if self.store is not None:
             self.evict_all()
             self.shelf.clear()
+            self.store.close()
 
     # -- checkpoints
 

@@ -3,7 +3,9 @@
 A state belongs to one model, one llama.cpp and one way to compute (``identity``), and to one owner;
 both are hashed into its name, and its name into its checksum. A file appears whole or not at all.
 What is damaged or no file of ours is removed with a note; files of other identities lie in folders
-of their own and count towards the bound. Does not know what the bytes mean.
+of their own and count towards the bound. Hashing and waiting for the disk is left to two workers,
+one that reads and one that writes, since whoever owns the states has sequences to compute. Does not
+know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -36,19 +41,42 @@ _SUFFIX = ".state"
 Note = Callable[[str], None]
 
 
+class _Mark(NamedTuple):
+    """Of a file: another if it was changed."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> _Mark:
+        stat = os.fstat(file.fileno())
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
 @dataclass(eq=False)
 class Entry:
     """A state that lies in the folder."""
 
     path: Path
     tokens: list[int]
+    checked: _Mark | None = None  # the file, since it was found good, until it is used
+
+
+class _Writing(NamedTuple):
+    """A file on its way to its name."""
+
+    owner: str
+    tokens: list[int]
+    path: Path
+    size: int
 
 
 class Store:
     """The states of one ``identity`` below ``folder``, which holds ``limit`` bytes at most.
 
     ``note`` is told what went wrong; nothing here fails a request. UserError for a folder that
-    cannot be used.
+    cannot be used. One thread may use it beside its workers.
     """
 
     def __init__(self, folder: Path, identity: bytes, limit: int, note: Note) -> None:
@@ -57,7 +85,11 @@ class Store:
         self._folder = folder / hashlib.sha256(identity).hexdigest()[:32]
         self._limit = limit
         self._note = note
-        self._owners: dict[str, list[Entry]] = {}
+        self._owners: dict[str, list[Entry]] = {}  # lists are replaced, never changed
+        self._writing: dict[Future[None], _Writing] = {}
+        self._lock = threading.RLock()  # of both tables
+        self._reader = ThreadPoolExecutor(1, "moe-gguf states read")
+        self._writer = ThreadPoolExecutor(1, "moe-gguf states written")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(self._folder, os.R_OK | os.W_OK | os.X_OK):
@@ -68,53 +100,132 @@ class Store:
                 f"{option('cache_dir')}, or none"
             ) from None
 
-    def entries(self, owner: str) -> list[Entry]:
+    # -- what there is
+
+    def is_listed(self, owner: str) -> bool:
+        """Whether ``entries`` says it without looking at files."""
+        return owner in self._owners
+
+    def look_up(self, owner: str) -> None:
+        """Find out what ``entries`` says of an owner."""
+        with self._lock:
+            found = (self._entry(path) for path in self._folder.glob(self._name(owner, "*")))
+            self._owners[owner] = [entry for entry in found if entry is not None]
+
+    def entries(self, owner: str) -> Sequence[Entry]:
         """What there is of an owner."""
         if owner not in self._owners:
-            entries = (self._entry(path) for path in self._folder.glob(self._name(owner, "*")))
-            self._owners[owner] = [entry for entry in entries if entry is not None]
+            self.look_up(owner)
         return self._owners[owner]
+
+    def coming(self, owner: str) -> list[tuple[list[int], Future[None]]]:
+        """What is being written of an owner: its tokens, and when it is done."""
+        with self._lock:
+            return [(w.tokens, done) for done, w in self._writing.items() if w.owner == owner]
+
+    def reading(self, work: Callable[[], None]) -> Future[None]:
+        """Have ``look_up`` or ``check`` done by a worker."""
+        return _submitted(self._reader, work)
+
+    def check(self, owner: str, entry: Entry) -> None:
+        """Read all of a state, so that ``verified`` need not; it is gone if it is damaged."""
+        try:
+            with entry.path.open("rb") as file:
+                mark = _Mark.of(file)
+                good = _checksum(entry.path.name, file, mark.size - 16) == file.read()
+        except OSError as error:
+            self._lose(owner, entry, reason(error))
+            return
+        if good:
+            entry.checked = mark
+        else:
+            self._lose(owner, entry, "it is damaged")
 
     def verified(self, owner: str, entry: Entry) -> Path | None:
         """The file to restore it from; None where it is not what was written, and it is gone."""
-        try:
-            with entry.path.open("rb") as file:
-                n_bytes = os.fstat(file.fileno()).st_size - 16
-                good = _checksum(entry.path.name, file, n_bytes) == file.read()
-        except OSError as error:
-            self._lose(owner, entry, reason(error))
+        if not self._is_as_checked(entry):
+            self.check(owner, entry)
+        if entry.checked is None:
             return None
-        if not good:
-            self._lose(owner, entry, "it is damaged")
-            return None
+        entry.checked = None
         with contextlib.suppress(OSError):
             os.utime(entry.path)  # used: not the next to go
         return entry.path
 
-    def write(self, owner: str, tokens: list[int], size: int, save: Callable[[Path], None]) -> None:
+    # -- what is kept
+
+    def write(
+        self, owner: str, tokens: list[int], size: int, save: Callable[[Path], None], here: bool
+    ) -> Future[None]:
         """Keep what ``save`` writes to a file, about ``size`` bytes, if there is room for it and
-        the disk takes it."""
+        the disk takes it. ``here``: ``save`` is called now, and only the rest is a worker's."""
         body = np.array(tokens, "<i4").tobytes()
-        name = self._name(owner, xxhash.xxh3_128_hexdigest(body))
-        path = self._folder / name
+        path = self._folder / self._name(owner, xxhash.xxh3_128_hexdigest(body))
         size += _HEAD.size + len(body) + _TAIL_BYTES
+        writing = _Writing(owner, list(tokens), path, size)
         if size > self._limit or path.exists():
-            return
-        entries = self.entries(owner)
+            return _submitted(self._writer, lambda: None)
+        if here:
+            begun = self._begin(writing, save)
+            return self._later(writing, lambda: self._end(writing, begun))
+        return self._later(writing, lambda: self._end(writing, self._begin(writing, save)))
+
+    def _begin(
+        self, writing: _Writing, save: Callable[[Path], None]
+    ) -> tuple[ExitStack, Path] | None:
+        """A partial file that ``save`` has filled, and what gives it its name; None: there is no
+        room."""
         try:
-            self._make_room(size)
-            with replacing(path) as partial:
+            with ExitStack() as stack:
+                self._make_room(writing)
+                partial = stack.enter_context(replacing(writing.path))
                 save(_private(partial))
-                with partial.open("rb+") as file:
-                    file.seek(0, os.SEEK_END)
-                    file.write(_MAGIC)
-                    n_bytes = file.tell()
-                    file.seek(0)
-                    file.write(_checksum(name, file, n_bytes))
+                return stack.pop_all(), partial
         except OSError as error:
-            self._note(f"a state was not kept in {self._root}: {reason(error)}")
+            self._not_kept(reason(error))
+        return None
+
+    def _end(self, writing: _Writing, begun: tuple[ExitStack, Path] | None) -> None:
+        if begun is None:
             return
-        entries.append(Entry(path, list(tokens)))
+        naming, partial = begun
+        try:
+            with naming, partial.open("rb+") as file:
+                file.seek(0, os.SEEK_END)
+                file.write(_MAGIC)
+                n_bytes = file.tell()
+                file.seek(0)
+                file.write(_checksum(writing.path.name, file, n_bytes))
+        except OSError as error:
+            self._not_kept(reason(error))
+            return
+        with self._lock:
+            if (found := self._owners.get(writing.owner)) is not None:
+                others = [entry for entry in found if entry.path != writing.path]
+                self._owners[writing.owner] = [*others, Entry(writing.path, writing.tokens)]
+
+    def _not_kept(self, why: str) -> None:
+        self._note(f"a state was not kept in {self._root}: {why}")
+
+    def _later(self, writing: _Writing, work: Callable[[], None]) -> Future[None]:
+        with self._lock:
+            future = _submitted(self._writer, work)
+            self._writing[future] = writing
+        future.add_done_callback(self._written)
+        return future
+
+    def _written(self, future: Future[None]) -> None:
+        with self._lock:
+            del self._writing[future]
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._not_kept(str(error))
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._reader.shutdown()
+        self._writer.shutdown()
+
+    # -- the folder
 
     def _name(self, owner: str, rest: str) -> str:
         # Not a fast hash: nobody may find an owner that shares a name with another.
@@ -138,17 +249,33 @@ class Store:
             return None
         return Entry(path, tokens)
 
+    def _is_as_checked(self, entry: Entry) -> bool:
+        try:
+            with entry.path.open("rb") as file:
+                return entry.checked == _Mark.of(file)
+        except OSError:
+            return False
+
     def _lose(self, owner: str, entry: Entry, why: str) -> None:
-        self._owners[owner].remove(entry)
+        entry.checked = None
+        self._forget(entry.path, owner)
         self._discard(entry.path, why)
+
+    def _forget(self, path: Path, *owners: str) -> None:
+        with self._lock:
+            for owner in owners or self._owners:
+                found = self._owners[owner]
+                self._owners[owner] = [entry for entry in found if entry.path != path]
 
     def _discard(self, path: Path, why: str) -> None:
         self._note(f"{path} is no state to go on from ({why}): removed")
         with contextlib.suppress(OSError):
             path.unlink()
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, writing: _Writing) -> None:
         """Remove the files that were unused for the longest, of whatever model."""
+        with self._lock:
+            size = writing.size + sum(w.size for w in self._writing.values() if w is not writing)
         found = []
         for path in self._root.glob(f"*/*{_SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
@@ -160,8 +287,17 @@ class Store:
                 return
             path.unlink(missing_ok=True)
             total -= n
-            for entries in self._owners.values():
-                entries[:] = [entry for entry in entries if entry.path != path]
+            self._forget(path)
+
+
+def _submitted(worker: ThreadPoolExecutor, work: Callable[[], None]) -> Future[None]:
+    try:
+        return worker.submit(work)
+    except RuntimeError:  # the interpreter is about to end, and no pool takes anything
+        work()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 def _private(path: Path) -> Path:
