@@ -166,8 +166,9 @@ class HotSet:
     A layer that still stalls had too few of its experts read ahead: K grows by the reads that the
     stall would have held. One that does not stall may have too many, and K shrinks by a little: a
     hot expert read ahead takes a slot for longer than one that arrives as it is needed. So K
-    follows the machine and the group without a model of either. Always guesses, since a predictor
-    that counts what follows what learns as it guesses.
+    follows the machine and the group without a model of either, and stays by what the paper's
+    inequality gives, with which the planner foretells it. Always guesses, since a predictor that
+    counts what follows what learns as it guesses.
     """
 
     def __init__(self) -> None:
@@ -186,7 +187,7 @@ class HotSet:
             if self._each_ns:
                 more = meters.stall_ns / self._each_ns
                 k = self._k.get(self._earlier, 0.0)
-                self._k[self._earlier] = k + (more if more >= 1 else -_SHRINK)
+                self._k[self._earlier] = k + (more if more >= 0.5 else -_SHRINK)
             self._earlier = last.layer
         self._last = meters
         return True

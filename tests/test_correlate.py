@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from moe_gguf.policies.base import Guess, Ids, Inputs, Phase, RouteEvent
 from moe_gguf.policies.correlate import Correlations
 from moe_gguf.policies.pace import HotSet, Meters
+from moe_gguf.runtime.engine.planner import Pipeline
 
 LAYERS, N_EXPERTS = [1, 2], 4
 BLOB, READ_NS = 1000, 2000  # a disk of half a byte per ns
@@ -57,11 +58,13 @@ def test_earlier_runs_vote_at_once_and_are_outvoted_in_time() -> None:
 
 
 class Layers:
-    """Two layers in turn; the second stalls unless ``enough`` were read ahead for it."""
+    """Two layers in turn; the second stalls unless ``enough`` were read ahead for it, for a read of
+    each that is lacking or for what ``stall`` says of them."""
 
-    def __init__(self, enough: int) -> None:
+    def __init__(self, enough: int, stall: Callable[[int], float] | None = None) -> None:
         self.pace = HotSet()
         self.enough = enough
+        self.stall_of = stall or (lambda n: max(0, self.enough - n) * READ_NS)
         self.chosen = [0, 0]
         self.now = self.read = self.stall = 0
 
@@ -72,8 +75,7 @@ class Layers:
                 i % 2, Phase.DECODE, 8, self.now, self.read * 2, self.read, self.stall, 0, 4, 4
             )
             assert self.pace.event(meters)
-            missing = max(0, self.enough - self.chosen[0]) if i % 2 == 1 else 0
-            self.stall = missing * READ_NS
+            self.stall = int(self.stall_of(self.chosen[0])) if i % 2 == 1 else 0
             self.read += 4 * BLOB
             self.now += 10 * READ_NS
             self.chosen[i % 2] = len(self.pace.choose(guesses, BLOB))
@@ -87,6 +89,23 @@ def test_the_hot_set_grows_until_nothing_stalls_and_not_beyond(enough: int) -> N
     assert max(found) <= enough + 1
     assert layers.chosen[0] in (enough, enough + 1, max(0, enough - 1))
     assert layers.chosen[1] == 0, "the first layer never stalls"
+
+
+@pytest.mark.parametrize("expert_s", [100, 700, 3000])
+@pytest.mark.parametrize(("resident", "missing"), [(4, 12), (0, 9), (20, 12), (2, 3)])
+def test_what_is_found_while_running_is_what_the_planner_foretells(
+    resident: int, missing: int, expert_s: int
+) -> None:
+    """Klotski's K solves an inequality of measured times; the pace finds it without them."""
+    foretold = Pipeline(1, expert_s, READ_NS, resident, missing).hot
+
+    def stall(hot: int) -> float:
+        return (missing - hot) * READ_NS - (resident + hot) * expert_s
+
+    layers = Layers(0, lambda hot: max(0.0, stall(min(hot, missing))))
+    layers.run(60)
+    found = {layers.run(1) for _ in range(20)}
+    assert foretold - 2 <= min(found) <= max(found) <= foretold + 1, (foretold, found)
 
 
 def test_the_hot_set_shrinks_with_the_need() -> None:
