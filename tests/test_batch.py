@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 from conftest import Command, TinyFile
+from harness import fix_slots
 from scripted import ByteTexts, Scripted, answer, echo
 
 from moe_gguf import Engine
+from moe_gguf.policies.trace import load_trace
 from moe_gguf.runtime.api.texts import EngineTexts
 from moe_gguf.runtime.batch import job as job_module
 from moe_gguf.runtime.batch import lines as line_module
@@ -31,6 +33,7 @@ from moe_gguf.runtime.batch.job import Batch, Broken
 from moe_gguf.runtime.batch.lines import extent
 from moe_gguf.runtime.batch.output import Output
 from moe_gguf.runtime.batch.workload import workload
+from moe_gguf.runtime.cli.replay import replay_document
 from moe_gguf.runtime.engine.planner import Workload
 from moe_gguf.runtime.engine.request import EngineClosed, Request
 from moe_gguf.runtime.errors import ExpertReadError, RequestError, UserError
@@ -558,6 +561,31 @@ def test_the_command(moe_gguf: Command, tiny_file: TinyFile, source: Path, targe
     assert target.read_bytes() == before
     source.write_text(asked("other"))
     assert "belongs to another input" in moe_gguf(*command).error(2)
+
+
+@pytest.mark.parametrize("policy", ["lru", "klotski", "fate"])
+def test_what_a_group_asked_for_is_replayed(
+    policy: str,
+    moe_gguf: Command,
+    tiny_file: TinyFile,
+    source: Path,
+    target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fix_slots(monkeypatch, 14)
+    source.write_text("\n".join(asked(f"{i}", f"{i} words", max_tokens=12) for i in range(6)))
+    trace = tmp_path / "trace.npz"
+    command = ("batch", tiny_file("qwen3moe"), source, target, "--threads", 1, "--ctx", 128)
+    result = moe_gguf(*command, "--parallel", 4, "--policy", policy, "--trace", trace)
+    assert result.code == 0
+    assert f"wrote {trace}" in result.err
+    assert max(event.n_sequences for event in load_trace(trace).events) == 4
+    document = replay_document(trace, None, None)
+    assert document["recorded"]["policy"] == policy
+    assert document["recorded"]["hits"] > 0
+    assert document["recorded"]["reproduced"]
+    assert "one machine" in moe_gguf(*command, "--ray", "auto", "--trace", trace).error(2)
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_file: TinyFile, source: Path, target: Path) -> None:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...policies.trace import TraceRecorder
 from ..errors import UserError
+from ..system import check_writable
 from .model import open_engine, resolve
 from .options import model_options, parallel_options
 from .terminal import note
+from .trace import trace_metadata
 
 if TYPE_CHECKING:
     from ..batch.figures import Figures
@@ -34,6 +37,13 @@ if TYPE_CHECKING:
     help="use every node of this Ray cluster; MODEL, IN and OUT, a folder then, are on a file "
     "system that they share (extra: ray)",
 )
+@click.option(
+    "--trace",
+    "trace_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="also record which experts were asked for, for replay",
+)
 @click.option("--json", "as_json", is_flag=True, help="print what was done as a JSON document")
 def batch(
     model: str,
@@ -41,6 +51,7 @@ def batch(
     target: Path,
     goal: str,
     ray: str | None,
+    trace_file: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -55,6 +66,8 @@ def batch(
     if ray is not None:
         if as_json:
             raise UserError("--json is for one machine: Ray's dashboard has a cluster's figures")
+        if trace_file is not None:
+            raise UserError("--trace is for one machine: what a cluster asks for is many traces")
         _run_on_ray(ray, model, source, target, {"goal": goal, **options})
         return
     from ..batch.figures import Figures
@@ -63,6 +76,8 @@ def batch(
     from ..batch.workload import workload
 
     # Before the model is opened, so that mistakes show now.
+    if trace_file is not None:
+        check_writable(trace_file)
     found = extent(source)
     output = Output(target, source, found.n_lines)
     stats = None
@@ -75,7 +90,7 @@ def batch(
                 note(f"moe-gguf: {output.n_before} of {found.n_asked} lines are answered already")
             asked = workload(source, found.n_asked - output.n_before)
             opening = partial(open_engine, model, goal=goal, workload=asked, **options)
-            stats = _open_and_run(opening, source, output, figures)
+            stats = _open_and_run(opening, source, output, figures, trace_file)
     except KeyboardInterrupt:
         _say_how_to_go_on("interrupted", figures)
         sys.exit(130)
@@ -90,18 +105,26 @@ def batch(
 
 
 def _open_and_run(
-    open_engine: Callable[..., Engine], source: Path, output: Output, figures: Figures
+    open_engine: Callable[..., Engine],
+    source: Path,
+    output: Output,
+    figures: Figures,
+    trace_file: Path | None,
 ) -> dict[str, Any]:
     """The engine's statistics of the run."""
     from ..engine.planner import SCORE_ROWS
     from ..engine.planning import lines
 
-    engine = open_engine(score_rows=SCORE_ROWS, chat=True)
+    recorder = None if trace_file is None else TraceRecorder()
+    engine = open_engine(score_rows=SCORE_ROWS, chat=True, recorder=recorder)
     try:
         for line in lines(engine.plan) if engine.plan else ():
             note(line)
         figures.start()
         _run(engine, source, output, figures)
+        if trace_file is not None and recorder is not None:
+            recorder.save(trace_file, trace_metadata(engine))
+            note(f"moe-gguf: wrote {trace_file}")
         return engine.stats()
     finally:
         engine.close()
