@@ -19,7 +19,7 @@ from service import NAME, SERVERS, service
 
 from moe_gguf.runtime.engine.request import Request
 from moe_gguf.runtime.errors import RequestError, UserError
-from moe_gguf.runtime.server import static
+from moe_gguf.runtime.server import serving, static
 from moe_gguf.runtime.server.settings import Settings, hosts_of, read_keys
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
@@ -241,6 +241,38 @@ def test_limits() -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
             slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_headers_that_trickle_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_HEADERS_S", 0.2)
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    def ask(connection: socket.socket) -> None:
+        connection.sendall(whole)
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 200")
+
+    def trickle(connection: socket.socket) -> None:
+        for letter in whole[:-4].decode() + 200 * "x":
+            connection.sendall(letter.encode())
+            time.sleep(0.02)
+
+    with service() as (_, url):
+        port = int(url.rpartition(":")[2])
+        for is_kept in (False, True):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
+                if is_kept:
+                    ask(slow)
+                start = time.monotonic()
+                with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                    trickle(slow)
+                assert time.monotonic() - start < 4
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as kept:
+            for _ in range(3):
+                ask(kept)
+                time.sleep(0.3)
 
 
 def test_a_full_house_says_when_to_come_again() -> None:

@@ -5,13 +5,17 @@ HTTP runs in a thread of its own, so that the main one opens the model, and hear
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import UserError, option, reason
 from .app import make_app
@@ -20,6 +24,7 @@ from .service import Served, Service
 
 _MOST_HEADER_BYTES = 64 << 10
 _IDLE_S = 75  # a connection without a request
+_HEADERS_S = 30.0  # until a request's headers are whole
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -47,7 +52,7 @@ class Server:
         self._server = _Uvicorn(
             uvicorn.Config(
                 make_app(service),
-                http="h11",  # whose headers have a bound
+                http=_Http,
                 ws="none",
                 h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
                 timeout_keep_alive=_IDLE_S,
@@ -95,6 +100,35 @@ class Server:
     def stop(self) -> None:
         """Take no more, and end when what is in progress has ended, or its grace."""
         self._server.should_exit = True
+
+
+class _Http(H11Protocol):
+    """h11, whose headers have a bound, and here a time to come in: a connection that says a word
+    now and then would be kept for ever."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._watch(over=True)
+
+    def _watch(self, over: bool = False) -> None:
+        if over or self.conn.their_state is not h11.IDLE:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+        elif self._late is None:
+            self._late = self.loop.call_later(_HEADERS_S, self.transport.close)
 
 
 class _Uvicorn(uvicorn.Server):
