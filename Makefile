@@ -9,10 +9,15 @@ STRESS := tests/native/stress.cpp $(addprefix runtime/native/,reads.cpp probe.cp
 STRESS_FLAGS := -std=c++17 -g -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -Wall -Wextra -Werror -pthread -Iruntime/native
 STEPS ?= 1000000
 
+# A module of ggml's alone.
+MODULE := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF \
+	-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
+	-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMON=OFF
+
 # Versions that were tried.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.171.0 opencode-ai@1.18.33
 
-.PHONY: demo check lint types native test zoo chat page agents mutants rpc stress ray suites soak tsan clean
+.PHONY: demo check lint types native test zoo chat page agents mutants rpc vulkan waits stress ray suites soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -20,7 +25,7 @@ demo: $(READY)
 		--chat -p "Why is sleep important?"
 
 # Format, lint, types, native warnings, tests: what CI runs.
-check: lint types native test
+check: lint types native test rpc
 
 # The build is isolated, so llama-cpp-python is compiled once (about four minutes) and its wheel
 # is then taken from pip's cache for the environment itself.
@@ -77,15 +82,31 @@ mutants: $(READY)
 rpc: build/rpc/bin/libggml-rpc.so $(READY)
 	$(BIN)/pytest tests/rpc_loopback.py
 
-build/rpc/bin/libggml-rpc.so: $(READY)
+# Vulkan by lavapipe, on the processor; some minutes, then more until Mesa has compiled its kernels. On
+# Debian: apt-get install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers
+vulkan: build/vulkan/bin/libggml-vulkan.so $(READY)
+	GGML_VK_VISIBLE_DEVICES=0 $(BIN)/python benchmarks/gpu.py identity --device vulkan0 --ubatch 8 \
+		--module build/vulkan/bin/libggml-vulkan.so > build/vulkan/identity.json
+
+build/llama/vendor/llama.cpp/CMakeLists.txt: $(READY)
 	mkdir -p build/llama
-	$(BIN)/pip download -q --no-deps --no-binary :all: --no-build-isolation -d build/llama \
+	$(BIN)/pip download -q --no-deps --no-binary llama-cpp-python -d build/llama \
 		llama-cpp-python==$$($(BIN)/python -c 'import llama_cpp; print(llama_cpp.__version__)')
-	tar xzf build/llama/llama_cpp_python-*.tar.gz -C build/llama --strip-components=1
-	cmake -S build/llama/vendor/llama.cpp -B build/rpc -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
-		-DGGML_BACKEND_DL=ON -DGGML_CPU=OFF -DGGML_RPC=ON -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF \
-		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMON=OFF
+	tar xzmf build/llama/llama_cpp_python-*.tar.gz -C build/llama --strip-components=1
+
+build/rpc/bin/libggml-rpc.so: build/llama/vendor/llama.cpp/CMakeLists.txt
+	cmake -S $(dir $<) -B build/rpc $(MODULE) -DGGML_RPC=ON
 	cmake --build build/rpc --target ggml-rpc
+
+# Headers of Debian 12 lack some types.
+build/vulkan/bin/libggml-vulkan.so: build/llama/vendor/llama.cpp/CMakeLists.txt
+	cmake -S $(dir $<) -B build/vulkan $(MODULE) -DGGML_VULKAN=ON \
+		-DCMAKE_CXX_FLAGS="-include $(CURDIR)/tests/native/vulkan_types.h"
+	cmake --build build/vulkan --target ggml-vulkan
+
+# Each wait of the code for devices, left out of it: some test must fail. Some minutes.
+waits: $(READY)
+	$(BIN)/python tests/waits.py
 
 # Random schedules, long: the native reads, the slot table, requests to an Engine; `make test` runs a
 # few of each. A batch of 1,000 lines is killed 20 times.

@@ -4,7 +4,9 @@
     python benchmarks/gpu.py rows model.gguf --device cuda0 --json gpu.json
 
 ``identity`` holds tiny models of every layout against stock on the same device: decoding,
-windows and layers that are wholly there to the last bit, events in pieces by their error. ``rows``
+windows and layers that are wholly there to the last bit. Events in pieces and experts on the
+processor are told by their error, beside that of stock against itself when it computes a prompt in
+pieces (``stock``). ``rows``
 runs each row in a process of its own and writes the document anew after each, so that one that is
 cut short keeps what it has; it ends before ``--deadline`` seconds are over. Rows:
 
@@ -14,7 +16,8 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
     stock-cpu-host    the same without offloading
     POLICY@SHARE      ours: that share of each layer's experts on the device, the rest in pinned
                       memory; POLICY@SHARE/cold starts with an empty memory instead, and
-                      POLICY@SHARE/auto has the processor compute some of those missing
+                      POLICY@SHARE/auto has the processor compute some of those missing,
+                      POLICY@SHARE/asked copies nothing to the device before it is asked for
     POLICY@all        ours: every expert on the processor
 
 Every row decodes one sequence, then several, then reads a long prompt; all do the same steps.
@@ -42,6 +45,7 @@ import numpy as np
 from moe_gguf.policies import presets
 from moe_gguf.policies.base import Phase
 from moe_gguf.policies.presets import Facts, Policy, PolicyMaker
+from moe_gguf.policies.tiers import Tiers
 from moe_gguf.runtime import logs, opening
 from moe_gguf.runtime.arena import Arena, start
 from moe_gguf.runtime.bench.results import machine_facts, versions
@@ -55,9 +59,10 @@ from moe_gguf.runtime.plugin.library import load
 from moe_gguf.runtime.stats import Meter
 
 ROWS = "ceiling,stock,stock-cpu,fate@0.4,load-on-demand@0.4,eap@0.4,fate@0.2,fate@0.8,lru@0.4,"
-ROWS += "fate@0.4/auto,fate@all,fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
+ROWS += "fate@0.4/asked,fate@0.4/auto,fate@all,fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
 COPY_BYTES = 64 << 20
 N_IDENTITY = 16  # tokens, one by one
+PIECE = 5  # tokens of a prompt that stock computes in pieces
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--module", type=Path, help="a library of ggml's to load the device from")
     parser.add_argument("--rpc", help="HOST:PORT of a server, with ggml's RPC module as --module")
+    parser.add_argument("--ubatch", type=int, default=512, help="of identity")
     parser.add_argument("--memory", default="auto")
     parser.add_argument("--reads", default="auto")
     parser.add_argument("--rows", default=ROWS)
@@ -92,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose(args.device)
     if device is None:
         parser.error("there is no GPU here")
-    document = identity(device) if args.what == "identity" else run_row(args, device)
+    document = identity(device, args.ubatch) if args.what == "identity" else run_row(args, device)
     print(json.dumps(document), flush=True)
     return 0 if document.get("ok", True) else 1
 
@@ -268,8 +274,8 @@ class Runner:
     def counted(self, prefix: str) -> None:
         if self.meter is None:
             return
-        names = ("hits", "misses", "hit_rate", "uploads", "bytes_uploaded", "device_waits")
-        names += ("cpu_experts", "cpu_pairs", "cpu_s")
+        names = ("hits", "misses", "hit_rate", "uploads", "uploads_ahead", "bytes_uploaded")
+        names += ("device_waits", "cpu_experts", "cpu_pairs", "cpu_s")
         names += (
             "device_wait_s",
             "bytes_read",
@@ -375,6 +381,9 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
             max(layers.values(), default=0) * layout.n_experts,
         )
         arena = start(loaded, pools=pools, make_policy=in_pools(policy))
+        residency = arena.controller.residency
+        if how == "asked" and isinstance(residency, Tiers):
+            residency.copying = None
         if how != "cold":
             numbers = [layer.layer for layer in layout.layers]
             order = itertools.product(range(layout.n_experts), numbers)
@@ -443,38 +452,51 @@ def ceiling(device: Device) -> float:
 # --- identity ---------------------------------------------------------------------------------
 
 
-def identity(device: Device) -> dict[str, Any]:
+def identity(device: Device, n_ubatch: int) -> dict[str, Any]:
     """Tiny models of every layout: stock on the device against ours."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import harness
     import tiny
 
     def singles(model: harness.Model) -> Logits:
-        context = model.context()
+        context = model.context(n_ubatch=n_ubatch)
         tokens = harness.random_tokens(12)
         return np.concatenate([context.decode([Row(t, i)]) for i, t in enumerate(tokens)])
 
-    def prompt(model: harness.Model) -> Logits:
-        return model.context().decode(harness.rows(harness.random_tokens(48)))
+    def prompt(model: harness.Model, most: int = n_ubatch) -> Logits:
+        return model.context(n_ubatch=most).decode(harness.rows(harness.random_tokens(48)))
 
     cases: dict[str, Any] = {}
+
+    def tell(name: str, got: Logits, expected: Logits) -> None:
+        cases[name] = compared(got, expected)
+        print(name, cases[name], file=sys.stderr)
+
     with tempfile.TemporaryDirectory() as folder:
         for layout in tiny.LAYOUTS:
             path = tiny.write_tiny(layout, Path(folder) / f"{layout}.gguf")
             with harness.stock(path, device=device.name) as model:
                 expected = {"decode": singles(model), "prefill": prompt(model)}
+                tell(f"{layout} stock prefill", prompt(model, PIECE), expected["prefill"])
             used = {"mixtral": 2, "llama4": 1}.get(layout, 4)
-            kinds = {"whole": None, "window": used, "pool": 2 * used, "least": used}
-            for pool, n in kinds.items():
-                window = pool == "window"
-                how = {"device": device.name, "n_pool": n, "window": window}
-                with harness.ours(path, cpu_experts="off", **how) as model:
-                    got = {"decode": singles(model), "prefill": prompt(model)}
-                for step, logits in expected.items():
-                    cases[f"{layout} {pool} {step}"] = compared(got[step], logits)
-                    print(layout, pool, step, cases[f"{layout} {pool} {step}"], file=sys.stderr)
+            kinds: dict[str, dict[str, Any]] = {
+                "whole": {},
+                "window": {"n_pool": used, "window": True},
+                "pool": {"n_pool": 2 * used},
+                "least": {"n_pool": used},
+                "auto": {"n_pool": used, "cpu_experts": "auto"},
+                "all": {"cpu_experts": "all"},
+            }
+            for kind, how in kinds.items():
+                how = {"cpu_experts": "off", "device": device.name, **how}
+                with harness.ours(path, **how) as model:
+                    tell(f"{layout} {kind} decode", singles(model), expected["decode"])
+                    tell(f"{layout} {kind} prefill", prompt(model), expected["prefill"])
     exact = {
-        k: v for k, v in cases.items() if any(word in k for word in ("decode", "whole", "window"))
+        name: case
+        for name, case in cases.items()
+        for _, kind, step in [name.split()]
+        if kind in ("whole", "window") or (step == "decode" and kind in ("pool", "least"))
     }
     return {
         "device": device._asdict(),

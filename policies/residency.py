@@ -107,10 +107,8 @@ class Residency:
             else:
                 cache.touch(key, event.counts[i])
         n_hits = len(experts)
-        if guessed:  # of this layer or an earlier one, and not asked for
-            for key in [key for key in guessed if key // self.n_experts <= event.layer]:
-                guessed.remove(key)
-                stale[key] = None
+        if guessed:
+            self._give_up(event.layer)
         if self._scans:
             self._stream(event, base, missing, experts, slots, passing)
         elif missing:
@@ -265,6 +263,29 @@ class Residency:
             self.guessed.add(key)
             placed.append((key, slot))
         return placed
+
+    def found(self, keys: Iterable[int]) -> None:
+        """An event of one layer found all it asked for, these, and needed no plan."""
+        guessed, stale, cache = self.guessed, self.stale, self.cache
+        layer = -1
+        for key in keys:
+            layer = key // self.n_experts
+            if key not in guessed and key not in stale:
+                cache.touch(key)
+                continue
+            self.guesses_used += key in guessed
+            guessed.discard(key)
+            stale.pop(key, None)
+            if not cache.admit(key):
+                self.free.insert(0, self.slot_of.pop(key))
+        if guessed:
+            self._give_up(layer)
+
+    def _give_up(self, layer: int) -> None:
+        """Of this layer or an earlier one, and not asked for."""
+        for key in [key for key in self.guessed if key // self.n_experts <= layer]:
+            self.guessed.remove(key)
+            self.stale[key] = None
 
     def fill(self, keys: Iterable[int]) -> list[tuple[int, int]]:
         """(key, slot) for those keys that get a free slot before anything was demanded.

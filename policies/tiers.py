@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from .base import CachePolicy, Guess, LoadOrder, RouteEvent
 from .coexecution import NOBODY, Dividing
+from .copying import Copying
 from .residency import Plan, Residency
 
 # For an expert's slot in a pool: the processor computes it (native/moe.h).
@@ -25,11 +26,13 @@ class Tiers(Residency):
     than its pool has slots leaves the pool as it is, but for free slots: a prompt does not evict
     what is generated with. (A device without room for such an event divides it before it asks.)
 
-    ``dividing`` says which missing experts the processor computes; None: none.
+    ``dividing`` says which missing experts the processor computes; None: none. ``copying`` says
+    which guesses are copied to the device before they are asked for; None: none.
     """
 
     is_plain = False
     dividing: Dividing | None = None
+    copying: Copying | None = None
 
     def __init__(
         self,
@@ -132,9 +135,8 @@ class Tiers(Residency):
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
         """An event found these on the device."""
-        base, cache = layer * self.n_experts, self.pools[layer].cache
-        for expert in experts:
-            cache.touch(base + expert)
+        base = layer * self.n_experts
+        self.pools[layer].found(base + expert for expert in experts)
 
     def is_complete(self, layers: Sequence[int]) -> bool:
         """Whether memory holds every expert that a device may ask it for."""
@@ -152,6 +154,35 @@ class Tiers(Residency):
     ) -> list[tuple[int, int]]:
         """Of guesses that are in neither table: they are read into memory."""
         return super().guess(event, [g for g in guesses if not self.holds(g.key)], keep)
+
+    def copies_ahead(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
+        """Whether anything is to be copied ahead after this event, of whose experts the device
+        lacked so many."""
+        if self.copying is None or event.layer not in self.pools:
+            return False
+        return self.copying.event(event, now_ns, n_missing)
+
+    def guess_above(
+        self, event: RouteEvent, guesses: Sequence[Guess], most: int
+    ) -> list[tuple[int, int, int]]:
+        """(key, slot, slot of the pool) for guesses that are in memory and go to the device, for
+        the first layer ahead that they are of. None takes the slot of a better guess."""
+        assert self.copying is not None
+        layer = next((g.key // self.n_experts for g in guesses), event.layer)
+        pool = self.pools.get(layer)
+        if pool is None or layer == event.layer:
+            return []
+        below, above = self.slot_of, pool.slot_of
+        near = [g for g in guesses if g.key // self.n_experts == layer]
+        lacking = [g for g in near if g.key in below and g.key not in above]
+        # What is still being read cannot be copied yet.
+        ready = [g for g in lacking if g.key not in self.guessed and g.key not in self.stale]
+        chosen = self.copying.choose(ready)[:most]
+        if not chosen:
+            return []
+        better = near[: near.index(chosen[-1])]
+        placed = pool.guess(event, chosen, (g.key for g in better))
+        return [(key, below[key], slot) for key, slot in placed]
 
     def reconcile_pool(self, layer: int, held: Sequence[int]) -> None:
         """As ``reconcile``, of what the device holds of a layer."""

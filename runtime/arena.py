@@ -13,6 +13,7 @@ import psutil
 
 from ..policies.base import CachePolicy, Phase, Predictor
 from ..policies.coexecution import Measured
+from ..policies.copying import IdleLink
 from ..policies.layered import hottest
 from ..policies.precision import MixedResidency
 from ..policies.predict import Gates, GatesMaker
@@ -133,10 +134,11 @@ class Arena:
                 self.plugin.fill(list(zip(keys, range(n_slots), strict=False)))
                 self.plugin.upload(list(zip(range(n_slots), experts, strict=False)))
 
-    def divide_missing(self) -> None:
-        """Have the processor compute experts that the device lacks where that takes less time.
+    def use_link(self, divide: bool) -> None:
+        """Measure the link to the device, for who decides by its speed: which missing experts the
+        processor computes, if they are to be divided, or else which guesses are copied ahead.
 
-        Measures the link, with slots whose experts are forgotten. Before the first step.
+        With slots whose experts are forgotten; before the first step.
         """
         residency, pools = self.residency, self.pools
         if not isinstance(residency, Tiers) or not residency.pools or pools is None:
@@ -147,8 +149,11 @@ class Arena:
         first = layer * residency.n_experts
         self.plugin.fill([(first + i, i) for i in range(n)])
         ns = self.plugin.copy_ns(layer, n)
-        residency.dividing = Measured(ns / (n * n_bytes), pools.expert_bytes)
-        self.plugin.compute_on_cpu()
+        if divide:
+            residency.dividing = Measured(ns / (n * n_bytes), pools.expert_bytes)
+            self.plugin.compute_on_cpu()
+        else:
+            residency.copying = IdleLink(ns / n)
 
     # -- what is known of it
 
@@ -253,8 +258,9 @@ def start(
     )
     if isinstance(residency, Tiers):
         arena.fill_pools()
-        if found.options.cpu_experts == "auto":
-            arena.divide_missing()
+        divide = found.options.cpu_experts == "auto"
+        if divide or guessing is not None:
+            arena.use_link(divide)
     if found.statistics is not None:
         # What is worth most is admitted last.
         keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]

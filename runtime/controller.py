@@ -87,6 +87,7 @@ class Controller:
         self._n_missing = self._n_guessed = 0  # of that event: experts read for it, good guesses
         self._before = (0, 0)  # likewise of the event before
         self._pays = False  # whether to read ahead after the event
+        self._copies = False  # likewise to copy to a device
 
     # -- the two callbacks
 
@@ -149,11 +150,15 @@ class Controller:
     def wants_guesses(self, meters: Callable[[int, int], Meters]) -> bool:
         if self.guessing is None:
             return False
-        self._pays = self.guessing.pace.event(meters(*self._before))
+        now = meters(*self._before)
+        self._pays = self.guessing.pace.event(now)
+        self._copies = isinstance(self.residency, Tiers) and self.residency.copies_ahead(
+            self._event, now.now_ns, self._n_missing
+        )
         # With everything there, nothing is worth guessing; but a recording wants to know how good
         # guesses would be.
         wants = self._pays and len(self.residency.slot_of) < self._n_all
-        return wants or self.recorder is not None
+        return wants or self._copies or self.recorder is not None
 
     def is_settled(self, event: RouteEvent) -> bool:
         """Every expert has its slot, and nobody wants to hear of each event."""
@@ -167,7 +172,7 @@ class Controller:
 
     def on_guess(
         self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]
-    ) -> Sequence[tuple[int, int]]:
+    ) -> Sequence[tuple[int, int, int]]:
         assert self.guessing is not None
         predictor, pace, blob_bytes, most = self.guessing
         event, residency = self._event, self.residency
@@ -180,9 +185,14 @@ class Controller:
             chosen = pace.choose(missing, n_bytes)[:most]
         if self.recorder is not None:
             self.recorder.record_guesses(guesses, chosen)
-        if not chosen:
-            return ()
-        return residency.guess(event, chosen, (guess.key for guess in guesses))
+        placed: list[tuple[int, int, int]] = []
+        if chosen:
+            reads = residency.guess(event, chosen, (guess.key for guess in guesses))
+            placed += [(key, slot, -1) for key, slot in reads]
+        if self._copies:
+            assert isinstance(residency, Tiers)
+            placed += residency.guess_above(event, guesses, most - len(placed))
+        return placed
 
     # -- counts
 

@@ -1,6 +1,6 @@
 """Devices behind ggml's RPC on this machine: stock's logits there, also through pools and windows.
 
-Not part of ``make check``: ``make rpc`` builds the module from llama.cpp's source and runs this. A
+``make rpc``, a part of ``make check``, builds the module from llama.cpp's source and runs this. A
 server's streams are in order, so that a missing wait is not seen here; what is seen is whether a
 real device of another kind gets all that it needs: an event type, strides, buffers without host
 memory behind them.

@@ -163,6 +163,28 @@ def test_2_slow_streams(tiny_file: TinyFile, lag: Lag) -> None:
         lag.delay()
 
 
+def prompts_between(model: Model) -> Logits:
+    context, logits = model.context(n_seq_max=2), []
+    for i in range(6):
+        logits.append(context.decode([Row(5 * i, i)]))
+        logits.append(context.decode(rows(random_tokens(12, seed=i), 12 * i, seq=1)))
+    return np.concatenate(logits)
+
+
+def test_2_a_prompt_behind_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
+    """What a pool gets afterwards, for nobody to wait for, is soon wanted in the window."""
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = prompts_between(model)
+    lag.delay(us=0, bytes_per_s=4 * 10**6)
+    try:
+        with ours(path, n_pool=6, window=True, gpu_layers=2, **AUTO) as model:
+            forced(model, 11)
+            same(prompts_between(model), expected)
+    finally:
+        lag.delay()
+
+
 def test_3_auto_on_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:

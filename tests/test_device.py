@@ -35,6 +35,7 @@ from lag import COMPUTE_WAITS, COPY_WAITS, HOST_WAITS, NAME, SYNCHRONIZE, Lag, l
 
 from moe_gguf import Engine, Llama, UserError
 from moe_gguf.policies import POLICIES
+from moe_gguf.policies.base import Phase
 from moe_gguf.policies.pace import Everything
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import DeviceNeeds, fit_pools
@@ -102,6 +103,19 @@ def sequences_and_contexts(model: Model) -> Logits:
     return np.concatenate(logits)
 
 
+def unread(model: Model) -> Logits:
+    """Two contexts, the second of which begins while the first may still compute."""
+    contexts = [model.context(), model.context()]
+    logits = []
+    for i in range(12):
+        for context, token in zip(contexts, random_tokens(2, seed=i), strict=True):
+            context.batch.clear()
+            context.batch.add((token,), i, 0, 1)
+            context.step(Phase.DECODE)
+        logits += [context.logits(0).copy() for context in contexts]
+    return np.stack(logits)
+
+
 def n_used(layout: str) -> int:
     return N_USED.get(layout, 4)
 
@@ -130,6 +144,19 @@ def test_01_whole(layout: str, tiny_file: TinyFile, reference: Reference, lag: L
         assert model.stats().waits == model.stats().uploads == 0
         assert count.launches == 1 + N_STEPS
         assert n_splits(model) == {2}
+
+
+def test_01_nothing_begins_before_all_of_it_is_there(
+    tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
+    path = tiny_file("qwen3moe")
+    expected = reference(path, generation)
+    lag.delay(us=5000)
+    try:
+        with ours(path, **DEVICE) as model:
+            same(generation(model), expected)
+    finally:
+        lag.delay()
 
 
 @pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled", "mixed"])
@@ -257,6 +284,19 @@ def test_07_contexts(n_pool: int | None, tiny_file: TinyFile, reference: Referen
     path = tiny_file("qwen3moe")
     with ours(path, 9, n_pool=n_pool, **DEVICE) as model:
         same(sequences_and_contexts(model), reference(path, sequences_and_contexts))
+
+
+def test_07_a_context_while_another_computes(
+    tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
+    """The one layer on the device is the last one: its launch has no later one to wait for."""
+    path = tiny_file("qwen3moe")
+    lag.delay(us=3000)
+    try:
+        with ours(path, n_pool=4, gpu_layers=2, **DEVICE) as model:
+            same(unread(model), reference(path, unread))
+    finally:
+        lag.delay()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -50,7 +50,14 @@ EXTRA_STATS = {
     *("hit_rate_in_time", "guesses_late", "guess_bytes", "recall", "layers"),
     *("low_share", "low_bytes_read"),
     *("table_rows", "table_missed", "table_ahead"),
-    *("device_slots", "device_waits", "device_wait_s", "uploads", "bytes_uploaded"),
+    *(
+        "device_slots",
+        "device_waits",
+        "device_wait_s",
+        "uploads",
+        "uploads_ahead",
+        "bytes_uploaded",
+    ),
     *("cpu_experts", "cpu_pairs", "cpu_s"),
 }
 

@@ -9,7 +9,7 @@ namespace moe {
 
 dialogue::dialogue(moe_model & model) : model_(model) {
     const int n = model.weights.n_experts;
-    arrays_.resize(8 * (size_t)n + 3 * MOE_MAX_GUESSES);
+    arrays_.resize(8 * (size_t)n + 4 * MOE_MAX_GUESSES);
     chances_.resize(2 * (size_t)n);
     settled_hits_.resize(model.weights.n_layers);
     int32_t * p            = arrays_.data();
@@ -23,6 +23,7 @@ dialogue::dialogue(moe_model & model) : model_(model) {
     call.cancelled         = p + 5 * n + 2 * MOE_MAX_GUESSES;
     call.predicted_keys    = p + 5 * n + 3 * MOE_MAX_GUESSES;
     call.plan_pools        = p + 7 * n + 3 * MOE_MAX_GUESSES;
+    call.guess_pools       = p + 8 * n + 3 * MOE_MAX_GUESSES;
     call.predicted_chances = chances_.data();
     call.settled_hits      = settled_hits_.data();
     skipped_.resize(MOE_MAX_SKIPPED);
@@ -326,7 +327,7 @@ const char * dialogue::read_slot(int i, int index) {
     return nullptr;
 }
 
-// Fills call.predicted_*: whether any of it is not loaded.
+// Fills call.predicted_*: whether any of it is not loaded, or not on the device that computes it.
 bool dialogue::predict() {
     gates->observe(call.layer, call.ids, call.n_tokens, call.n_used);
     gates->predict(call.layer, call.x, call.x_stride, call.n_tokens);
@@ -337,10 +338,15 @@ bool dialogue::predict() {
         const int    key          = model_.weights.key_of(0, guess.layer, guess.expert);
         call.predicted_keys[i]    = key;
         call.predicted_chances[i] = guess.chance;
-        any                       = any || !model_.is_loaded(key);
+        any                       = any || !model_.is_loaded(key) || is_below(key);
     }
     call.n_predicted = (int32_t)n;
     return any;
+}
+
+bool dialogue::is_below(int key) const {
+    const int layer = model_.weights.layer_of(key);
+    return model_.pools && model_.pools->has(layer) && !model_.pools->is_whole(layer) && model_.pools->slot_of(key) < 0;
 }
 
 bool dialogue::ask_for_guesses() {
@@ -358,8 +364,16 @@ bool dialogue::ask_for_guesses() {
             return false;
         }
     }
+    bool copies = false;
     for (int i = 0; i < call.n_guesses; i++) {
         const int key = call.guess_keys[i], slot = call.guess_slots[i];
+        if (call.guess_pools[i] >= 0) {
+            if (!copy_ahead(key, slot, call.guess_pools[i])) {
+                return false;
+            }
+            copies = true;
+            continue;
+        }
         if (!model_.weights.is_key(key) || slot < 0 || slot >= model_.arena->n_slots()) {
             model_.failure.set(ERROR_OTHER, "the controller guesses an expert or into a slot that does not exist");
             return false;
@@ -373,7 +387,24 @@ bool dialogue::ask_for_guesses() {
         }
         waiting_.push_back({key, slot, last});
     }
+    if (copies) {
+        model_.pools->issue();
+    }
     submit_guesses();
+    return true;
+}
+
+// Starts copying an expert that is in memory to the device, for a layer that does not compute now.
+bool dialogue::copy_ahead(int key, int slot, int pool) {
+    const bool exists = model_.pools && model_.weights.is_key(key) && model_.weights.copy_of(key) == 0;
+    const int  layer  = exists ? model_.weights.layer_of(key) : -1;
+    if (!exists || layer == c_->layer || pool >= model_.pools->n_slots(layer) || model_.pools->is_whole(layer) || slot < 0 ||
+        slot >= model_.arena->n_slots() || model_.reads->key_of(slot) != key || model_.reads->state(slot) != slot_state::READY) {
+        model_.failure.set(ERROR_OTHER, "the controller guesses an expert for the device that is not in memory, or has no slot there");
+        return false;
+    }
+    model_.upload(slot, layer, pool);
+    model_.stats.uploads_ahead++;
     return true;
 }
 

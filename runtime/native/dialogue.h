@@ -72,6 +72,8 @@ class dialogue {
     const char * read_slot(int i, int index);
     void         drop_wrong_guesses();
     bool         predict();
+    bool         is_below(int key) const;
+    bool         copy_ahead(int key, int slot, int pool);
 
     // A guess for a slot that the event still computes on.
     struct waiting {

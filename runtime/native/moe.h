@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 8
+#define MOE_ABI 9
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
@@ -156,6 +156,7 @@ struct moe_call {
     int32_t * plan_loads;  // 0: it is there or on its way; 1 + copy: read that copy into the slot first
     int32_t * guess_keys;  // [n_guesses]
     int32_t * guess_slots;
+    int32_t * guess_pools;  // -1: read the key into the slot. Else the slot holds it, and the pool of its layer gets it there
     int32_t   n_guesses;
 
     int32_t   n_predicted;     // by the model's gates, for the guess callback to choose from
@@ -207,10 +208,11 @@ struct moe_stats {
     int64_t guess_loads;
     int64_t guess_promoted;  // demanded while still being read
     int64_t guess_cancelled;
-    int64_t table_rows;    // looked up in tables on disk
-    int64_t table_missed;  // of them read while the model waited
-    int64_t table_ahead;   // rows fetched before they were asked for
-    int64_t uploads;       // experts copied to the device
+    int64_t table_rows;     // looked up in tables on disk
+    int64_t table_missed;   // of them read while the model waited
+    int64_t table_ahead;    // rows fetched before they were asked for
+    int64_t uploads;        // experts copied to the device
+    int64_t uploads_ahead;  // of them, before they were asked for
     int64_t upload_bytes;
     int64_t waits;          // for the ids of a layer, on a device
     int64_t wait_ns;        // likewise: what came before was computed meanwhile

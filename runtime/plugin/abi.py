@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 8
+ABI = 9
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
@@ -130,6 +130,7 @@ class Call(ctypes.Structure):
         ("plan_loads", ctypes.c_void_p),
         ("guess_keys", ctypes.c_void_p),
         ("guess_slots", ctypes.c_void_p),
+        ("guess_pools", ctypes.c_void_p),
         ("n_guesses", i32),
         ("n_predicted", i32),
         ("predicted_keys", ctypes.c_void_p),
@@ -210,6 +211,7 @@ class Stats(ctypes.Structure):
             "table_missed",
             "table_ahead",
             "uploads",
+            "uploads_ahead",
             "upload_bytes",
             "waits",
             "wait_ns",

@@ -59,8 +59,9 @@ class Brain(Protocol):
 
     def on_guess(
         self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]
-    ) -> Sequence[tuple[int, int]]:
-        """(key, slot) of what is to be read ahead, once the event's own reads are under way."""
+    ) -> Sequence[tuple[int, int, int]]:
+        """(key, slot, -1) of what is to be read ahead, once the event's own reads are under way;
+        (key, slot, slot of its layer's pool) of what is there and to be copied to the device."""
 
 
 class Callbacks:
@@ -80,6 +81,7 @@ class Callbacks:
         self._plan_pools: Any = (i32 * n).from_address(call.plan_pools)
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
+        self._guess_pools: Any = (i32 * MAX_GUESSES).from_address(call.guess_pools)
         self._bind()
 
     def _bind(self) -> None:
@@ -170,8 +172,9 @@ class Callbacks:
     def _guess(self) -> None:
         placed = self.brain.on_guess(self._ids, self._inputs)
         n = len(placed)
-        self._guess_keys[:n] = [key for key, _ in placed]
-        self._guess_slots[:n] = [slot for _, slot in placed]
+        self._guess_keys[:n] = [key for key, _, _ in placed]
+        self._guess_slots[:n] = [slot for _, slot, _ in placed]
+        self._guess_pools[:n] = [pool for _, _, pool in placed]
         self._call.n_guesses = n
 
     def _inputs(self) -> Inputs:

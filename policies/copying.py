@@ -1,0 +1,112 @@
+"""Which guesses are copied to a device before they are asked for.
+
+What a pool lacks is copied when it is demanded, and the device waits. Copies made ahead take the
+link while the device computes; but the link serves in order, so that one too many delays what is
+demanded next. Time is an argument; what copying takes is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Protocol
+
+from .base import Guess, Phase, RouteEvent
+from .pace import VICTIM_VALUE
+
+_DECAY = 0.8  # of the running means, by layer: about five tokens
+_ROOM = 0.9  # of what was found: what turns out not to fit is tried less and less
+_STEPS = 12  # of a trial, with and without
+_LASTS = 32  # times as long as a trial its outcome counts
+
+
+class Copying(Protocol):
+    """Chooses among guesses that are in memory and not on the device."""
+
+    def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
+        """An event arrived, of whose experts the device lacked so many; whether to copy ahead."""
+
+    def choose(self, guesses: Sequence[Guess]) -> Sequence[Guess]:
+        """Those worth copying now; ``guesses`` are of one layer, best first, and so is what comes
+        back."""
+
+
+class Trial:
+    """Whether something pays: steps with it, steps without, and for a while what took less."""
+
+    def __init__(self, steps: int = _STEPS, lasts: int = _LASTS) -> None:
+        self.is_on = True
+        self._steps, self._lasts = steps, lasts
+        self._times: list[int] = []
+        self._with = 0.0
+        self._left = 0  # of what was decided
+
+    def step(self, ns: int) -> None:
+        """One took so long, as ``is_on`` said."""
+        if self._left:
+            self._left -= 1
+            self.is_on = self.is_on or not self._left
+            return
+        self._times.append(ns)
+        if len(self._times) < self._steps:
+            return
+        # The median: between two steps a caller may think.
+        took, self._times = median(self._times), []
+        if self.is_on:
+            self._with, self.is_on = took, False
+        else:
+            self.is_on, self._left = self._with < took, self._steps * self._lasts
+
+    def again(self) -> None:
+        """Steps will take another time from now on."""
+        self.is_on, self._left, self._times = True, 0, []
+
+
+class IdleLink:
+    """Copies into the time in which the link would be idle, as long as that makes steps shorter.
+
+    After an event the link copies what the event lacked; what is left of the time until the next
+    one is room. In it a guess of chance p saves a copy; beyond it a wrong one delays a demand by as
+    much, and any wrong one takes the slot of what is evicted next. An expert takes ``copy_ns``.
+
+    Whether all this pays, guessing included, a trial says, so that it never costs more than that.
+    """
+
+    def __init__(self, copy_ns: float) -> None:
+        self.copy_ns = copy_ns
+        self.trial = Trial()
+        self._room: dict[int, float] = {}  # by layer of the event
+        self._layer, self._then, self._n_missing = -1, 0, 0  # of the event before
+        self._began: int | None = None  # the step, if it is one of decoding
+        self._n_sequences = 0
+
+    def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
+        if event.layer > self._layer >= 0:
+            room = max(0.0, now_ns - self._then - self._n_missing * self.copy_ns)
+            mean = self._room.get(self._layer, room)
+            self._room[self._layer] = mean + (1 - _DECAY) * (room - mean)
+        else:
+            self._begin(event, now_ns)
+        self._layer, self._then, self._n_missing = event.layer, now_ns, n_missing
+        return event.phase == Phase.DECODE and self.trial.is_on
+
+    def _begin(self, event: RouteEvent, now_ns: int) -> None:
+        """A step begins."""
+        if event.n_sequences != self._n_sequences:
+            self.trial.again()
+        elif self._began is not None and event.phase == Phase.DECODE:
+            self.trial.step(now_ns - self._began)
+        self._began = now_ns if event.phase == Phase.DECODE else None
+        self._n_sequences = event.n_sequences
+
+    def choose(self, guesses: Sequence[Guess]) -> Sequence[Guess]:
+        each, room = self.copy_ns, _ROOM * self._room.get(self._layer, 0.0)
+        chosen: list[Guess] = []
+        for guess in guesses:
+            left = room - len(chosen) * each
+            if left <= 0:
+                break
+            cost = max(0.0, each - left) + VICTIM_VALUE * each
+            if guess.confidence * min(each, left) > (1 - guess.confidence) * cost:
+                chosen.append(guess)
+        return chosen

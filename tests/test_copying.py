@@ -1,0 +1,227 @@
+"""Experts that are copied to a device before they are asked for: the output is stock's.
+
+The device is the one of native/lag.cpp, whose kernels are the processor's. A pass proves:
+
+ 1  trial     what makes steps shorter goes on, and what does not stops, for a while
+ 2  link      guesses are copied into the room there is, the surer ones first
+ 3  identity  every layout, policy and size: logits to the last bit, one wait per layer; what is
+              copied is what was missing and what was guessed, and guesses are found later
+ 4  prompts   an event that needs more than the pool has, right after copies that nobody waits for
+ 5  failures  a guess for the device that is not in memory
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import tiny
+from conftest import TinyFile
+from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock
+from lag import NAME, Lag, lag
+
+from moe_gguf.policies.base import Guess, Phase, RouteEvent
+from moe_gguf.policies.copying import IdleLink, Trial
+from moe_gguf.policies.pace import Everything
+from moe_gguf.policies.tiers import Tiers
+
+__all__ = ["lag"]  # a fixture
+
+DEVICE = {"device": NAME.lower(), "policy": "fate", "pace": Everything()}
+N_USED = {"mixtral": 2, "llama4": 1}  # experts per token; of other layouts 4
+
+
+class Chance:
+    """Copies some of what there is, with dice."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)
+
+    def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
+        return event.phase == Phase.DECODE
+
+    def choose(self, guesses: Sequence[Guess]) -> Sequence[Guess]:
+        return [guess for guess in guesses if self.dice.random() < 0.7]
+
+
+def with_chance(model: Ours, seed: int = 0) -> Tiers:
+    residency = model.controller.residency
+    assert isinstance(residency, Tiers)
+    residency.copying = Chance(seed)
+    model.reset_stats()
+    return residency
+
+
+def n_used(residency: Tiers) -> int:
+    """Guesses that were asked for, on the device."""
+    return sum(pool.guesses_used for pool in residency.pools.values())
+
+
+def token_by_token(model: Model) -> Logits:
+    context = model.context()
+    tokens = random_tokens(20)
+    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(tokens)])
+
+
+def several(model: Model) -> Logits:
+    context = model.context(n_seq_max=3)
+    steps = [[Row(7 * i + s, i, seq=s) for s in range(3)] for i in range(12)]
+    return np.concatenate([context.decode(step) for step in steps])
+
+
+def prompts_between(model: Model) -> Logits:
+    context, logits = model.context(n_seq_max=2), []
+    for i in range(8):
+        for k, token in enumerate(random_tokens(3, seed=i)):
+            logits.append(context.decode(rows([token], 3 * i + k)))
+        logits.append(context.decode(rows(random_tokens(12, seed=i), 12 * i, seq=1)))
+    return np.concatenate(logits)
+
+
+# --- 1 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gain", "goes_on"), [(0.8, True), (1.1, False)])
+def test_1_what_pays_goes_on(gain: float, goes_on: bool) -> None:
+    trial, on = Trial(4, 3), []
+    for i in range(60):
+        on.append(trial.is_on)
+        idle = 100 if i % 7 == 3 else 1  # a caller thinks now and then
+        trial.step(int(1000 * idle * (gain if trial.is_on else 1)))
+    assert on[:8] == [True] * 4 + [False] * 4
+    assert on[8:20] == [goes_on] * 12
+    assert on[20:28] == [True] * 4 + [False] * 4
+    trial.again()
+    assert trial.is_on
+
+
+# --- 2 ------------------------------------------------------------------------------------------
+
+
+def events(link: IdleLink, n_steps: int, layer_ns: int, n_missing: int, guess: bool = True) -> int:
+    """Steps of two layers; how many of ten guesses are chosen after the first."""
+    chosen, now = 0, 0
+    for _ in range(n_steps):
+        for layer in (0, 1):
+            event = RouteEvent(layer, 1, (0,), (1,), Phase.DECODE, 1)
+            wants = link.event(event, now, n_missing)
+            if layer == 0 and wants:
+                chosen = len(link.choose([Guess(16 + i, 0.95 - 0.1 * i) for i in range(10)]))
+            now += layer_ns
+    return chosen
+
+
+def test_2_room_is_what_demands_leave() -> None:
+    assert (
+        events(IdleLink(100), 10, 1000, 4) == 5
+    )  # 0.9 of 600; the sixth, half beyond it, is not sure enough
+    assert events(IdleLink(100), 10, 1000, 8) == 2
+    assert events(IdleLink(100), 10, 1000, 10) == 0
+    assert events(IdleLink(100), 10, 10_000, 0) == 10
+
+
+def test_2_a_prompt_gets_nothing() -> None:
+    link = IdleLink(100)
+    event = RouteEvent(0, 40, (0,), (40,), Phase.PREFILL, 1)
+    assert not link.event(event, 0, 0)
+    assert not link.event(event._replace(layer=1, phase=Phase.MIXED), 0, 0)
+
+
+# --- 3 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_slots", [None, 44])
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled", "mixed"])
+def test_3_identity(layout: str, n_slots: int | None, tiny_file: TinyFile, lag: Lag) -> None:
+    flags = {"scaled": {"scales": True}, "mixed": {"mixed": True}}.get(layout, {})
+    path = tiny_file("qwen3moe" if flags else layout, **flags)
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model), several(model)
+    with ours(path, n_slots, n_pool=2 * N_USED.get(layout, 4), **DEVICE) as model:
+        residency = with_chance(model)
+        lag.count()
+        same(token_by_token(model), expected[0])
+        stats = model.stats()
+        assert stats.uploads_ahead >= n_used(residency) > 0
+        assert stats.uploads == model.misses + stats.uploads_ahead
+        assert lag.count().upload_bytes == stats.upload_bytes
+        assert stats.waits == 20 * len(model.found.layout.layers)
+        model.check()
+        same(several(model), expected[1])
+
+
+@pytest.mark.parametrize("policy", ["fate-paper", "eap", "klotski"])
+def test_3_policies(policy: str, tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    with ours(path, 44, n_pool=7, **{**DEVICE, "policy": policy}) as model:
+        with_chance(model)
+        same(token_by_token(model), expected)
+        assert model.stats().uploads_ahead > 0
+
+
+def test_3_with_all_in_memory_events_that_find_all_pass_unasked(
+    tiny_file: TinyFile, lag: Lag
+) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    with ours(path, n_pool=14, **DEVICE) as model:
+        n_experts, layers = model.found.layout.n_experts, model.found.layout.layers
+        model.arena.fill(e.layer * n_experts + i for e in layers for i in range(n_experts))
+        residency = with_chance(model)
+        for _ in range(3):
+            same(token_by_token(model), expected)
+        assert n_used(residency) > 0
+        assert model.controller.may_skip()
+        assert model.hits + model.misses == 3 * 20 * 4 * len(model.found.layout.layers)
+
+
+def test_3_by_measured_room(tiny_file: TinyFile, lag: Lag) -> None:
+    """The one that engines have."""
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    lag.delay(us=300)
+    try:
+        with ours(path, n_pool=7, **DEVICE) as model:
+            residency = model.controller.residency
+            assert isinstance(residency, Tiers)
+            assert isinstance(residency.copying, IdleLink)
+            assert residency.copying.copy_ns > 0
+            same(token_by_token(model), expected)
+            same(token_by_token(model), expected)
+    finally:
+        lag.delay()
+
+
+# --- 4 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_4_prompts_between(window: bool, tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = prompts_between(model)
+    lag.delay(us=1000)
+    try:
+        with ours(path, n_pool=6, window=window, **DEVICE) as model:
+            with_chance(model)
+            same(prompts_between(model), expected)
+            assert model.stats().uploads_ahead > 0
+    finally:
+        lag.delay()
+
+
+# --- 5 ------------------------------------------------------------------------------------------
+
+
+def test_5_a_guess_that_is_not_in_memory(tiny_file: TinyFile, lag: Lag) -> None:
+    with ours(tiny_file("qwen3moe"), 9, n_pool=7, **DEVICE) as model:
+        residency = with_chance(model)
+        residency.guess_above = lambda event, guesses, most: [(16, 3, 0)]  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="not in memory, or has no slot there"):
+            token_by_token(model)
