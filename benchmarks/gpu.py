@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--module", type=Path, help="a library of ggml's to load the device from")
     parser.add_argument("--rpc", help="HOST:PORT of a server, with ggml's RPC module as --module")
     parser.add_argument("--ubatch", type=int, default=512, help="of identity")
+    parser.add_argument("--layouts", nargs="*", help="likewise; default: all")
     parser.add_argument("--memory", default="auto")
     parser.add_argument("--reads", default="auto")
     parser.add_argument("--rows", default=ROWS)
@@ -98,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose(args.device)
     if device is None:
         parser.error("there is no GPU here")
-    document = identity(device, args.ubatch) if args.what == "identity" else run_row(args, device)
+    document = (
+        identity(device, args.ubatch, args.layouts)
+        if args.what == "identity"
+        else run_row(args, device)
+    )
     print(json.dumps(document), flush=True)
     return 0 if document.get("ok", True) else 1
 
@@ -452,7 +457,7 @@ def ceiling(device: Device) -> float:
 # --- identity ---------------------------------------------------------------------------------
 
 
-def identity(device: Device, n_ubatch: int) -> dict[str, Any]:
+def identity(device: Device, n_ubatch: int, layouts: Sequence[str] | None) -> dict[str, Any]:
     """Tiny models of every layout: stock on the device against ours."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import harness
@@ -473,7 +478,7 @@ def identity(device: Device, n_ubatch: int) -> dict[str, Any]:
         print(name, cases[name], file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as folder:
-        for layout in tiny.LAYOUTS:
+        for layout in layouts or tiny.LAYOUTS:
             path = tiny.write_tiny(layout, Path(folder) / f"{layout}.gguf")
             with harness.stock(path, device=device.name) as model:
                 expected = {"decode": singles(model), "prefill": prompt(model)}

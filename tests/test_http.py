@@ -465,8 +465,12 @@ def test_what_llama_s_server_has_beside_the_protocols(client: httpx.Client) -> N
     assert client.post("/tokenize", json={"content": "ab"}).json() == {"tokens": [97, 98]}
     body = {"content": "a", "add_special": True, "with_pieces": True}
     pieces = client.post("/tokenize", json=body).json()["tokens"]
+    as_vllm = client.post("/tokenize", json={"prompt": "ab", "add_special_tokens": False}).json()
+    assert (as_vllm["tokens"], as_vllm["count"]) == ([97, 98], 2)
+    assert client.post("/detokenize", json={"tokens": [97, 98]}).json()["prompt"] == "ab"
+    assert set(client.get("/tokenizer_info").json()) == {"bos_token", "eos_token", "chat_template"}
     assert [one["piece"] for one in pieces] == ["<s>", "a"]
-    assert client.post("/detokenize", json={"tokens": [97, 98]}).json() == {"content": "ab"}
+    assert client.post("/detokenize", json={"tokens": [97, 98]}).json()["content"] == "ab"
     for token in (258, -1, 2**40):
         said = error(client.post("/detokenize", json={"tokens": [token]}), 400)
         assert f"token {token} is not in this model's vocabulary" in said["message"]

@@ -79,6 +79,11 @@ def _state(routes: APIRouter, service: Service) -> None:
     async def props() -> Response:
         return json_response(_props(service))
 
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        names = ("bos_token", "eos_token", "chat_template")
+        return json_response({name: service.served.facts.get(name) for name in names})
+
 
 def _slots(service: Service) -> list[dict[str, Any]]:
     served = service.served
@@ -118,14 +123,19 @@ def _props(service: Service) -> dict[str, Any]:
 
 
 def _tokenize(fields: Fields, texts: Texts) -> dict[str, Any]:
-    text = fields.text("content")
+    """llama-server's, or vLLM's, which names its text ``prompt``."""
+    is_vllms = fields.value("content") is None and fields.value("prompt") is not None
+    name = "prompt" if is_vllms else "content"
+    text = fields.text(name)
     if text is None:
         raise fields.wrong("content", "text")
     tokens = texts.tokenize(
         well_formed(text),
-        add_special=fields.flag("add_special"),
+        add_special=fields.flag("add_special_tokens" if is_vllms else "add_special", is_vllms),
         parse_special=fields.flag("parse_special", default=True),
     )
+    if is_vllms:
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": texts.n_ctx}
     if not fields.flag("with_pieces"):
         return {"tokens": tokens}
     return {"tokens": [{"id": token, "piece": _piece(texts.piece(token))} for token in tokens]}
@@ -147,7 +157,8 @@ def _detokenize(fields: Fields, texts: Texts) -> dict[str, Any]:
             raise Refusal(
                 f"token {token} is not in this model's vocabulary of {texts.n_vocab}", "tokens"
             )
-    return {"content": texts.text(tokens)}
+    text = texts.text(tokens)
+    return {"content": text, "prompt": text}  # the latter is vLLM's name for it
 
 
 def _apply_template(fields: Fields, texts: Texts) -> dict[str, Any]:
