@@ -16,6 +16,7 @@ from .base import Guess, Phase
 VICTIM_VALUE = 0.05
 _DECAY = 0.8  # of the running means: about five tokens, or layers
 _SLOW_DECAY = 0.95  # of those over all layers: about a token
+_STALLED = 0.5  # reads: a layer that waits for less has a hot set that is large enough
 _SHRINK = 0.125  # experts by which a hot set that hides everything shrinks, per step
 _FEW = 8  # reads before the speed is believed
 # Buffered reads faster than 4 GB/s are copies out of the page cache: the processor makes them.
@@ -187,7 +188,7 @@ class HotSet:
             if self._each_ns:
                 more = meters.stall_ns / self._each_ns
                 k = self._k.get(self._earlier, 0.0)
-                self._k[self._earlier] = k + (more if more >= 0.5 else -_SHRINK)
+                self._k[self._earlier] = k + (more if more >= _STALLED else -_SHRINK)
             self._earlier = last.layer
         self._last = meters
         return True

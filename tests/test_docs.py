@@ -153,6 +153,8 @@ METRICS = {
     "hits": Metric("hit_rate", lambda share: f"{100 * share:.0f} %"),
     "disk busy": Metric("disk_share", lambda share: f"{100 * share:.0f} %"),
     "of bound": Metric("of_bound", lambda share: f"{100 * share:.0f} %"),
+    "stalled": Metric("stall_share", lambda share: f"{100 * share:.1f} %"),
+    "stolen": Metric("stolen_share", lambda share: f"{100 * share:.0f} %"),
     "read/token": Metric("bytes_per_token", lambda size: f"{size / 1e6:.0f} MB"),
     "peak": Metric("rss_peak_bytes", lambda size: f"{size / 1e9:.2f} GB"),
     "32 sequences tok/s": Metric("batch_32_tps", "{:.0f}".format),

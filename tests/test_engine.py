@@ -39,6 +39,7 @@ from moe_gguf.runtime.engine.request import (
     Cancelled,
     EngineClosed,
     Finished,
+    Progress,
     PromptScored,
     Schema,
     Token,
@@ -130,6 +131,19 @@ def test_events_come_in_order_and_make_up_the_result(engine: Engine) -> None:
     assert (finished.reason, finished.completion_tokens) == ("length", 6)
     queued, first, total = finished.timings
     assert 0 <= queued < first < total < 60
+
+
+def test_how_far_a_prompt_is(path: Path) -> None:
+    prompt = [3 + i for i in range(50)]
+    settings: dict[str, Any] = {"max_tokens": 2, "progress": True, **GREEDY}
+    with opened(path, schedule=Schedule(2, 0, 16)) as engine:
+        first, again = (list(engine.submit(prompt, **settings)) for _ in range(2))
+    told = [[event for event in run if isinstance(event, Progress)] for run in (first, again)]
+    assert [event.n_tokens for event in told[0]] == [0, 16, 32, 48, 50]
+    assert [event.n_tokens for event in told[1]] == [49, 50]
+    assert {event.cached_tokens for event in told[1]} == {49}
+    assert told[0] == first[:5]
+    assert 0 <= told[0][0].seconds < told[0][4].seconds < 60
 
 
 def test_an_answer_stops_at_a_text(engine: Engine) -> None:

@@ -239,6 +239,19 @@ def test_a_signal_stops_it_cleanly_even_while_it_computes(
     assert "Traceback" not in log.read_text()
 
 
+def test_a_stream_tells_how_far_its_prompt_is(client: httpx.Client) -> None:
+    messages = [{"role": "user", "content": f"{time.time()} " + "word " * 100}]
+    body = {"model": "m", "messages": messages, "max_tokens": 2, "stream": True}
+    plain = client.post("/v1/chat/completions", json=body)
+    assert not any("prompt_progress" in event for event in events(plain))
+    messages[0]["content"] += "more"
+    streamed = client.post("/v1/chat/completions", json=body | {"return_progress": True})
+    told = [e["prompt_progress"] for e in events(streamed) if "prompt_progress" in e]
+    assert told[0]["processed"] == told[0]["cache"] > 0  # of the prompt before
+    assert told[-1]["processed"] == told[-1]["total"] > 100
+    assert told[-1]["time_ms"] > 0
+
+
 def test_an_address_in_use_is_told_before_the_model_is_loaded(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -7,14 +7,14 @@ from typing import Any
 
 from ..chat.parser import Call, Delta
 from ..engine.generation import Result
-from ..engine.request import Event, Finished, Logprob, Token
+from ..engine.request import Event, Finished, Logprob, Progress, Token
 from . import settings
 from .fields import Fields
 from .refusal import Refusal
 from .stream import DONE, Piece
 from .texts import Conversation, Reader, Texts
 from .turn import Turn, continues, finished, template_kwargs
-from .usage import Stamp, finish_reason, finite, head, timings, usage
+from .usage import Stamp, finish_reason, finite, head, progress, timings, usage
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -37,6 +37,7 @@ class ChatCompletions:
             top_logprobs=self.top,
             ignore_eos=fields.flag("ignore_eos"),
             special=not fields.flag("skip_special_tokens", default=True),
+            progress=fields.flag("return_progress") and fields.flag("stream"),
         )
         self.requests = self.turn.requests
         self.include_usage = settings.include_usage(fields)
@@ -113,6 +114,11 @@ class ChatStream:
         tokens = [event for event in events if isinstance(event, Token)]
         self._scores[i] += [token.logprob for token in tokens if token.logprob is not None]
         pieces = [
+            self._chunk(i, {}, prompt_progress=progress(event, self._call.turn.n_prompt))
+            for event in events
+            if isinstance(event, Progress)
+        ]
+        pieces += [
             self._chunk(i, delta)
             for delta in _deltas(self._call.turn.read(self._readers[i], events))
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..engine.request import Finished, Reason
+from ..engine.request import Finished, Progress, Reason
 
 _LEAST = -9999.0  # how OpenAI writes that a token is impossible
 
@@ -48,6 +48,16 @@ def usage(
     if reasoning_tokens is not None:
         found["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
     return found
+
+
+def progress(event: Progress, n_prompt: int) -> dict[str, Any]:
+    """How far a prompt is, under llama-server's names."""
+    return {
+        "total": n_prompt,
+        "cache": event.cached_tokens,
+        "processed": event.n_tokens,
+        "time_ms": event.seconds * 1e3,
+    }
 
 
 def timings(end: Finished) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from .request import (
     Event,
     Finished,
     Logprob,
+    Progress,
     PromptScored,
     Reason,
     Request,
@@ -303,14 +304,24 @@ class Loop:
             tokens = sequence.tokens[start : start + n]
             batch.add(tokens, start, sequence.slot, outputs)
             part = sequence.part
-            part.started_s = part.started_s or now
+            if part.started_s is None:
+                part.started_s = now
+                self._tell_progress(sequence)
         try:
             self.model.context.step(step.phase)
         except BaseException as error:
             self._failed(step, error)
         else:
             self.scheduler.done(step)
+            for piece in step.pieces:
+                self._tell_progress(piece.sequence)
             self._read(step)
+
+    def _tell_progress(self, sequence: Sequence) -> None:
+        part: Part = sequence.part
+        if sequence.request.progress and len(sequence.tokens) == sequence.n_prompt:
+            seconds = time.perf_counter() - (part.started_s or 0.0)
+            part.generation.put(Progress(sequence.computed, sequence.cached, seconds))
 
     def _failed(self, step: Step, error: BaseException) -> None:
         """The step's sequences fail with it; but where only room is lacking, some have to wait."""

@@ -55,7 +55,8 @@ class Request:
     of the N best beside it; ``prompt_logprobs`` the same of the prompt's tokens, the first left
     out. ``stop`` ends the answer where one of the texts would begin. ``special``: control tokens
     appear in the text; else only those of them that are ``shown``. Higher ``priority`` goes first.
-    ``owner``: computed states of one owner are never used for another.
+    ``owner``: computed states of one owner are never used for another. ``progress``: events tell
+    how far the prompt is.
     """
 
     tokens: Sequence[int]
@@ -70,6 +71,7 @@ class Request:
     shown: Set[int] = frozenset()
     priority: int = 0
     owner: str = ""
+    progress: bool = False
 
 
 class Logprob(NamedTuple):
@@ -85,6 +87,14 @@ class PromptScored(NamedTuple):
 
     logprobs: Sequence[Logprob]
     cached_tokens: int  # of the prompt, not computed again
+
+
+class Progress(NamedTuple):
+    """So many tokens of the prompt are there, of which some were not computed again."""
+
+    n_tokens: int
+    cached_tokens: int
+    seconds: float  # since its first step began
 
 
 class Token(NamedTuple):
@@ -125,7 +135,7 @@ class Finished(NamedTuple):
     ending: Logprob | None = None
 
 
-Event = PromptScored | Token | Finished
+Event = Progress | PromptScored | Token | Finished
 
 
 class Cancelled(Exception):

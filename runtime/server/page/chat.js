@@ -69,6 +69,7 @@ function body(model) {
     messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
     stream: true,
     stream_options: { include_usage: true },
+    return_progress: true,
     ...number("temperature"),
     ...number("top_p"),
     ...number("max_tokens"),
@@ -103,6 +104,11 @@ async function answer() {
       const { delta = {}, finish_reason } = event.choices?.[0] ?? {};
       reason = finish_reason ?? reason;
       timings = event.timings ?? timings;
+      const read = event.prompt_progress;
+      if (read) {
+        const share = (read.processed - read.cache) / Math.max(1, read.total - read.cache);
+        shown.note.textContent = share < 1 ? `reading the prompt, ${Math.round(100 * share)} %` : "";
+      }
       if (delta.reasoning_content) {
         told.reasoning_content = (told.reasoning_content ?? "") + delta.reasoning_content;
         shown.summary.textContent = "Reasoning …";
