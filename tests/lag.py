@@ -81,6 +81,15 @@ class Lag:
         self._library.lag_delay(us, bytes_per_s)
 
     @contextmanager
+    def delayed(self, us: int = 100, bytes_per_s: int = 0) -> Iterator[None]:
+        """``delay``, for a while."""
+        self.delay(us, bytes_per_s)
+        try:
+            yield
+        finally:
+            self.delay()
+
+    @contextmanager
     def ignoring(self, waits: int) -> Iterator[None]:
         self._library.lag_ignore(waits)
         try:

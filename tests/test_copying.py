@@ -185,17 +185,13 @@ def test_3_by_measured_room(tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = token_by_token(model)
-    lag.delay(us=300)
-    try:
-        with ours(path, n_pool=7, **DEVICE) as model:
-            residency = model.controller.residency
-            assert isinstance(residency, Tiers)
-            assert isinstance(residency.copying, IdleLink)
-            assert residency.copying.copy_ns > 0
-            same(token_by_token(model), expected)
-            same(token_by_token(model), expected)
-    finally:
-        lag.delay()
+    with lag.delayed(us=300), ours(path, n_pool=7, **DEVICE) as model:
+        residency = model.controller.residency
+        assert isinstance(residency, Tiers)
+        assert isinstance(residency.copying, IdleLink)
+        assert residency.copying.copy_ns > 0
+        same(token_by_token(model), expected)
+        same(token_by_token(model), expected)
 
 
 # --- 4 ------------------------------------------------------------------------------------------
@@ -206,14 +202,10 @@ def test_4_prompts_between(window: bool, tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = prompts_between(model)
-    lag.delay(us=1000)
-    try:
-        with ours(path, n_pool=6, window=window, **DEVICE) as model:
-            with_chance(model)
-            same(prompts_between(model), expected)
-            assert model.stats().uploads_ahead > 0
-    finally:
-        lag.delay()
+    with lag.delayed(us=1000), ours(path, n_pool=6, window=window, **DEVICE) as model:
+        with_chance(model)
+        same(prompts_between(model), expected)
+        assert model.stats().uploads_ahead > 0
 
 
 # --- 5 ------------------------------------------------------------------------------------------

@@ -154,13 +154,9 @@ def test_2_slow_streams(tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = token_by_token(model)
-    lag.delay(us=1000)
-    try:
-        with ours(path, 4, n_pool=5, **AUTO) as model:
-            forced(model, 7)
-            same(token_by_token(model), expected)
-    finally:
-        lag.delay()
+    with lag.delayed(us=1000), ours(path, 4, n_pool=5, **AUTO) as model:
+        forced(model, 7)
+        same(token_by_token(model), expected)
 
 
 def prompts_between(model: Model) -> Logits:
@@ -176,29 +172,24 @@ def test_2_a_prompt_behind_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = prompts_between(model)
-    lag.delay(us=0, bytes_per_s=4 * 10**6)
-    try:
-        with ours(path, n_pool=6, window=True, gpu_layers=2, **AUTO) as model:
-            forced(model, 11)
-            same(prompts_between(model), expected)
-    finally:
-        lag.delay()
+    with (
+        lag.delayed(us=0, bytes_per_s=4 * 10**6),
+        ours(path, n_pool=6, window=True, gpu_layers=2, **AUTO) as model,
+    ):
+        forced(model, 11)
+        same(prompts_between(model), expected)
 
 
 def test_3_auto_on_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = token_by_token(model)
-    lag.delay(us=0, bytes_per_s=10**6)
-    try:
-        with ours(path, n_pool=6, **AUTO) as model:
-            model.reset_stats()
-            same(token_by_token(model), expected)
-            stats = model.stats()
-            assert stats.cpu_experts > 0.9 * model.misses
-            assert stats.uploads < model.misses
-    finally:
-        lag.delay()
+    with lag.delayed(us=0, bytes_per_s=10**6), ours(path, n_pool=6, **AUTO) as model:
+        model.reset_stats()
+        same(token_by_token(model), expected)
+        stats = model.stats()
+        assert stats.cpu_experts > 0.9 * model.misses
+        assert stats.uploads < model.misses
 
 
 def test_4_a_read_that_fails(tiny_file: TinyFile, lag: Lag) -> None:

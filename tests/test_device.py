@@ -151,12 +151,8 @@ def test_01_nothing_begins_before_all_of_it_is_there(
 ) -> None:
     path = tiny_file("qwen3moe")
     expected = reference(path, generation)
-    lag.delay(us=5000)
-    try:
-        with ours(path, **DEVICE) as model:
-            same(generation(model), expected)
-    finally:
-        lag.delay()
+    with lag.delayed(us=5000), ours(path, **DEVICE) as model:
+        same(generation(model), expected)
 
 
 @pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled", "mixed"])
@@ -233,15 +229,12 @@ def test_04_waits(kind: str, tiny_file: TinyFile, reference: Reference, lag: Lag
     path = tiny_file("qwen3moe")
     expected = reference(path, generation)
     waits, sizes = WAITS[kind]
-    lag.delay(us=1000)
-    try:
+    with lag.delayed(us=1000):
         with ours(path, **sizes, **DEVICE) as model:
             same(generation(model), expected)
         model = Ours(path, **sizes, **DEVICE)
         with contextlib.closing(model), lag.ignoring(waits):
             assert is_seen(model, expected), "nothing tests this wait"
-    finally:
-        lag.delay()
 
 
 def is_seen(model: Ours, expected: Logits) -> bool:
@@ -291,12 +284,8 @@ def test_07_a_context_while_another_computes(
 ) -> None:
     """The one layer on the device is the last one: its launch has no later one to wait for."""
     path = tiny_file("qwen3moe")
-    lag.delay(us=3000)
-    try:
-        with ours(path, n_pool=4, gpu_layers=2, **DEVICE) as model:
-            same(unread(model), reference(path, unread))
-    finally:
-        lag.delay()
+    with lag.delayed(us=3000), ours(path, n_pool=4, gpu_layers=2, **DEVICE) as model:
+        same(unread(model), reference(path, unread))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
