@@ -26,6 +26,9 @@ class Copying(Protocol):
     def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
         """An event arrived, of whose experts the device lacked so many; whether to copy ahead."""
 
+    def passed(self, layer: int) -> None:
+        """An event found all it asked for, and nobody was asked."""
+
     def choose(self, guesses: Sequence[Guess]) -> Sequence[Guess]:
         """Those worth copying now; ``guesses`` are of one layer, best first, and so is what comes
         back."""
@@ -77,18 +80,25 @@ class IdleLink:
         self.trial = Trial()
         self._room: dict[int, float] = {}  # by layer of the event
         self._layer, self._then, self._n_missing = -1, 0, 0  # of the event before
+        self._asked = True  # the event before was
+        self._is_new = False  # a step has begun since, with an event that passed unasked
         self._began: int | None = None  # the step, if it is one of decoding
         self._n_sequences = 0
 
     def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
-        if event.layer > self._layer >= 0:
+        if self._is_new or event.layer <= self._layer:
+            self._begin(event, now_ns)
+        elif self._layer >= 0 and self._asked:
             room = max(0.0, now_ns - self._then - self._n_missing * self.copy_ns)
             mean = self._room.get(self._layer, room)
             self._room[self._layer] = mean + (1 - _DECAY) * (room - mean)
-        else:
-            self._begin(event, now_ns)
+        self._asked, self._is_new = True, False
         self._layer, self._then, self._n_missing = event.layer, now_ns, n_missing
         return event.phase == Phase.DECODE and self.trial.is_on
+
+    def passed(self, layer: int) -> None:
+        self._asked, self._is_new = False, self._is_new or layer <= self._layer
+        self._layer = layer
 
     def _begin(self, event: RouteEvent, now_ns: int) -> None:
         """A step begins."""

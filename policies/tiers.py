@@ -137,6 +137,8 @@ class Tiers(Residency):
         """An event found these on the device."""
         base = layer * self.n_experts
         self.pools[layer].found(base + expert for expert in experts)
+        if self.copying is not None:
+            self.copying.passed(layer)
 
     def is_complete(self, layers: Sequence[int]) -> bool:
         """Whether memory holds every expert that a device may ask it for."""

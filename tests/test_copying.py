@@ -42,6 +42,9 @@ class Chance:
     def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
         return event.phase == Phase.DECODE
 
+    def passed(self, layer: int) -> None:
+        pass
+
     def choose(self, guesses: Sequence[Guess]) -> Sequence[Guess]:
         return [guess for guess in guesses if self.dice.random() < 0.7]
 
@@ -120,6 +123,23 @@ def test_2_room_is_what_demands_leave() -> None:
     assert events(IdleLink(100), 10, 1000, 8) == 2
     assert events(IdleLink(100), 10, 1000, 10) == 0
     assert events(IdleLink(100), 10, 10_000, 0) == 10
+
+
+def test_2_events_that_pass_unasked_are_no_room_and_part_steps() -> None:
+    """Of one step only layer 2 asks, of the next only layer 5."""
+    link, now, took = IdleLink(100), 0, list[int]()
+    link.trial.step = took.append  # type: ignore[method-assign]
+    for i in range(6):
+        asks = 2 if i % 2 == 0 else 5
+        for layer in range(6):
+            if layer == asks:
+                event = RouteEvent(layer, 1, (0,), (1,), Phase.DECODE, 1)
+                link.event(event, now + 10 * layer, 0)
+            else:
+                link.passed(layer)
+        now += 1000
+    assert took == [970, 1030, 970, 1030]  # the first step is not known to be one
+    assert not link._room
 
 
 def test_2_a_prompt_gets_nothing() -> None:
