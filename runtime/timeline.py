@@ -2,7 +2,8 @@
 
 Owns turning the plugin's events into slices; the plugin records them, a ``Meter`` says when the
 last step began and ended. One track shows the model: the trunk between the layers, and inside each
-layer the callbacks, the expert graphs and the stalls. One track per lane shows its reads.
+layer the callbacks, the expert graphs and the stalls. One track per lane shows its reads, and one
+per thread the experts that it computed by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .stats import Step
 # About ten times the events of one token of a large model; 2 MB, which the budget's margin covers.
 CAPACITY = 1 << 16
 _PIECE = 1024  # events taken at once: as Python objects they are four times as large
-_MODEL_TRACK, _FIRST_LANE_TRACK = 0, 1
+_MODEL_TRACK, _FIRST_LANE_TRACK, _FIRST_THREAD_TRACK = 0, 1, 1000
 _NAMES = {
     abi.EVENT_ROUTE: "route",
     abi.EVENT_PREDICT: "predict",
@@ -60,7 +61,8 @@ def trace(events: Iterable[abi.Event], step: Step, n_experts: int, n_layers: int
     """The trace document of one step; times in it are microseconds from the step's start.
 
     A read that a guess began before the step has a negative start. ``otherData`` has the sums, in
-    milliseconds: trunk is what lies between layers, other what a layer took beside the rest.
+    milliseconds: trunk is what lies between layers, other what a layer took beside the rest; of
+    threads that compute side by side the mean.
     """
     slices: list[dict[str, Any]] = []
 
@@ -79,7 +81,8 @@ def trace(events: Iterable[abi.Event], step: Step, n_experts: int, n_layers: int
         )
 
     sums = dict.fromkeys(("trunk", "route", "predict", "compute", "stall"), 0)
-    lanes = set()
+    lanes, threads = set(), set[int]()
+    side_by_side = dict.fromkeys((abi.EVENT_COMPUTE, abi.EVENT_STALL), 0)
     at, layers_ns = step.start_ns, 0
     for event in sorted(events, key=lambda e: (e.start_ns, -e.end_ns)):
         span = event.start_ns, event.end_ns
@@ -97,14 +100,22 @@ def trace(events: Iterable[abi.Event], step: Step, n_experts: int, n_layers: int
             track = _FIRST_LANE_TRACK + event.lane
             name = f"{kind} layer {layer} expert {expert}" + (f" copy {copy}" if copy else "")
             put(name, kind, track, *span, layer=layer, expert=expert, copy=copy)
+        elif event.lane >= 0:
+            name = _NAMES[event.kind]
+            threads.add(event.lane)
+            put(name, name, _FIRST_THREAD_TRACK + event.lane, *span, layer=event.key)
+            side_by_side[event.kind] += event.end_ns - event.start_ns
         else:
             name = _NAMES[event.kind]
             put(name, name, _MODEL_TRACK, *span, layer=event.key)
             sums[name] += event.end_ns - event.start_ns
+    for which, ns in side_by_side.items():
+        sums[_NAMES[which]] += ns // max(1, len(threads))
     put("trunk to the output", "trunk", _MODEL_TRACK, at, step.end_ns)
     sums["trunk"] += step.end_ns - at
     sums["other"] = layers_ns - sum(ns for name, ns in sums.items() if name != "trunk")
     tracks = {_MODEL_TRACK: "model"} | {_FIRST_LANE_TRACK + n: f"lane {n}" for n in sorted(lanes)}
+    tracks |= {_FIRST_THREAD_TRACK + n: f"thread {n}" for n in sorted(threads)}
     names = [_label("process_name", 0, "moe-gguf")]
     names += [_label("thread_name", track, name) for track, name in tracks.items()]
     return {

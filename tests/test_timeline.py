@@ -81,9 +81,13 @@ def test_trace_by_hand() -> None:
         event(abi.EVENT_LAYER, 110, 140, 0),
         event(abi.EVENT_GUESS, 90, 112, 33, lane=0),
         event(abi.EVENT_LAYER, 150, 190, 1),
+        event(abi.EVENT_COMPUTE, 152, 162, 1, lane=0),
+        event(abi.EVENT_COMPUTE, 152, 160, 1, lane=1),
+        event(abi.EVENT_STALL, 160, 162, 1, lane=1),
     ]
     document = trace(events, Step(100_000, 200_000, 1, Phase.DECODE, 1), n_experts=10, n_layers=2)
-    found = {e["name"]: (e["tid"], e["ts"], e["dur"]) for e in document["traceEvents"] if "ts" in e}
+    slices = [e for e in document["traceEvents"] if "ts" in e]
+    found = {e["name"]: (e["tid"], e["ts"], e["dur"]) for e in slices if e["tid"] < 1000}
     assert found == {
         "trunk before layer 0": (0, 0, 10),
         "layer 0": (0, 10, 30),
@@ -96,11 +100,17 @@ def test_trace_by_hand() -> None:
         "demand layer 0 expert 7": (2, 13, 17),
         "guess layer 1 expert 3 copy 1": (1, -10, 22),
     }
-    sums = {"trunk": 30, "route": 2, "predict": 0, "compute": 8, "stall": 15, "other": 45}
+    threads = [(e["name"], e["tid"], e["ts"], e["dur"]) for e in slices if e["tid"] >= 1000]
+    assert threads == [
+        ("compute", 1000, 52, 10),
+        ("compute", 1001, 52, 8),
+        ("stall", 1001, 60, 2),
+    ]
+    sums = {"trunk": 30, "route": 2, "predict": 0, "compute": 17, "stall": 16, "other": 35}
     assert document["otherData"]["ms"] == {name: us / 1000 for name, us in sums.items()}
     assert sum(sums.values()) == 100
     names = [e["args"]["name"] for e in document["traceEvents"] if e["ph"] == "M"]
-    assert names == ["moe-gguf", "model", "lane 0", "lane 1"]
+    assert names == ["moe-gguf", "model", "lane 0", "lane 1", "thread 0", "thread 1"]
 
 
 def test_the_file_holds_the_last_token(

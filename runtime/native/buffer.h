@@ -13,7 +13,7 @@ class buffer {
     buffer()                           = default;
     buffer(const buffer &)             = delete;
     buffer & operator=(const buffer &) = delete;
-    ~buffer() { os::aligned_free(data_); }
+    ~buffer() { release(); }
 
     // Contents are lost.
     void reserve(size_t bytes) {
@@ -21,13 +21,20 @@ class buffer {
         if (bytes <= capacity_) {
             return;
         }
-        os::aligned_free(data_);
-        capacity_ = 0;
-        data_     = (char *)os::aligned_alloc(ALIGN, bytes);
+        release();
+        data_ = (char *)os::aligned_alloc(ALIGN, bytes);
         if (data_ == nullptr) {
             throw std::bad_alloc();
         }
         capacity_ = bytes;
+    }
+
+    // Somebody else's memory, until the next one or the end.
+    void borrow(char * memory, size_t bytes) {
+        release();
+        data_     = memory;
+        capacity_ = bytes;
+        borrowed_ = true;
     }
 
     // Aligned for ggml's kernels; what was reserved must suffice.
@@ -44,9 +51,19 @@ class buffer {
   private:
     static constexpr size_t ALIGN = 64;
 
+    void release() {
+        if (!borrowed_) {
+            os::aligned_free(data_);
+        }
+        data_     = nullptr;
+        capacity_ = used_ = 0;
+        borrowed_         = false;
+    }
+
     char * data_     = nullptr;
     size_t capacity_ = 0;
     size_t used_     = 0;
+    bool   borrowed_ = false;
 };
 
 }  // namespace moe

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "model.h"
+#include "pending.h"
 
 namespace moe {
 
@@ -356,7 +357,7 @@ void device_executor::wait_on(int64_t ticket) {
 // else to do.
 bool device_executor::bring(bool all) {
     dialogue & said = model_.dialogue;
-    submit_ready_loads();
+    pending::submit(model_);
     if (wide_ && !all) {
         copy_to_window();
     }
@@ -372,7 +373,7 @@ bool device_executor::bring(bool all) {
             return false;
         }
         if (any) {
-            submit_ready_loads();
+            pending::submit(model_);
         } else if (!asked_) {
             asked_ = true;
             if (!said.ask_for_guesses()) {
@@ -382,7 +383,7 @@ bool device_executor::bring(bool all) {
             if (!compute_there()) {
                 return false;
             }
-            submit_ready_loads();
+            pending::submit(model_);
         } else if (!waiting_.empty()) {
             const int64_t t0 = now_ns();
             model_.reads->wait_any(waiting_);
@@ -452,16 +453,6 @@ bool device_executor::advance(bool & any) {
         model_.pools->issue();
     }
     return true;
-}
-
-void device_executor::submit_ready_loads() {
-    auto & entries = model_.dialogue.entries;
-    for (dialogue::entry & e : entries) {
-        if (e.load && !e.submitted && (e.waits_for < 0 || entries[e.waits_for].done)) {
-            model_.load(e.slot, model_.weights.key_of(0, c_.layer, e.expert), false);
-            e.submitted = true;
-        }
-    }
 }
 
 }  // namespace moe

@@ -59,7 +59,6 @@ class device_executor {
     bool                         bring(bool all);
     bool                         compute_there();
     int32_t                      unused_slot() const;
-    void                         submit_ready_loads();
     bool                         advance(bool & any);
     void                         take_over();
 

@@ -288,7 +288,7 @@ const char * dialogue::read_pool(int i, int index) {
     if (p.key_of(c_->layer, slot) != model_.weights.key_of(0, c_->layer, expert)) {
         return "takes an expert for resident on the device that is not";
     }
-    entries.push_back({expert, 0, -1, first_of_[index], call.counts[index], -1, slot, false, false, false, false, false});
+    entries.push_back({expert, 0, -1, first_of_[index], call.counts[index], -1, slot, false, false, false, false, false, false});
     return nullptr;
 }
 
@@ -318,7 +318,8 @@ const char * dialogue::read_slot(int i, int index) {
     const int  said   = on_device() ? call.plan_pools[i] : -1;
     const bool on_cpu = said <= MOE_ON_CPU;
     const int  pool   = on_cpu ? MOE_ON_CPU - 1 - said : said;
-    entries.push_back({expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], pool, on_cpu, load, false, false, false});
+    entries.push_back(
+        {expert, copy, slot, first_of_[index], call.counts[index], occupant_[slot], pool, on_cpu, load, false, false, false, false});
     if (occupant_[slot] >= 0) {
         entries[occupant_[slot]].awaited = true;
         model_.stats.recycled++;

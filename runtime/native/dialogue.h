@@ -31,6 +31,7 @@ class dialogue {
         bool on_cpu;     // the processor computes it, of a device's event, and the pool has it afterwards
         bool load;
         bool submitted;
+        bool taken;  // somebody computes it, or has
         bool done;
         bool awaited;  // another expert is to have its slot
     };

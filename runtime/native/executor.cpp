@@ -72,16 +72,16 @@ ggml_status executor::run_chain() {
     std::lock_guard<std::mutex> lock(model.step);
     const int64_t               t0 = model.reads->history.start();
     model.dialogue.ids.resize((size_t)c_.n_used * c_.n_tokens);
-    rows_->ids(c_.ids, model.dialogue.ids.data());  // graph memory is reused
+    rows_.ids(c_.ids, model.dialogue.ids.data());  // graph memory is reused
     const ggml_status status = model.dialogue.begin(c_) ? run_entries() : GGML_STATUS_FAILED;
     model.record(MOE_EVENT_LAYER, c_.layer, t0);
     model.dialogue.end(status != GGML_STATUS_SUCCESS);
-    model.stats.scratch_bytes = std::max<int64_t>(model.stats.scratch_bytes, rows_->bytes());
+    model.stats.scratch_bytes = std::max<int64_t>(model.stats.scratch_bytes, rows_.bytes());
     return status;
 }
 
 ggml_status executor::run_entries() {
-    submit_ready_loads();
+    submit();
     const bool whole = is_whole();
     // Few tokens compute faster than they are guessed for, so that is left to the first moment in
     // which there is nothing to compute. Until then the disk is busy with this layer's reads.
@@ -120,6 +120,9 @@ ggml_status executor::run_rounds(bool guessed) {
         return status;
     }
     said.input_moved(graphs_.kept(c_.x));
+    if (guessed && expert_threads::suit(c_, WORK_BYTES)) {
+        return threads_.run(c_, graphs_);
+    }
     for (size_t left = said.entries.size(); left > 0;) {
         if (!find_ready()) {
             return GGML_STATUS_FAILED;
@@ -130,7 +133,7 @@ ggml_status executor::run_rounds(bool guessed) {
                 return status;
             }
             left -= ready_.size();
-            submit_ready_loads();
+            submit();
         } else if (!guessed) {
             guessed = true;
             if (!said.ask_for_guesses()) {
@@ -143,56 +146,25 @@ ggml_status executor::run_rounds(bool guessed) {
     return guessed || said.ask_for_guesses() ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
 
-void executor::submit_ready_loads() {
-    auto & entries = c_.model->dialogue.entries;
-    for (dialogue::entry & e : entries) {
-        if (e.load && !e.submitted && (e.waits_for < 0 || entries[e.waits_for].done)) {
-            c_.model->load(e.slot, c_.model->weights.key_of(e.copy, c_.layer, e.expert), false);
-            e.submitted = true;
-        }
-    }
+void executor::submit() {
+    pending::submit(*c_.model);
     c_.model->dialogue.submit_guesses();
 }
 
-// The next round's entries, in the plan's order and of one copy, and the slots that are waited for.
-// Where a read waits for a slot, those in such slots go first, and without one only about as many are
-// computed as are being read meanwhile: a long round would leave the disk without work.
-// False when a read has failed.
+// The next round's entries, of one copy; false when a read has failed.
 bool executor::find_ready() {
     moe_model &   model      = *c_.model;
     const auto &  entries    = model.dialogue.entries;
     const int64_t most_pairs = std::max(MIN_PAIRS, std::min(WORK_BYTES / 8 / model.arena->n_slots(), WORK_BYTES / c_.row_bytes));
-    bool          scarce     = model.dialogue.guesses_wait();
-    there_.clear();
-    waiting_.clear();
-    for (size_t i = 0; i < entries.size(); i++) {
-        const dialogue::entry & e = entries[i];
-        scarce                    = scarce || (e.load && !e.submitted);
-        if (e.done || (e.load && !e.submitted)) {
-            continue;
-        }
-        const slot_state state = model.reads->state(e.slot);
-        if (state == slot_state::FAILED) {
-            model.failure.set(ERROR_READ, model.reads->last_error());
-            return false;
-        }
-        if (state == slot_state::LOADING) {
-            waiting_.push_back(e.slot);
-        } else {
-            there_.push_back((int)i);
-        }
-    }
-    size_t most = there_.size();
-    if (scarce) {
-        const auto rest = std::stable_partition(there_.begin(), there_.end(), [&](int i) { return entries[i].awaited; });
-        most            = rest > there_.begin() ? rest - there_.begin() : std::max<size_t>(1, waiting_.size());
+    if (!next_.look(model)) {
+        return false;
     }
     ready_.clear();
     int64_t taken = 0;
-    for (size_t j = 0; j < std::min(most, there_.size()); j++) {
-        const dialogue::entry & e = entries[there_[j]];
+    for (size_t j = 0; j < std::min(next_.most, next_.there.size()); j++) {
+        const dialogue::entry & e = entries[next_.there[j]];
         if (taken == 0 || (taken + e.count <= most_pairs && e.copy == round_.copy)) {
-            ready_.push_back(there_[j]);
+            ready_.push_back(next_.there[j]);
             taken += e.count;
             round_.copy = e.copy;
         }
@@ -211,7 +183,7 @@ ggml_status executor::run_ready() {
         round_.pairs.insert(round_.pairs.end(), pairs, pairs + e.count);
         round_.slots.insert(round_.slots.end(), e.count, e.slot);
         round_.experts.insert(round_.experts.end(), e.count, e.expert);
-        e.done = true;
+        e.taken = e.done = true;
     }
     return graphs_.run_round(c_, round_);
 }
@@ -219,7 +191,7 @@ ggml_status executor::run_ready() {
 void executor::wait_for_reads() {
     moe_model &   model = *c_.model;
     const int64_t t0    = now_ns();
-    model.reads->wait_any(waiting_);
+    model.reads->wait_any(next_.waiting);
     const int64_t stall_ns = now_ns() - t0;
     model.dialogue.stalled(stall_ns);
     model.stats.stall_ns += stall_ns;

@@ -4,22 +4,23 @@
 //   whole   every expert is resident: the original nodes and geometry in one graph
 //   rounds  the resident experts' pairs first, then those of each expert as its read completes;
 //           experts in their smaller copy have rounds of their own
+//   threads many experts: each thread computes whole ones (expert_threads.h)
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "chain.h"
+#include "expert_threads.h"
 #include "graph.h"
 #include "model.h"
+#include "pending.h"
 #include "rows.h"
 
 namespace moe {
 
 class executor {
   public:
-    // The rows are those of the inner device's memory.
-    executor(ggml_backend_t inner, std::unique_ptr<rows> activations) : rows_(std::move(activations)), graphs_(inner, *rows_) {}
+    explicit executor(ggml_backend_t inner) : graphs_(inner, rows_), threads_(inner, rows_) {}
     ggml_status compute(ggml_cgraph * graph);
 
     // What an event of so many tokens may take, with every expert in a slot: by this class and by the
@@ -35,16 +36,18 @@ class executor {
     bool        is_whole() const;
     bool        find_ready();
     ggml_status run_ready();
-    void        submit_ready_loads();
+    void        submit();
     void        wait_for_reads();
 
-    std::unique_ptr<rows> rows_;
-    graphs                graphs_;
-    chain                 c_;
-    std::vector<int>      ready_, waiting_, there_;
-    std::vector<int32_t>  slot_of_;  // expert -> slot, in a whole event
-    std::vector<int32_t>  slots_;    // [n_tokens][n_used] likewise
-    graphs::round         round_;
+    host_rows            rows_;
+    graphs               graphs_;
+    expert_threads       threads_;
+    chain                c_;
+    std::vector<int>     ready_;
+    std::vector<int32_t> slot_of_;  // expert -> slot, in a whole event
+    std::vector<int32_t> slots_;    // [n_tokens][n_used] likewise
+    pending              next_;
+    graphs::round        round_;
 };
 
 }  // namespace moe

@@ -78,7 +78,7 @@ struct moe_backend {
     ggml_backend_t inner;
     moe::executor  executor;
 
-    explicit moe_backend(ggml_backend_t b) : inner(b), executor(b, std::make_unique<moe::host_rows>()) {}
+    explicit moe_backend(ggml_backend_t b) : inner(b), executor(b) {}
     ~moe_backend() { ggml_backend_free(inner); }
 };
 

@@ -37,9 +37,13 @@ ggml_tensor * graphs::clone(const ggml_tensor * t, int64_t ne1, int64_t ne2) {
     return r;
 }
 
-ggml_tensor * graphs::over_slots(const chain & c, const ggml_tensor * weight, int copy) {
+ggml_tensor * graphs::over_slots(const chain & c, const ggml_tensor * weight, int copy, int only) {
     ggml_tensor * r = ggml_new_tensor_1d(meta_, GGML_TYPE_F32, 1);
     c.model->arena->show(*c.model->weights.find(weight), copy, r);
+    if (only >= 0) {
+        r->data  = (char *)r->data + only * r->nb[2];
+        r->ne[2] = 1;
+    }
     return r;
 }
 
@@ -53,8 +57,10 @@ ggml_tensor * graphs::numbers(std::vector<int32_t> & values, int64_t ne0, int64_
 ggml_status graphs::submit(const chain & c, ggml_cgraph * graph) {
     const int64_t     t0     = now_ns();
     const ggml_status status = ggml_backend_graph_compute(inner_, graph);
-    c.model->stats.compute_ns += now_ns() - t0;
-    c.model->record(MOE_EVENT_COMPUTE, c.layer, t0);
+    if (thread_ < 0) {
+        c.model->stats.compute_ns += now_ns() - t0;
+    }
+    c.model->record(MOE_EVENT_COMPUTE, c.layer, t0, thread_);
     return status;
 }
 
@@ -80,7 +86,7 @@ ggml_status graphs::run_whole(const chain & c, std::vector<int32_t> & slots) {
         ggml_tensor * r = clone(t, t->ne[1], t->ne[2]);
         r->data         = t->data;
         memcpy(r->nb, t->nb, sizeof(r->nb));
-        r->src[0] = over_slots(c, t->src[0], 0);
+        r->src[0] = over_slots(c, t->src[0], 0, -1);
         r->src[2] = ids;
         ggml_graph_add_node(graph, r);
     }
@@ -150,7 +156,7 @@ ggml_status graphs::keep_before(const chain & c) {
 
 // The rows of an input that belong to the round's pairs.
 ggml_tensor * graphs::rows_of(const chain & c, const ggml_tensor * input, const round & r) {
-    const ggml_tensor & from = kept(input);
+    const ggml_tensor & from = inputs_.kept(input);
     if (from.ne[1] == 1 && from.ne[2] == 1) {  // one row for all pairs: ggml broadcasts it
         ggml_tensor * t = ggml_new_tensor_3d(meta_, GGML_TYPE_F32, from.ne[0], 1, 1);
         t->data         = from.data;
@@ -162,6 +168,10 @@ ggml_tensor * graphs::rows_of(const chain & c, const ggml_tensor * input, const 
     return t;
 }
 
+int64_t graphs::round_bytes(const chain & c, int64_t n_pairs) {
+    return n_pairs * c.row_bytes + rows::padded(1) * (c.nodes.size() + c.inputs.size());
+}
+
 ggml_status graphs::run_round(const chain & c, round & r) {
     const int64_t n       = (int64_t)r.pairs.size();
     const size_t  n_nodes = c.nodes.size() + c.inputs.size();
@@ -169,7 +179,7 @@ ggml_status graphs::run_round(const chain & c, round & r) {
     // once); several tokens become one pair per row.
     r.ne1 = c.n_tokens == 1 ? n : 1;
     r.ne2 = c.n_tokens == 1 ? 1 : n;
-    rows_.reserve(rows::ROUND, n * c.row_bytes + rows::padded(1) * n_nodes);
+    rows_.reserve(rows::ROUND, round_bytes(c, n));
     ggml_cgraph * graph   = begin(n_nodes);
     ggml_tensor * slots   = numbers(r.slots, r.ne1, r.ne2);
     ggml_tensor * experts = numbers(r.experts, r.ne1, r.ne2);
@@ -197,7 +207,7 @@ ggml_status graphs::run_round(const chain & c, round & r) {
             rows_.put(rows::ROUND, last);
             for (int j = 0; j < GGML_MAX_SRC && t->src[j]; j++) {
                 if (t->op == GGML_OP_MUL_MAT_ID) {
-                    last->src[j] = j == 0 ? over_slots(c, t->src[0], r.copy) : j == 1 ? find(t->src[1]) : slots;
+                    last->src[j] = j == 0 ? over_slots(c, t->src[0], r.copy, r.only) : j == 1 ? find(t->src[1]) : slots;
                 } else if (t->op == GGML_OP_ADD_ID && j > 0) {
                     last->src[j] = j == 2 ? experts : t->src[j];
                 } else {
@@ -211,7 +221,7 @@ ggml_status graphs::run_round(const chain & c, round & r) {
     const ggml_status status = submit(c, graph);
     if (status == GGML_STATUS_SUCCESS) {
         rows_.scatter(built_.back().second, r.pairs, c.n_used, c.nodes.back());
-        c.model->stats.rounds++;
+        c.model->stats.rounds += thread_ < 0;
     }
     return status;
 }

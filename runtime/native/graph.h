@@ -18,7 +18,10 @@ namespace moe {
 
 class graphs {
   public:
-    graphs(ggml_backend_t inner, rows & activations) : inner_(inner), rows_(activations) {}
+    graphs(ggml_backend_t inner, rows & activations) : inner_(inner), rows_(activations), inputs_(*this) {}
+    // Of one thread among several, which only reads what `inputs` has kept.
+    graphs(ggml_backend_t inner, rows & activations, const graphs & inputs, int thread)
+        : inner_(inner), rows_(activations), inputs_(inputs), thread_(thread) {}
     ~graphs() { ggml_free(meta_); }
     graphs(const graphs &)             = delete;
     graphs & operator=(const graphs &) = delete;
@@ -26,9 +29,13 @@ class graphs {
     // Some pairs of an event, and of each its slot and its expert.
     struct round {
         std::vector<int32_t> pairs, slots, experts;
-        int                  copy;      // in which all of them are
-        int64_t              ne1, ne2;  // how many rows a tensor of them has; filled by run_round
+        int                  copy;       // in which all of them are
+        int                  only = -1;  // the one slot of all, whose number in `slots` is then 0
+        int64_t              ne1, ne2;   // how many rows a tensor of them has; filled by run_round
     };
+
+    // What a round of so many pairs takes of their memory.
+    static int64_t round_bytes(const chain & c, int64_t n_pairs);
 
     // Nodes as they are.
     ggml_status run_plain(ggml_tensor * const * nodes, int n);
@@ -47,13 +54,15 @@ class graphs {
     ggml_status   submit(const chain & c, ggml_cgraph * graph);
     ggml_cgraph * begin(size_t n_nodes);
     ggml_tensor * clone(const ggml_tensor * t, int64_t ne1, int64_t ne2);
-    ggml_tensor * over_slots(const chain & c, const ggml_tensor * weight, int copy);
+    ggml_tensor * over_slots(const chain & c, const ggml_tensor * weight, int copy, int only);
     ggml_tensor * numbers(std::vector<int32_t> & values, int64_t ne0, int64_t ne1);
     ggml_status   keep_before(const chain & c);
     ggml_tensor * rows_of(const chain & c, const ggml_tensor * input, const round & r);
 
     ggml_backend_t                                           inner_;
     rows &                                                   rows_;
+    const graphs &                                           inputs_;
+    const int                                                thread_     = -1;
     ggml_context *                                           meta_       = nullptr;  // tensor and graph structs of one inner graph
     size_t                                                   meta_nodes_ = 0;
     std::vector<std::pair<const ggml_tensor *, ggml_tensor>> kept_;   // of the chain's inputs

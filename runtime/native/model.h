@@ -40,10 +40,10 @@ struct moe_model {
     bool is_loaded(int key) const { return slot_of_[key] >= 0 && reads->key_of(slot_of_[key]) == key; }
     // Reads experts into slots and waits for all of them; false after a failure.
     bool fill(const int32_t * keys, const int32_t * slots, int n);
-    // Adds an event of a layer to the timeline.
-    void record(int kind, int layer, int64_t start_ns) {
+    // Adds an event of a layer to the timeline; `thread`: of one among several.
+    void record(int kind, int layer, int64_t start_ns, int thread = -1) {
         if (reads->history.on()) {
-            reads->history.add(kind, -1, layer, start_ns);
+            reads->history.add(kind, thread, layer, start_ns);
         }
     }
     // The counters of all parts, since the model was opened.

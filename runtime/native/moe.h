@@ -275,7 +275,7 @@ enum moe_event_kind {
 // One event of the timeline; times are of the monotonic clock.
 struct moe_event {
     int32_t kind;
-    int32_t lane;  // of a read; -1 otherwise
+    int32_t lane;  // of a read; of what one of several threads computed or waited for, its number; -1 otherwise
     int32_t key;   // of a read; the layer otherwise
     int32_t reserved;
     int64_t start_ns;

@@ -181,6 +181,16 @@ void reads::wait_any(const std::vector<int> & wanted) {
     });
 }
 
+int64_t reads::ended() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return ended_;
+}
+
+void reads::wait_beyond(int64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return ended_ > seen; });
+}
+
 void reads::abandon(const std::vector<int> & wanted) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (int slot : wanted) {
@@ -330,6 +340,7 @@ void reads::run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bo
     }
     finish_if_done(lock, c.slot);
     if (s.in_flight == 0) {
+        ended_++;
         done_.notify_all();
     }
 }

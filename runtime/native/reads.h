@@ -106,6 +106,9 @@ class reads {
 
     // Blocks until a slot of `wanted` is no longer LOADING.
     void wait_any(const std::vector<int> & wanted);
+    // How many reads into slots have ended; and blocks until there are more than `seen`. Any thread.
+    int64_t ended();
+    void    wait_beyond(int64_t seen);
     // Blocks until nothing is loading into `wanted`, forgetting what was loading.
     void abandon(const std::vector<int> & wanted);
     void keys(int32_t * out);
@@ -163,9 +166,10 @@ class reads {
     std::mutex               mutex_;
     std::condition_variable  work_, done_;
     std::deque<chunk>        demand_, guess_;
-    ranges                   urgent_, ahead_;       // of errands: before demand_, and after it
-    std::deque<slot_info>    slots_;                // deque: atomics do not move
-    std::vector<int>         guessing_;             // slots that hold or await a guess nobody demanded
+    ranges                   urgent_, ahead_;  // of errands: before demand_, and after it
+    std::deque<slot_info>    slots_;           // deque: atomics do not move
+    std::vector<int>         guessing_;        // slots that hold or await a guess nobody demanded
+    int64_t                  ended_           = 0;
     int                      active_          = 0;  // lanes reading into slots
     int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;

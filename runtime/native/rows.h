@@ -39,6 +39,10 @@ class rows {
 // In this process's memory, where ggml-cpu's activations are.
 class host_rows : public rows {
   public:
+    // Part of a round's memory, for rows of another thread.
+    char * take(size_t bytes) { return memory_[ROUND].take(bytes); }
+    void   borrow(char * memory, size_t bytes) { memory_[ROUND].borrow(memory, bytes); }
+
     void   reserve(lifetime life, size_t bytes) override { memory_[life].reserve(bytes); }
     void   put(lifetime life, ggml_tensor * t) override;
     size_t bytes() const override { return memory_[EVENT].capacity() + memory_[ROUND].capacity(); }
