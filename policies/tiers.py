@@ -116,13 +116,15 @@ class Tiers(Residency):
     def _plan_wide(self, event: RouteEvent, pool: Residency) -> Plan:
         """Of more experts than slots: those that find none have -1 for one, but in memory."""
         base = event.layer * self.n_experts
+        computed, passing = self._divide(event, pool, base)
         place = {e: slot for e in event.experts if (slot := pool.slot_of.get(base + e)) is not None}
         held = list(place)
         missing = [i for i, expert in enumerate(event.experts) if expert not in place]
         experts = [event.experts[i] for i in missing]
         counts = [event.counts[i] for i in missing]
         ranked = sorted(range(len(missing)), key=counts.__getitem__, reverse=True)
-        for key, slot in pool.fill(base + experts[r] for r in ranked):
+        wanted = (base + experts[r] for r in ranked if experts[r] not in passing)
+        for key, slot in pool.fill(wanted):
             place[key - base] = slot
         below = super().plan(event._replace(experts=experts, counts=counts))
         return below._replace(
@@ -130,7 +132,10 @@ class Tiers(Residency):
             slots=[-1] * len(held) + below.slots,
             loads=[0] * len(held) + below.loads,
             n_hits=len(held),
-            pools=[place.get(expert, -1) for expert in held + below.experts],
+            pools=[
+                ON_CPU - 1 - place.get(expert, -1) if expert in computed else place.get(expert, -1)
+                for expert in held + below.experts
+            ],
         )
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:

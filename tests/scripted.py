@@ -288,9 +288,10 @@ def _events(request: Request, answer: bytes) -> list[Event]:
     most = request.max_tokens
     tokens = answer if most is None else answer[:most]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
+    for i, token in enumerate(tokens):
         logprob = None if n_top is None else score(token, n_top)
-        events.append(Token(token, decoder.decode(bytes([token])), logprob))
+        times = Timings(0.0, 0.1, 0.1 + 0.01 * i)
+        events.append(Token(token, decoder.decode(bytes([token])), logprob, times))
     ended = most is None or len(answer) < most
     end = score(END, n_top) if ended and n_top is not None else None
     times = Timings(0.0, 0.1, 0.1 + 0.01 * len(tokens))

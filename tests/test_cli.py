@@ -153,8 +153,9 @@ def test_thoughts_are_told_apart_from_the_text(capsys: pytest.CaptureFixture[str
         def submit(self, given: Any, **settings: Any) -> Iterator[list[Event]]:
             assert given is prompt
             pieces = ["<think>\nLet me", " see.", "\n</think>", "\n\nHello", " there"]
-            ended = Finished("length", None, "!", 1, 0, 5, Timings(0, 0, 0))
-            yield [*(Token(i, piece, None) for i, piece in enumerate(pieces)), ended]
+            none = Timings(0, 0, 0)
+            ended = Finished("length", None, "!", 1, 0, 5, none)
+            yield [*(Token(i, piece, None, none) for i, piece in enumerate(pieces)), ended]
 
     answer = run._Answer(Engine(), prompt)  # type: ignore[arg-type]
     answer.compute(9, Sampling(), run._tell)

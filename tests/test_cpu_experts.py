@@ -5,7 +5,7 @@ The device is the one of native/lag.cpp, whose kernels are the processor's. A pa
  1  all       the device has the trunk alone: as stock with experts in the processor's memory
  2  any       whatever part of the missing experts is computed where: decoding, groups, prompts;
               what is copied is what the plan says, with one wait per layer
- 3  auto      a slow link makes the processor compute
+ 3  auto      a slow link makes the processor compute, and carries little
  4  failures  a read that fails for the processor, and the same step again
  5  users     the option, the statistics, the library's Llama
 """
@@ -13,7 +13,8 @@ The device is the one of native/lag.cpp, whose kernels are the processor's. A pa
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,24 @@ def test_2_policies(policy: str, tiny_file: TinyFile, lag: Lag) -> None:
         assert model.stats().cpu_experts > 0
 
 
+@pytest.mark.parametrize("n_slots", [None, 5])
+@pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled"])
+def test_2_a_window(layout: str, n_slots: int | None, tiny_file: TinyFile, lag: Lag) -> None:
+    """Also of events with more experts than slots: the window lacks what it computes."""
+    path = tiny_file("qwen3moe", scales=True) if layout == "scaled" else tiny_file(layout)
+    with stock(path, device=NAME) as model:
+        expected = wide(model)
+    with ours(path, n_slots, n_pool=N_USED.get(layout, 4), window=True, **AUTO) as model:
+        chance = forced(model, 13)
+        model.reset_stats()
+        lag.count()
+        same(wide(model), expected)
+        stats = model.stats()
+        assert stats.cpu_pairs == chance.n_pairs > chance.n_computed > 0
+        assert stats.ranges == 0
+        assert lag.count().upload_bytes == stats.upload_bytes
+
+
 def test_2_slow_streams(tiny_file: TinyFile, lag: Lag) -> None:
     """Results go behind the launch, and no slot is written over that is still read."""
     path = tiny_file("qwen3moe")
@@ -157,6 +176,14 @@ def test_2_slow_streams(tiny_file: TinyFile, lag: Lag) -> None:
     with lag.delayed(us=1000), ours(path, 4, n_pool=5, **AUTO) as model:
         forced(model, 7)
         same(token_by_token(model), expected)
+
+
+def wide(model: Model) -> Logits:
+    """Prompts, the longest beyond what the processor helps with, and a group of eight."""
+    context = model.context(n_seq_max=8)
+    logits = [context.decode(rows(random_tokens(n, n), seq=i)) for i, n in enumerate((9, 33, 140))]
+    steps = [[Row(7 * i + 3 * s, 140 + i, seq=s) for s in range(3, 8)] for i in range(3)]
+    return np.concatenate(logits + [context.decode(step) for step in steps])
 
 
 def prompts_between(model: Model) -> Logits:
@@ -190,6 +217,32 @@ def test_3_auto_on_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
         stats = model.stats()
         assert stats.cpu_experts > 0.9 * model.misses
         assert stats.uploads < model.misses
+
+
+def prompt(model: Model) -> Logits:
+    return model.context().decode(rows(random_tokens(FEW)))
+
+
+@pytest.mark.parametrize("script", [token_by_token, several, prompt])
+def test_3_a_slow_link_carries_little(
+    script: Callable[[Model], Logits], tiny_file: TinyFile, lag: Lag
+) -> None:
+    """Decoding, groups and prompts, also with more experts than slots: once the processor is known,
+    uploads are what it has time for, and all takes a fraction of the time."""
+    path = tiny_file("qwen3moe")
+    seconds = {}
+    with lag.delayed(us=0, bytes_per_s=10**6):
+        for mode in ("off", "auto"):
+            how = {**DEVICE, "cpu_experts": mode}
+            with ours(path, n_pool=5, window=True, **how) as model:
+                script(model)
+                model.reset_stats()
+                start = time.perf_counter()
+                script(model)
+                seconds[mode] = time.perf_counter() - start
+                if mode == "auto":
+                    assert model.stats().uploads < 0.15 * model.misses
+    assert seconds["auto"] < seconds["off"] / 4
 
 
 def test_4_a_read_that_fails(tiny_file: TinyFile, lag: Lag) -> None:

@@ -14,7 +14,7 @@ from .refusal import Refusal
 from .stream import DONE, Piece
 from .texts import Conversation, Reader, Texts
 from .turn import Turn, continues, finished, template_kwargs
-from .usage import Stamp, finish_reason, finite, head, progress, timings, usage
+from .usage import Stamp, TimingsSoFar, finish_reason, finite, head, progress, timings, usage
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -41,6 +41,7 @@ class ChatCompletions:
         )
         self.requests = self.turn.requests
         self.include_usage = settings.include_usage(fields)
+        self.timings_per_token = fields.flag("timings_per_token")
 
     def response(self, results: Sequence[Result], stamp: Stamp) -> dict[str, Any]:
         """The response body of what the requests came to."""
@@ -103,6 +104,9 @@ class ChatStream:
     def __init__(self, call: ChatCompletions, stamp: Stamp) -> None:
         self._call, self._stamp = call, stamp
         self._readers: list[Reader] = [call.turn.reader() for _ in call.requests]
+        self._timings = [
+            TimingsSoFar(call.turn.n_prompt, call.timings_per_token) for _ in call.requests
+        ]
         self._ends: list[Finished] = []
         self._scores: list[list[Logprob]] = [[] for _ in call.requests]  # not sent yet
 
@@ -118,8 +122,9 @@ class ChatStream:
             for event in events
             if isinstance(event, Progress)
         ]
+        so_far = self._timings[i].push(events)
         pieces += [
-            self._chunk(i, delta)
+            self._chunk(i, delta, **so_far)
             for delta in _deltas(self._call.turn.read(self._readers[i], events))
         ]
         if (end := finished(events)) is not None:

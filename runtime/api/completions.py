@@ -22,7 +22,7 @@ from .refusal import Refusal
 from .stream import DONE, Piece
 from .texts import Texts, check_length
 from .turn import finished
-from .usage import Stamp, finish_reason, finite, head, timings, usage
+from .usage import Stamp, TimingsSoFar, finish_reason, finite, head, timings, usage
 
 MOST_PROMPTS = 2048  # of one body, as OpenAI's, and answers to all of them
 _DEFAULT_LENGTH = 16  # OpenAI's
@@ -49,6 +49,7 @@ class Completions:
         if len(self._prompts) * self._n > MOST_PROMPTS:
             raise Refusal(f"more than {MOST_PROMPTS} answers are asked for in all", "n")
         self.include_usage = settings.include_usage(fields)
+        self.timings_per_token = fields.flag("timings_per_token")
         for prompt in self._prompts:
             check_length("prompt", prompt.tokens, max_tokens, texts)
         sampling = settings.sampling(fields, texts.n_vocab)
@@ -216,6 +217,9 @@ class CompletionStream:
     def __init__(self, call: Completions, stamp: Stamp) -> None:
         self._call, self._stamp = call, stamp
         self._lines = [call.line(i) for i in range(len(call.requests))]
+        self._timings = [
+            TimingsSoFar(len(request.tokens), call.timings_per_token) for request in call.requests
+        ]
         self._ends: dict[int, Finished] = {}
 
     def begin(self) -> list[Piece]:
@@ -237,9 +241,9 @@ class CompletionStream:
             text += end.text
             if end.ending is not None:
                 scored.add(line.generated([end.ending.token], [end.ending], is_end=True))
-        pieces = []
+        pieces, so_far = [], self._timings[i].push(events)
         if text or scored.tokens:
-            pieces.append(self._chunk(i, text, scored))
+            pieces.append(self._chunk(i, text, scored, **so_far))
         if end is not None:
             reason = finish_reason(end.reason)
             pieces.append(self._chunk(i, "", Scored(), reason, timings=timings(end)))

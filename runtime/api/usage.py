@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..engine.request import Finished, Progress, Reason
+from ..engine.request import Event, Finished, Progress, PromptScored, Reason, Timings, Token
 
 _LEAST = -9999.0  # how OpenAI writes that a token is impossible
 
@@ -62,18 +62,42 @@ def progress(event: Progress, n_prompt: int) -> dict[str, Any]:
 
 def timings(end: Finished) -> dict[str, Any]:
     """How fast one answer was, under llama.cpp's names; what waited in the queue is not counted."""
-    queued, first, total = end.timings
+    return _timings(end.prompt_tokens, end.cached_tokens, end.completion_tokens, end.timings)
+
+
+class TimingsSoFar:
+    """The same of an answer that goes on, for who wants it with every chunk."""
+
+    def __init__(self, n_prompt: int, wanted: bool) -> None:
+        self._n_prompt, self._wanted = n_prompt, wanted
+        self._cached = self._n = 0
+
+    def push(self, events: Iterable[Event]) -> dict[str, Any]:
+        """What these events add to a chunk."""
+        last: Timings | None = None
+        for event in events:
+            if isinstance(event, PromptScored):
+                self._cached = event.cached_tokens
+            elif isinstance(event, Token):
+                self._n += 1
+                last = event.timings
+        if last is None or not self._wanted:
+            return {}
+        return {"timings": _timings(self._n_prompt, self._cached, self._n, last)}
+
+
+def _timings(n_prompt: int, cached: int, n: int, times: Timings) -> dict[str, Any]:
+    queued, first, total = times
     prompt_ms, predicted_ms = (first - queued) * 1e3, (total - first) * 1e3
-    prompt_n = end.prompt_tokens - end.cached_tokens
-    # The first token comes with the prompt.
-    predicted_n = max(0, end.completion_tokens - 1)
+    prompt_n = n_prompt - cached
+    predicted_n = max(0, n - 1)  # the first token comes with the prompt
     return {
-        "cache_n": end.cached_tokens,
+        "cache_n": cached,
         "prompt_n": prompt_n,
         "prompt_ms": prompt_ms,
         "prompt_per_token_ms": _ratio(prompt_ms, prompt_n),
         "prompt_per_second": _ratio(prompt_n * 1e3, prompt_ms),
-        "predicted_n": end.completion_tokens,
+        "predicted_n": n,
         "predicted_ms": predicted_ms,
         "predicted_per_token_ms": _ratio(predicted_ms, predicted_n),
         "predicted_per_second": _ratio(predicted_n * 1e3, predicted_ms),

@@ -413,7 +413,7 @@ class Loop:
             return
         sequence.tokens.append(token)
         text, stop = output.push(token)
-        events.append(Token(token, text, sampled.logprob))
+        events.append(Token(token, text, sampled.logprob, part.timings()))
         if stop is not None:
             self._finish(sequence, "stop", events, stop)
         elif len(sequence.tokens) - sequence.n_prompt == request.max_tokens:

@@ -97,6 +97,14 @@ class Progress(NamedTuple):
     seconds: float  # since its first step began
 
 
+class Timings(NamedTuple):
+    """Seconds of one request, from when it was submitted."""
+
+    queued_s: float  # until its first step
+    first_token_s: float  # until its first token; until it was scored if there is none
+    total_s: float  # until now, or its end
+
+
 class Token(NamedTuple):
     """One generated token and the text that it completes: empty inside a character, or while what
     may become a stop text is held back."""
@@ -104,14 +112,7 @@ class Token(NamedTuple):
     token: int
     text: str
     logprob: Logprob | None
-
-
-class Timings(NamedTuple):
-    """Seconds of one request, from when it was submitted."""
-
-    queued_s: float  # until its first step
-    first_token_s: float  # until its first token; until it was scored if there is none
-    total_s: float
+    timings: Timings
 
 
 Reason = Literal["stop", "length", "context"]

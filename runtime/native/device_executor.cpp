@@ -12,9 +12,9 @@ namespace {
 
 // Graphs whose cuts are remembered: a context has a few that it computes again and again.
 constexpr size_t MAX_CUTS = 64;
-// Inputs of larger batches stay on the device: nobody is asked to guess from them, and their experts have many
-// rows each, which the processor is slow at.
-constexpr int GUESS_TOKENS = 32;
+// Inputs of larger batches stay on the device: nobody is asked to guess from them, nor does the processor
+// compute any of their experts, which have many rows each.
+constexpr int GUESS_TOKENS = 32, COMPUTE_TOKENS = 128;
 
 bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID && is_expert_weight(node->src[0]); }
 
@@ -176,13 +176,15 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
     }
     ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, n_bytes);
     has_inputs_ = false;
-    if (ids->ne[1] <= GUESS_TOKENS) {
+    if (model_.cpu_experts && ids->ne[1] <= COMPUTE_TOKENS) {
         int32_t & rest = model_.dialogue.call.cpu_rest;
         if (rest > 0) {
             rest--;
         } else {
-            has_inputs_ = model_.cpu_experts && whole_.recognise(nodes, n) && cpu_.prepare(whole_);
+            has_inputs_ = whole_.recognise(nodes, n) && cpu_.prepare(whole_);
         }
+    }
+    if (ids->ne[1] <= GUESS_TOKENS) {
         fetch_input(x);
     }
     const int64_t t0 = now_ns();
@@ -275,8 +277,9 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
     c_.x               = &x;
     c_.n_tokens        = last - first;
     said.ids.assign(ids_.begin() + (ptrdiff_t)first * c_.n_used, ids_.begin() + (ptrdiff_t)last * c_.n_used);
-    said.call.may_compute = has_inputs_ && !wide_;
+    said.call.may_compute = has_inputs_;
     computes_ = asked_ = false;
+    window_ticket_     = 0;
 
     bool ok  = said.begin(c_);
     guesses_ = said.call.wants_guesses != 0;
@@ -303,7 +306,7 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
 // Has the stream wait for what the event computes on; where that is a pool, its slots are in slots_ then.
 void device_executor::use_slots(int first) {
     const dialogue & said   = model_.dialogue;
-    int64_t          ticket = wide_ ? model_.pools->last_ticket() : 0;
+    int64_t          ticket = wide_ ? window_ticket_ : 0;
     for (const dialogue::entry & e : said.entries) {
         if (wide_) {
             break;
@@ -451,6 +454,7 @@ bool device_executor::advance(bool & any) {
     }
     if (any) {
         model_.pools->issue();
+        window_ticket_ = model_.pools->last_ticket();
     }
     return true;
 }

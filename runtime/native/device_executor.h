@@ -83,8 +83,9 @@ class device_executor {
     std::vector<dialogue::entry *>                     there_;               // for it, in host memory
     std::vector<int>                                   waiting_;             // slots in host memory
     std::vector<int32_t>                               in_range_;            // expert -> number of the range that needs it
-    int32_t                                            range_  = 0;          // numbers all ranges
-    int64_t                                            waited_ = 0;  // the stream has been told to wait for copies up to this ticket
+    int32_t                                            range_         = 0;   // numbers all ranges
+    int64_t                                            window_ticket_ = 0;   // of the last copy that the event waits for, where it is wide
+    int64_t                                            waited_        = 0;  // the stream has been told to wait for copies up to this ticket
 };
 
 }  // namespace moe
