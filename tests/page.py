@@ -169,6 +169,32 @@ def test_stop_frees_the_sequence_and_again_answers_anew(browser: Browser) -> Non
         assert prompts[0] == prompts[1]  # without the answer that was stopped
 
 
+def test_how_far_a_prompt_is(browser: Browser) -> None:
+    with opened(browser, saying("Done.", pause_s=0.4)) as page:
+        ask(page, "word " * 100)
+        note = page.locator(".assistant small")
+        expect(note).to_have_text("reading the prompt, 25 %")
+        shoot(page, "prompt")
+        expect(note).to_have_text("reading the prompt, 75 %")
+        expect(note).to_contain_text("per s")
+
+
+def test_the_schedule(browser: Browser) -> None:
+    engine = saying("")
+    engine.schedule = {
+        **{"group": 8, "quantum": 16, "chunk": 64, "goal": "latency", "binds": "disk"},
+        **{"disk_bytes_per_s": 1e9, "curve": [[1, 3.5], [8, 12.0]]},
+    }
+    with opened(browser, engine) as page:
+        expect(page.locator("#schedule")).to_have_text(
+            "8 at a time, in turns of 16 tokens; prompts in chunks of 64. The disk is the limit."
+            " Expected tokens/s: 3.50 with 1, 12.0 with 8."
+        )
+        expect(page.locator("#goal")).to_have_text("for latency")
+        page.locator("#schedule").scroll_into_view_if_needed()
+        shoot(page, "schedule")
+
+
 def test_settings_are_asked_for_and_remembered(browser: Browser) -> None:
     engine = saying("Yes.")
     with opened(browser, engine) as page:

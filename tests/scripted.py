@@ -32,6 +32,7 @@ from moe_gguf.runtime.engine.request import (
     Event,
     Finished,
     Logprob,
+    Progress,
     PromptScored,
     Request,
     Timings,
@@ -216,9 +217,11 @@ class Scripted:
         threading.Thread(target=self._run, daemon=True).start()
 
     parallel = 4
+    schedule: dict[str, Any] | None = None
 
     def stats(self) -> dict[str, Any]:
-        return {"hits": 3, "misses": 1, "requests": {"running": len(self._running)}}
+        requests = {"running": len(self._running)}
+        return {"hits": 3, "misses": 1, "requests": requests, "schedule": self.schedule}
 
     def sequences(self) -> list[dict[str, Any]]:
         return []
@@ -281,10 +284,13 @@ class Scripted:
 
 
 def _events(request: Request, answer: bytes) -> list[Event]:
-    """As an engine's, with the end token behind an answer that is shorter than it may be."""
+    """As an engine's, with the end token behind an answer that is shorter than it may be; a prompt
+    is read in quarters."""
     top, n_top = request.prompt_logprobs, request.top_logprobs
     scored = [] if top is None else [score(token, top) for token in request.tokens[1:]]
-    events: list[Event] = [PromptScored(scored, 0)]
+    n = len(request.tokens)
+    steps = [Progress(n * i // 4, 0, 0.1 * i) for i in range(1, 5)] if request.progress else []
+    events: list[Event] = [*steps, PromptScored(scored, 0)]
     most = request.max_tokens
     tokens = answer if most is None else answer[:most]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

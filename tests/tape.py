@@ -14,6 +14,7 @@ from harness import Logits
 from moe_gguf.policies.base import Phase
 from moe_gguf.runtime.engine.context import Batch, Context
 from moe_gguf.runtime.engine.memory import Memory
+from moe_gguf.runtime.engine.observer import Observer
 from moe_gguf.runtime.engine.store import written
 
 
@@ -30,8 +31,8 @@ class Decoded(NamedTuple):
         return len(self.columns[0])
 
 
-class Tape:
-    """An Observer that keeps everything; ``on_step`` is called with the number of each step."""
+class Tape(Observer):
+    """Keeps everything; ``on_step`` is called with the number of each step."""
 
     def __init__(self, on_step: Callable[[int], object] = lambda n: None) -> None:
         self.operations: list[Any] = []

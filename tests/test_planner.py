@@ -268,6 +268,23 @@ def test_a_job_that_fits_is_not_cut_into_a_large_part_and_a_small_one(n: int) ->
     assert plan(issue_machine(), facts(2.4 * GB), "throughput", Workload(16, 24, n)).n_seq_max == n
 
 
+def test_prompts_that_are_scored_share_reads_as_far_as_logits_fit() -> None:
+    here, measured, cost = facts(2.4 * GB), issue_machine(), 2e-10  # seconds of reading a byte
+    slower = [
+        size._replace(expert_s=size.expert_s + cost * size.read_bytes) for size in measured.prompt
+    ]
+    measured = replace(measured, prompt=tuple(slower), read_cost_s=cost)
+    job = Workload(512, 1, 64, scored=True)
+    free = plan(measured, here, "throughput", job)
+    assert free.score_rows == free.schedule.chunk >= 256
+    told = plan(measured, here._replace(score_rows=64), "throughput", job)
+    assert told.score_rows == told.schedule.chunk == 64
+    dear = here._replace(room=here.room._replace(output=4e6))  # 1 GB for 256 rows
+    assert plan(measured, dear, "throughput", job).score_rows < free.score_rows
+    usual = plan(measured, here, "throughput", Workload(512, 256, 64))
+    assert usual.score_rows == 64
+
+
 def test_too_many_sequences_are_refused_with_what_they_need() -> None:
     with pytest.raises(UserError, match=r"64 sequences of 512 tokens do not fit .* parallel"):
         plan(issue_machine(), facts(1 * GB), "throughput", Workload(256, 256), 64)

@@ -18,6 +18,7 @@ def workload(source: Path, n_left: int) -> Workload:
     """Of the lines that are left, as the first ones are."""
     prompts: list[int] = []
     answers: list[int] = []
+    scored: list[bool] = []
     n_read = 0
     for n_read, line in enumerate(islice(lines(source), _SAMPLE), 1):  # noqa: B007
         try:
@@ -26,12 +27,18 @@ def workload(source: Path, n_left: int) -> Workload:
             continue
         if isinstance(body, dict):
             prompts += _prompts(body)
+            scored.append(bool(body.get("echo")) and body.get("logprobs") is not None)
             most = body.get("max_completion_tokens", body.get("max_tokens"))
             if type(most) is int and most >= 0:
                 answers.append(most)
     usual = Workload()
     n_requests = max(1, n_left * len(prompts) // max(1, n_read))
-    return Workload(_mean(prompts, usual.prompt), _mean(answers, usual.answer), n_requests)
+    return Workload(
+        _mean(prompts, usual.prompt),
+        _mean(answers, usual.answer),
+        n_requests,
+        scored=2 * sum(scored) > len(scored),
+    )
 
 
 def _prompts(body: dict[str, Any]) -> Iterator[int]:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...policies.base import Phase
+from ..engine.observer import Observer
 from ..errors import UserError
 from ..system import Stolen
 from . import opponent
@@ -80,8 +80,8 @@ class _Marks(NamedTuple):
 
 
 @dataclass
-class Clock:
-    """An ``Observer`` that adds up steps: those with prompts in them, and those without."""
+class Clock(Observer):
+    """Adds up steps: those with prompts in them, and those without."""
 
     prompts: Sums = field(default_factory=Sums)
     answers: Sums = field(default_factory=Sums)
@@ -106,14 +106,6 @@ class Clock:
         sums.hits += grown.hits
         sums.demands += grown.hits + grown.misses
         self._last, self._marks = now, marks
-
-    def removed(self, seq: int, start: int, end: int) -> None: ...
-    def copied(self, source: int, target: int, end: int) -> None: ...
-    def saved(self, seq: int, partial: bool, data: bytearray) -> None: ...
-    def restored(self, seq: int, partial: bool, data: bytes | bytearray) -> None: ...
-    def saved_file(self, seq: int, path: Path) -> None: ...
-    def restored_file(self, seq: int, path: Path) -> None: ...
-    def cleared(self) -> None: ...
 
 
 @dataclass
@@ -223,7 +215,7 @@ def _open(spec: Spec, clock: Clock) -> Engine:
     how: dict[str, Any] = {"n_ctx": spec.prompt_tokens + answer, "n_threads": spec.n_threads}
     how["chat"] = False
     if spec.way in PLANNED:
-        workload = Workload(spec.prompt_tokens, answer, n)
+        workload = Workload(spec.prompt_tokens, answer, n, scored=spec.way == "score")
         how |= {"goal": "throughput", "workload": workload}
     else:
         schedule = Schedule(1, TURN) if spec.way == "turns" else Schedule(n)

@@ -112,11 +112,10 @@ def _open_and_run(
     trace_file: Path | None,
 ) -> dict[str, Any]:
     """The engine's statistics of the run."""
-    from ..engine.planner import SCORE_ROWS
     from ..engine.planning import lines
 
     recorder = None if trace_file is None else TraceRecorder()
-    engine = open_engine(score_rows=SCORE_ROWS, chat=True, recorder=recorder)
+    engine = open_engine(score_rows=None, chat=True, recorder=recorder)
     try:
         for line in lines(engine.plan) if engine.plan else ():
             note(line)

@@ -148,7 +148,6 @@ def _open(
     options: dict[str, Any],
 ) -> Served:
     from ..api.texts import EngineTexts
-    from ..engine.planner import SCORE_ROWS
     from ..errors import RequestError
     from ..server.facts import facts_of
     from ..server.service import Served
@@ -159,7 +158,7 @@ def _open(
     engine = open_engine(
         model,
         watch=watch,
-        score_rows=SCORE_ROWS,
+        score_rows=None,
         kept="auto",
         chat=True,
         **options,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
@@ -22,6 +21,7 @@ from .. import logs
 from ..arena import Arena
 from ..errors import UserError
 from ..stats import Meter
+from .observer import Observer
 
 Logits = npt.NDArray[np.float32]
 
@@ -81,21 +81,6 @@ class Batch:
         self.tokens[seq] = self.tokens.get(seq, 0) + n
         self.n, self.n_outputs = end, self.n_outputs + n_outputs
         return first
-
-
-class Observer(Protocol):
-    """Hears of all that changes what a context remembers, in order; for tests that repeat it."""
-
-    def decoded(self, context: Context, phase: Phase, code: int) -> None:
-        """The context's batch was computed, or refused or failed by llama.cpp with ``code``."""
-
-    def removed(self, seq: int, start: int, end: int) -> None: ...
-    def copied(self, source: int, target: int, end: int) -> None: ...
-    def saved(self, seq: int, partial: bool, data: bytearray) -> None: ...
-    def restored(self, seq: int, partial: bool, data: bytes | bytearray) -> None: ...
-    def saved_file(self, seq: int, path: Path) -> None: ...
-    def restored_file(self, seq: int, path: Path) -> None: ...
-    def cleared(self) -> None: ...
 
 
 class Context:

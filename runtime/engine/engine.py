@@ -34,12 +34,12 @@ from ..sizes import parse_size
 from ..stats import Step
 from ..text import well_formed
 from . import view
-from .context import Observer
 from .copies import Shelf
 from .generation import Generation
 from .identity import identity_of
 from .loop import Loop
 from .model import Model, context_shape
+from .observer import Observer
 from .planner import SCORE_ROWS, Goal, Plan, Workload
 from .planning import planned
 from .request import Request, Sampling
@@ -70,8 +70,8 @@ class Engine:
     out, all decode in every step, or with "auto" in turns. With a ``goal``, latency or throughput,
     ``planner`` chooses all three that were left out, for sequences as ``workload`` says; a model
     that was never measured on this machine then is, which takes about ten seconds, once.
-    ``score_rows`` is how many tokens of
-    prompts are scored in a step; each costs the memory of a row of logits.
+    ``score_rows`` is how many tokens of prompts are scored in a step; each costs the memory of a
+    row of logits. Left out, 64, or with a goal what the workload wants.
 
     What has been computed is not computed again for the same ``owner``. A finished sequence stays
     in memory while its cells are not needed, then as a copy in ``kept`` bytes of the budget (a
@@ -96,7 +96,7 @@ class Engine:
         schedule: Schedule | None = None,
         goal: Goal | None = None,
         workload: Workload | None = None,
-        score_rows: int = SCORE_ROWS,
+        score_rows: int | None = None,
         n_threads: int | None = None,
         make_policy: PolicyMaker | None = None,
         routers: RouterReader = read_routers,
@@ -129,7 +129,7 @@ class Engine:
                 score_rows=score_rows,
             )
             parallel, cells = self.plan.n_seq_max, cells or self.plan.cells
-            schedule = self.plan.schedule
+            schedule, score_rows = self.plan.schedule, self.plan.score_rows
         elif parallel == "auto":
             parallel, cells = _AUTO_PARALLEL, cells or self.n_ctx
             schedule = schedule or Schedule(1, _AUTO_QUANTUM)
@@ -141,7 +141,7 @@ class Engine:
             parallel,
             cells=cells,
             chunk=schedule.chunk,
-            score_rows=score_rows,
+            score_rows=score_rows or SCORE_ROWS,
             n_threads=n_threads,
         )
         kept_bytes = found.total // _KEPT_SHARE if kept == "auto" else _bytes(kept)

@@ -43,7 +43,7 @@ from .room import simulated
 
 SECONDS = 8.0  # about; what does not fit is extrapolated
 _GROUPS = (1, 2, 4, 8, 16, 32, 64)
-_SURE = 16  # up to here groups are measured whatever it takes: from fewer no group can be foretold
+_SURE = 32  # up to here groups are measured whatever it takes: from fewer no group can be foretold
 # Steps of a group, where time allows; larger ones: 2. A quarter, and one, fill the slots.
 _STEPS = {1: 12, 2: 5, 4: 4, 8: 3}
 _STEP_SHARE = 0.15  # of the time, for those of a group

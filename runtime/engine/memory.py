@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-from .context import Observer
+from .observer import Observer
 
 _PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 

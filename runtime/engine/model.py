@@ -24,8 +24,9 @@ from ..progress import Report
 from ..routers import read_routers
 from ..stats import Meter
 from ..vocab import Vocabulary, metadata
-from .context import Context, Observer
+from .context import Context
 from .memory import Memory
+from .observer import Observer
 
 
 def context_shape(

@@ -40,17 +40,18 @@ _ALONE_LOSS = 0.05
 _MOST_AUTO = 8  # sequences in memory where the goal is latency and nobody says how many come
 _TIE = 0.03  # predictions closer than this are alike, and what waits less is chosen
 _WORTH = 1.05  # of the predicted speed: a lossy cache that gains less is not mentioned
-SCORE_ROWS = 64  # tokens of prompts that are scored in a step
+SCORE_ROWS = 64  # tokens of prompts that are scored in a step, where few prompts are
 KV_Q8_0 = 34 / 64  # bytes of a block of q8_0 over those of f16
 
 
 class Workload(NamedTuple):
     """What is expected of the sequences to come, in tokens on average; ``most`` of them, if that is
-    known."""
+    known. ``scored``: of every token of their prompts the probability is asked for."""
 
     prompt: int = 256
     answer: int = 256
     most: int | None = None
+    scored: bool = False
 
     @property
     def tokens(self) -> int:
@@ -68,7 +69,11 @@ class Facts(NamedTuple):
     n_ctx: int  # the longest that one sequence may get
     disk_bytes_per_s: float  # now
     direct: bool = True
-    score_rows: int = SCORE_ROWS
+    score_rows: int | None = None  # None: as many as the workload wants
+
+    def scored_with(self, chunk: int, workload: Workload) -> int:
+        """Tokens of prompts that can be scored in a step; each takes a row of logits."""
+        return self.score_rows or (chunk if workload.scored else SCORE_ROWS)
 
 
 class Pipeline(NamedTuple):
@@ -142,6 +147,7 @@ class Plan:
     schedule: Schedule
     n_seq_max: int
     cells: int
+    score_rows: int  # tokens of prompts that are scored in a step
     n_slots: int
     predicted: Prediction  # of as many sequences as there may be
     curve: tuple[Prediction, ...]  # of fewer, one of them alone first
@@ -184,6 +190,7 @@ def plan(
         chosen.schedule,
         chosen.sequences,
         chosen.cells,
+        facts.scored_with(chosen.chunk, workload),
         chosen.n_slots,
         predicted,
         curve,
@@ -273,7 +280,7 @@ class _Choice(NamedTuple):
     @property
     def worth(self) -> float:
         """What is to be made large."""
-        prompt, answer, _ = self.workload
+        prompt, answer = self.workload[:2]
         if self.goal == "throughput":
             # Tokens generated over the whole job's time; scoring alone counts the prompt's.
             n = self.workload.most or self.sequences
@@ -295,7 +302,10 @@ def _choices(
     for chunk in _CHUNKS:
         if chunk > _CHUNKS[0] and chunk >= 2 * most:
             return
-        outputs = max(sequences, facts.score_rows)
+        scored = facts.scored_with(chunk, workload)
+        if workload.scored and chunk > max(scored, _CHUNKS[0]):
+            return
+        outputs = max(sequences, scored)
         rows = min(cells, chunk + (sequences if sequences > 1 else 0))
         free = facts.total_bytes - facts.room.bytes(sequences, cells, rows, outputs)
         n_slots = min(facts.n_all, free // facts.slot_bytes)
@@ -340,7 +350,8 @@ def _enough(choices: Sequence[_Choice]) -> _Choice | None:
 
 def _too_many(facts: Facts, workload: Workload, parallel: int) -> str:
     cells = max(facts.n_ctx, parallel * min(workload.tokens, facts.n_ctx))
-    needed = facts.room.bytes(parallel, cells, _CHUNKS[0] + parallel, facts.score_rows)
+    outputs = max(parallel, facts.scored_with(_CHUNKS[0], workload))
+    needed = facts.room.bytes(parallel, cells, _CHUNKS[0] + parallel, outputs)
     needed += min_slots(facts.n_all) * facts.slot_bytes
     return (
         f"{parallel} sequences of {workload.tokens} tokens do not fit "

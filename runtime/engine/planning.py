@@ -18,12 +18,12 @@ from ..sizes import format_size
 from . import measure
 from .curves import Shape
 from .measurements import Measurements, place, recall
-from .planner import SCORE_ROWS, Facts, Goal, Plan, Prediction, Workload, plan
+from .planner import Facts, Goal, Plan, Prediction, Workload, plan
 from .room import room
 
 
 def facts(
-    found: Found, n_ctx: int | None, n_threads: int | None, score_rows: int = SCORE_ROWS
+    found: Found, n_ctx: int | None, n_threads: int | None, score_rows: int | None = None
 ) -> Facts:
     """Of model, budget and disk, in about a second."""
     layout = found.layout
@@ -56,7 +56,7 @@ def planned(
     parallel: int | None = None,
     workload: Workload | None = None,
     n_threads: int | None = None,
-    score_rows: int = SCORE_ROWS,
+    score_rows: int | None = None,
     progress: Report | None = None,
     anew: bool = False,
 ) -> Plan:
@@ -80,6 +80,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "schedule": asdict(plan.schedule),
         "parallel": plan.n_seq_max,
         "cells": plan.cells,
+        "score_rows": plan.score_rows,
         "slots": plan.n_slots,
         "binds": plan.binds,
         "hot": plan.hot,

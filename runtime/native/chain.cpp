@@ -47,14 +47,13 @@ int chain_stage(const ggml_tensor * t, int depth) {
 bool chain::contains(const ggml_tensor * t) const { return std::find(nodes.begin(), nodes.end(), t) != nodes.end(); }
 
 bool chain::recognise(ggml_tensor * const * split, int n) {
-    chain & c = *this;
-    c.model   = nullptr;
-    c.ids = c.x = nullptr;
-    c.row_bytes = 0;
-    c.all.clear();
-    c.nodes.clear();
-    c.before.clear();
-    c.inputs.clear();
+    model = nullptr;
+    ids = x   = nullptr;
+    row_bytes = 0;
+    all.clear();
+    nodes.clear();
+    before.clear();
+    inputs.clear();
     // Views that end the split compute nothing: of the output, or of a weight the next split needs
     // (the down projection's scale). A view of any other result here would keep that result alive.
     const int n_all = n;
@@ -67,94 +66,100 @@ bool chain::recognise(ggml_tensor * const * split, int n) {
         }
     }
     for (int i = 0; i < n; i++) {
-        ggml_tensor * t = split[i];
-        if (t->op == GGML_OP_NONE) {
-            continue;
-        }
-        const bool matmul  = t->op == GGML_OP_MUL_MAT_ID && is_expert_weight(t->src[0]);
-        bool       depends = matmul;
-        for (int j = 0; j < GGML_MAX_SRC && !depends; j++) {
-            depends = t->src[j] && contains(t->src[j]);
-        }
-        if (!depends) {
-            if (is_view(t->op)) {
-                continue;
-            }
-            if (t->op != GGML_OP_REPEAT && t->op != GGML_OP_GET_ROWS) {
-                return false;
-            }
-            c.all.push_back(t);
-            c.before.push_back(t);
-            continue;
-        }
-        if (matmul) {
-            auto *             model = (moe_model *)buffer_type::owner(t->src[0]->buffer->buft);
-            const moe_tensor * where = model->weights.find(t->src[0]);
-            if (where == nullptr || t->src[2]->type != GGML_TYPE_I32) {
-                return false;
-            }
-            if (c.model == nullptr) {
-                c.model    = model;
-                c.layer    = where->layer;
-                c.ids      = t->src[2];
-                c.x        = t->src[1];
-                c.n_used   = (int)c.ids->ne[0];
-                c.n_tokens = (int)c.ids->ne[1];
-            } else if (c.model != model || c.layer != where->layer || c.ids != t->src[2]) {
-                return false;
-            }
-        } else if (!is_rowwise(t->op) && !is_view(t->op)) {
+        if (split[i]->op != GGML_OP_NONE && !take(split[i])) {
             return false;
         }
-        if (t->type != GGML_TYPE_F32 || t->ne[1] != c.n_used || t->ne[2] != c.n_tokens || t->ne[3] != 1) {
-            return false;
-        }
-        if (is_view(t->op)) {
-            // Only slices of a row (gate and up inside gate_up) keep pairs independent.
-            const size_t offset = (char *)t->data - (char *)t->src[0]->data;
-            if (t->nb[1] != t->src[0]->nb[1] || offset + t->ne[0] * sizeof(float) > t->nb[1]) {
-                return false;
-            }
-        } else {
-            c.row_bytes += buffer::padded(t->ne[0] * sizeof(float));
-            c.all.push_back(t);
-        }
-        for (int j = 0; j < GGML_MAX_SRC; j++) {
-            const ggml_tensor * s = t->src[j];
-            if (s == nullptr || contains(s) || (matmul && j != 1)) {
-                continue;
-            }
-            if (t->op == GGML_OP_ADD_ID && j > 0) {
-                if (j == 2 && s != c.ids) {
-                    return false;
-                }
-                continue;
-            }
-            const bool pairs  = s->ne[1] == c.n_used && s->ne[2] == c.n_tokens;
-            const bool tokens = s->ne[1] == 1 && s->ne[2] == c.n_tokens;
-            const bool fixed  = s->ne[1] == 1 && s->ne[2] == 1;
-            if (s->ne[3] != 1 || s->type != GGML_TYPE_F32 || s->nb[0] != sizeof(float) || !(pairs || tokens || fixed)) {
-                return false;
-            }
-            if (std::find(c.inputs.begin(), c.inputs.end(), s) == c.inputs.end()) {
-                c.inputs.push_back(s);
-                c.row_bytes += buffer::padded(s->ne[0] * sizeof(float));
-            }
-        }
-        c.nodes.push_back(t);
     }
-    if (c.nodes.empty() || is_view(c.nodes.back()->op)) {
+    return !nodes.empty() && !is_view(nodes.back()->op) && only_output_remains();
+}
+
+bool chain::take(ggml_tensor * t) {
+    const bool matmul  = t->op == GGML_OP_MUL_MAT_ID && is_expert_weight(t->src[0]);
+    const bool depends = matmul || std::any_of(t->src, t->src + GGML_MAX_SRC, [this](auto * s) { return s && contains(s); });
+    if (!depends) {
+        if (is_view(t->op)) {
+            return true;
+        }
+        all.push_back(t);
+        before.push_back(t);
+        return t->op == GGML_OP_REPEAT || t->op == GGML_OP_GET_ROWS;
+    }
+    if (matmul ? !take_matmul(t) : !is_rowwise(t->op) && !is_view(t->op)) {
         return false;
     }
-    // Rounds write only the last node's memory: every other result must die inside the split.
-    const auto dies = [&c](const ggml_tensor * t) {
+    if (t->type != GGML_TYPE_F32 || t->ne[1] != n_used || t->ne[2] != n_tokens || t->ne[3] != 1) {
+        return false;
+    }
+    if (is_view(t->op)) {
+        // Only slices of a row (gate and up inside gate_up) keep pairs independent.
+        const size_t offset = (char *)t->data - (char *)t->src[0]->data;
+        if (t->nb[1] != t->src[0]->nb[1] || offset + t->ne[0] * sizeof(float) > t->nb[1]) {
+            return false;
+        }
+    } else {
+        row_bytes += buffer::padded(t->ne[0] * sizeof(float));
+        all.push_back(t);
+    }
+    const bool known = take_inputs(t, matmul);
+    nodes.push_back(t);
+    return known;
+}
+
+// Of the same layer, over the same choice of experts, as the first.
+bool chain::take_matmul(const ggml_tensor * t) {
+    auto *             owner = (moe_model *)buffer_type::owner(t->src[0]->buffer->buft);
+    const moe_tensor * where = owner->weights.find(t->src[0]);
+    if (where == nullptr || t->src[2]->type != GGML_TYPE_I32) {
+        return false;
+    }
+    if (model == nullptr) {
+        model    = owner;
+        layer    = where->layer;
+        ids      = t->src[2];
+        x        = t->src[1];
+        n_used   = (int)ids->ne[0];
+        n_tokens = (int)ids->ne[1];
+    }
+    return model == owner && layer == where->layer && ids == t->src[2];
+}
+
+// What a node reads that the chain does not compute: rows of pairs, of tokens, or one for all.
+bool chain::take_inputs(const ggml_tensor * t, bool matmul) {
+    for (int j = 0; j < GGML_MAX_SRC; j++) {
+        const ggml_tensor * s = t->src[j];
+        if (s == nullptr || contains(s) || (matmul && j != 1)) {
+            continue;
+        }
+        if (t->op == GGML_OP_ADD_ID && j > 0) {
+            if (j == 2 && s != ids) {
+                return false;
+            }
+            continue;
+        }
+        const bool pairs  = s->ne[1] == n_used && s->ne[2] == n_tokens;
+        const bool tokens = s->ne[1] == 1 && s->ne[2] == n_tokens;
+        const bool fixed  = s->ne[1] == 1 && s->ne[2] == 1;
+        if (s->ne[3] != 1 || s->type != GGML_TYPE_F32 || s->nb[0] != sizeof(float) || !(pairs || tokens || fixed)) {
+            return false;
+        }
+        if (std::find(inputs.begin(), inputs.end(), s) == inputs.end()) {
+            inputs.push_back(s);
+            row_bytes += buffer::padded(s->ne[0] * sizeof(float));
+        }
+    }
+    return true;
+}
+
+// Rounds write only the last node's memory: every other result must die inside the split.
+bool chain::only_output_remains() const {
+    const auto dies = [this](const ggml_tensor * t) {
         const auto reads = [t](const ggml_tensor * user) {
             return std::find(user->src, user->src + GGML_MAX_SRC, t) != user->src + GGML_MAX_SRC;
         };
         return !(t->flags & GGML_TENSOR_FLAG_OUTPUT) &&
-               (std::any_of(c.nodes.begin(), c.nodes.end(), reads) || std::any_of(c.before.begin(), c.before.end(), reads));
+               (std::any_of(nodes.begin(), nodes.end(), reads) || std::any_of(before.begin(), before.end(), reads));
     };
-    return std::all_of(c.nodes.begin(), c.nodes.end() - 1, dies) && std::all_of(c.before.begin(), c.before.end(), dies);
+    return std::all_of(nodes.begin(), nodes.end() - 1, dies) && std::all_of(before.begin(), before.end(), dies);
 }
 
 }  // namespace moe

@@ -36,6 +36,12 @@ struct chain {
     // was read before is forgotten.
     bool recognise(ggml_tensor * const * split, int n);
     bool contains(const ggml_tensor * t) const;
+
+  private:
+    bool take(ggml_tensor * t);
+    bool take_matmul(const ggml_tensor * t);
+    bool take_inputs(const ggml_tensor * t, bool matmul);
+    bool only_output_remains() const;
 };
 
 }  // namespace moe

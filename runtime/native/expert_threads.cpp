@@ -24,7 +24,7 @@ struct expert_threads::thread {
 
 expert_threads::expert_threads(ggml_backend_t inner, host_rows & memory) : inner_(inner), memory_(memory) {}
 
-expert_threads::~expert_threads() { ggml_free(meta_); }
+expert_threads::~expert_threads() = default;  // where a thread is known
 
 static int64_t largest(const dialogue & said) {
     int n = 0;
@@ -52,16 +52,12 @@ void expert_threads::prepare(const graphs & inputs) {
         set_n_threads(b, 1);
         threads_.push_back(std::make_unique<thread>(b, inputs, (int)threads_.size()));
     }
-    if (meta_ == nullptr) {
-        meta_ = ggml_init({2 * ggml_tensor_overhead() + ggml_graph_overhead_custom(1, false), nullptr, true});
-        if (meta_ == nullptr) {
-            throw std::bad_alloc();
-        }
-        const auto    each = [](ggml_tensor *, int number, int, void * self) { ((expert_threads *)self)->work(number); };
-        ggml_tensor * t    = ggml_custom_4d(meta_, GGML_TYPE_I32, 1, 1, 1, 1, nullptr, 0, each, GGML_N_TASKS_MAX, this);
-        t->data            = &output_;
+    if (graph_ == nullptr) {
+        const auto each = [](ggml_tensor *, int number, int, void * self) { ((expert_threads *)self)->work(number); };
+        graph_          = meta_.begin(1);
+        ggml_tensor * t = ggml_custom_4d(meta_.get(), GGML_TYPE_I32, 1, 1, 1, 1, nullptr, 0, each, GGML_N_TASKS_MAX, this);
+        t->data         = &output_;
         t->flags |= GGML_TENSOR_FLAG_COMPUTE;
-        graph_ = ggml_new_graph_custom(meta_, 1, false);
         ggml_graph_add_node(graph_, t);
     }
 }
@@ -69,10 +65,11 @@ void expert_threads::prepare(const graphs & inputs) {
 ggml_status expert_threads::run(const chain & c, const graphs & inputs) {
     moe_model & model = *c.model;
     prepare(inputs);
+    const int     n    = n_threads();
     const int64_t each = bytes_of(c, largest(model.dialogue));
-    memory_.reserve(rows::ROUND, each * threads_.size());
-    for (auto & t : threads_) {
-        t->activations.borrow(memory_.take(each), each);
+    memory_.reserve(rows::ROUND, n * each);
+    for (int i = 0; i < n; i++) {
+        threads_[i]->activations.borrow(memory_.take(each), each);
     }
     c_         = &c;
     status_    = GGML_STATUS_SUCCESS;
@@ -80,7 +77,7 @@ ggml_status expert_threads::run(const chain & c, const graphs & inputs) {
 
     const int64_t     t0         = now_ns();
     const ggml_status status     = ggml_backend_graph_compute(inner_, graph_);
-    const int64_t     stalled_ns = waited_ns_ / threads_.size();
+    const int64_t     stalled_ns = waited_ns_ / n;
     model.dialogue.stalled(stalled_ns);
     model.stats.stall_ns += stalled_ns;
     model.stats.compute_ns += now_ns() - t0 - stalled_ns;

@@ -14,6 +14,7 @@
 #include "chain.h"
 #include "dialogue.h"
 #include "graph.h"
+#include "graph_memory.h"
 #include "pending.h"
 #include "rows.h"
 
@@ -43,7 +44,7 @@ class expert_threads {
     ggml_backend_t                       inner_;
     host_rows &                          memory_;
     std::vector<std::unique_ptr<thread>> threads_;
-    ggml_context *                       meta_   = nullptr;
+    graph_memory                         meta_{1};
     ggml_cgraph *                        graph_  = nullptr;  // one node: work() on every thread
     int32_t                              output_ = 0;        // of that node, which needs one
     // Of the running event, under the lock.

@@ -2,34 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 
 #include "model.h"
 
 namespace moe {
 
-ggml_cgraph * graphs::begin(size_t n_nodes) {
-    const size_t n = n_nodes + 8;
-    if (meta_ == nullptr || n > meta_nodes_) {
-        ggml_free(meta_);
-        meta_nodes_ = std::max<size_t>(n, 64);
-        // per node: itself, a weight view and up to two gathered sources
-        const ggml_init_params params = {4 * meta_nodes_ * ggml_tensor_overhead() + ggml_graph_overhead_custom(meta_nodes_, false), nullptr,
-                                         true};
-        meta_                         = ggml_init(params);
-        if (meta_ == nullptr) {
-            meta_nodes_ = 0;
-            throw std::bad_alloc();
-        }
-    } else {
-        ggml_reset(meta_);
-    }
-    return ggml_new_graph_custom(meta_, n, false);
-}
-
 // A node like t over [ne0, ne1, ne2] contiguous rows that have no memory yet; sources are still t's.
 ggml_tensor * graphs::clone(const ggml_tensor * t, int64_t ne1, int64_t ne2) {
-    ggml_tensor * r = ggml_new_tensor_3d(meta_, t->type, t->ne[0], ne1, ne2);
+    ggml_tensor * r = ggml_new_tensor_3d(meta_.get(), t->type, t->ne[0], ne1, ne2);
     r->op           = t->op;
     r->flags        = t->flags | GGML_TENSOR_FLAG_COMPUTE;
     memcpy(r->op_params, t->op_params, sizeof(r->op_params));
@@ -38,7 +18,7 @@ ggml_tensor * graphs::clone(const ggml_tensor * t, int64_t ne1, int64_t ne2) {
 }
 
 ggml_tensor * graphs::over_slots(const chain & c, const ggml_tensor * weight, int copy, int only) {
-    ggml_tensor * r = ggml_new_tensor_1d(meta_, GGML_TYPE_F32, 1);
+    ggml_tensor * r = ggml_new_tensor_1d(meta_.get(), GGML_TYPE_F32, 1);
     c.model->arena->show(*c.model->weights.find(weight), copy, r);
     if (only >= 0) {
         r->data  = (char *)r->data + only * r->nb[2];
@@ -49,7 +29,7 @@ ggml_tensor * graphs::over_slots(const chain & c, const ggml_tensor * weight, in
 
 // Ids of a graph, in the host's memory: that is where MUL_MAT_ID of ggml-cpu reads them.
 ggml_tensor * graphs::numbers(std::vector<int32_t> & values, int64_t ne0, int64_t ne1) {
-    ggml_tensor * r = ggml_new_tensor_2d(meta_, GGML_TYPE_I32, ne0, ne1);
+    ggml_tensor * r = ggml_new_tensor_2d(meta_.get(), GGML_TYPE_I32, ne0, ne1);
     r->data         = values.data();
     return r;
 }
@@ -68,7 +48,7 @@ ggml_status graphs::run_plain(ggml_tensor * const * nodes, int n) {
     if (n == 0) {
         return GGML_STATUS_SUCCESS;
     }
-    ggml_cgraph * graph = begin(n);
+    ggml_cgraph * graph = meta_.begin(n);
     for (int i = 0; i < n; i++) {
         ggml_graph_add_node(graph, nodes[i]);
     }
@@ -76,7 +56,7 @@ ggml_status graphs::run_plain(ggml_tensor * const * nodes, int n) {
 }
 
 ggml_status graphs::run_whole(const chain & c, std::vector<int32_t> & slots) {
-    ggml_cgraph * graph = begin(c.all.size());
+    ggml_cgraph * graph = meta_.begin(c.all.size());
     ggml_tensor * ids   = numbers(slots, c.n_used, c.n_tokens);
     for (ggml_tensor * t : c.all) {
         if (t->op != GGML_OP_MUL_MAT_ID) {
@@ -132,7 +112,7 @@ ggml_status graphs::keep_inputs(const chain & c) {
 
 // Computes the nodes that depend on no matmul straight into kept memory.
 ggml_status graphs::keep_before(const chain & c) {
-    ggml_cgraph * graph = begin(c.before.size());
+    ggml_cgraph * graph = meta_.begin(c.before.size());
     built_.clear();
     for (const ggml_tensor * t : c.before) {
         ggml_tensor * r = clone(t, t->ne[1], t->ne[2]);
@@ -158,11 +138,11 @@ ggml_status graphs::keep_before(const chain & c) {
 ggml_tensor * graphs::rows_of(const chain & c, const ggml_tensor * input, const round & r) {
     const ggml_tensor & from = inputs_.kept(input);
     if (from.ne[1] == 1 && from.ne[2] == 1) {  // one row for all pairs: ggml broadcasts it
-        ggml_tensor * t = ggml_new_tensor_3d(meta_, GGML_TYPE_F32, from.ne[0], 1, 1);
+        ggml_tensor * t = ggml_new_tensor_3d(meta_.get(), GGML_TYPE_F32, from.ne[0], 1, 1);
         t->data         = from.data;
         return t;
     }
-    ggml_tensor * t = ggml_new_tensor_3d(meta_, GGML_TYPE_F32, from.ne[0], r.ne1, r.ne2);
+    ggml_tensor * t = ggml_new_tensor_3d(meta_.get(), GGML_TYPE_F32, from.ne[0], r.ne1, r.ne2);
     rows_.put(rows::ROUND, t);
     rows_.gather(&from, r.pairs, c.n_used, t);
     return t;
@@ -180,7 +160,7 @@ ggml_status graphs::run_round(const chain & c, round & r) {
     r.ne1 = c.n_tokens == 1 ? n : 1;
     r.ne2 = c.n_tokens == 1 ? 1 : n;
     rows_.reserve(rows::ROUND, round_bytes(c, n));
-    ggml_cgraph * graph   = begin(n_nodes);
+    ggml_cgraph * graph   = meta_.begin(n_nodes);
     ggml_tensor * slots   = numbers(r.slots, r.ne1, r.ne2);
     ggml_tensor * experts = numbers(r.experts, r.ne1, r.ne2);
 

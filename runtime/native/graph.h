@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "chain.h"
+#include "graph_memory.h"
 #include "rows.h"
 
 namespace moe {
@@ -22,7 +23,6 @@ class graphs {
     // Of one thread among several, which only reads what `inputs` has kept.
     graphs(ggml_backend_t inner, rows & activations, const graphs & inputs, int thread)
         : inner_(inner), rows_(activations), inputs_(inputs), thread_(thread) {}
-    ~graphs() { ggml_free(meta_); }
     graphs(const graphs &)             = delete;
     graphs & operator=(const graphs &) = delete;
 
@@ -52,7 +52,6 @@ class graphs {
     using built = std::vector<std::pair<const ggml_tensor *, ggml_tensor *>>;
 
     ggml_status   submit(const chain & c, ggml_cgraph * graph);
-    ggml_cgraph * begin(size_t n_nodes);
     ggml_tensor * clone(const ggml_tensor * t, int64_t ne1, int64_t ne2);
     ggml_tensor * over_slots(const chain & c, const ggml_tensor * weight, int copy, int only);
     ggml_tensor * numbers(std::vector<int32_t> & values, int64_t ne0, int64_t ne1);
@@ -62,11 +61,10 @@ class graphs {
     ggml_backend_t                                           inner_;
     rows &                                                   rows_;
     const graphs &                                           inputs_;
-    const int                                                thread_     = -1;
-    ggml_context *                                           meta_       = nullptr;  // tensor and graph structs of one inner graph
-    size_t                                                   meta_nodes_ = 0;
-    std::vector<std::pair<const ggml_tensor *, ggml_tensor>> kept_;   // of the chain's inputs
-    built                                                    built_;  // in this round
+    const int                                                thread_ = -1;
+    graph_memory                                             meta_{4};  // per node: itself, a weight's view and up to two gathered sources
+    std::vector<std::pair<const ggml_tensor *, ggml_tensor>> kept_;     // of the chain's inputs
+    built                                                    built_;    // in this round
 };
 
 }  // namespace moe

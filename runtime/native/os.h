@@ -19,6 +19,8 @@ void * reserve(size_t bytes);
 // Zeroed memory for one long-lived block that is walked linearly: in huge pages where the system has
 // them, each taken at its first touch. nullptr when refused.
 void * allocate(size_t bytes);
+// Asks for the same of memory of somebody's, of which nothing was touched yet.
+void in_huge_pages(void * memory, size_t bytes);
 // Gives back what one of these two gave.
 void release(void * memory, size_t bytes);
 

@@ -24,9 +24,17 @@ void * reserve(size_t bytes) { return map(bytes, PROT_NONE); }
 void * allocate(size_t bytes) {
     void * p = map(bytes, PROT_READ | PROT_WRITE);
     if (p) {
-        madvise(p, bytes, MADV_HUGEPAGE);  // fewer faults and TLB misses; where there are none, that is no error
+        in_huge_pages(p, bytes);
     }
     return p;
+}
+
+// Fewer faults and TLB misses; where there are none, that is no error.
+void in_huge_pages(void * memory, size_t bytes) {
+    const uintptr_t page = 4095, start = ((uintptr_t)memory + page) & ~page, end = ((uintptr_t)memory + bytes) & ~page;
+    if (start < end) {
+        madvise((void *)start, end - start, MADV_HUGEPAGE);
+    }
 }
 
 void release(void * memory, size_t bytes) { munmap(memory, bytes); }

@@ -32,7 +32,6 @@ ranges::~ranges() {
             ggml_backend_buffer_free(m->buffer);
         }
     }
-    ggml_free(meta_);
 }
 
 // Memory that the stream may still be at work on is not given back before it is done.
@@ -56,23 +55,6 @@ void ranges::put(memory & m, ggml_tensor * t) {
     t->data   = (char *)ggml_backend_buffer_get_base(m.buffer) + m.used;
     m.used += padded(ggml_nbytes(t));
     GGML_ASSERT(m.used <= ggml_backend_buffer_get_size(m.buffer));
-}
-
-ggml_cgraph * ranges::begin(size_t n_nodes) {
-    if (meta_ == nullptr || n_nodes > meta_nodes_) {
-        ggml_free(meta_);
-        meta_nodes_                   = std::max<size_t>(n_nodes, 64);
-        const ggml_init_params params = {6 * meta_nodes_ * ggml_tensor_overhead() + ggml_graph_overhead_custom(meta_nodes_, false), nullptr,
-                                         true};
-        meta_                         = ggml_init(params);
-        if (meta_ == nullptr) {
-            meta_nodes_ = 0;
-            throw std::bad_alloc();
-        }
-    } else {
-        ggml_reset(meta_);
-    }
-    return ggml_new_graph_custom(meta_, meta_nodes_, false);
 }
 
 // ---- ids
@@ -101,7 +83,7 @@ void ranges::send(const int32_t * slots, const int32_t * experts, int first, int
 }
 
 ggml_tensor * ranges::number(ggml_tensor & of, int first, int last) {
-    ggml_tensor * t = ggml_new_tensor_1d(meta_, GGML_TYPE_I32, 1);
+    ggml_tensor * t = ggml_new_tensor_1d(meta_.get(), GGML_TYPE_I32, 1);
     *t              = of;
     t->ne[1]        = last - first;
     t->nb[2] = t->nb[3] = t->nb[1] * t->ne[1];
@@ -134,7 +116,7 @@ ggml_status ranges::keep(const chain & c) {
         const ggml_tensor * base = t->view_src ? t->view_src : t;
         return std::find(c.before.begin(), c.before.end(), base) != c.before.end();
     };
-    ggml_cgraph * graph = begin(c.before.size() + c.inputs.size());
+    ggml_cgraph * graph = meta_.begin(c.before.size() + c.inputs.size());
     for (const ggml_tensor * t : c.inputs) {
         if (is_of_tokens(c, t) && !is_before(t)) {
             ggml_tensor * copy = clone(t, t->ne[2]);
@@ -179,7 +161,7 @@ void ranges::add(ggml_cgraph * graph, const ggml_tensor * of, ggml_tensor * node
 // ---- a piece
 
 ggml_tensor * ranges::clone(const ggml_tensor * t, int64_t n_tokens) {
-    ggml_tensor * r = ggml_new_tensor_3d(meta_, t->type, t->ne[0], t->ne[1], n_tokens);
+    ggml_tensor * r = ggml_new_tensor_3d(meta_.get(), t->type, t->ne[0], t->ne[1], n_tokens);
     r->op           = t->op;
     r->flags        = t->flags | GGML_TENSOR_FLAG_COMPUTE;
     memcpy(r->op_params, t->op_params, sizeof(r->op_params));
@@ -196,7 +178,7 @@ ggml_tensor * ranges::source(const chain & c, const ggml_tensor * s, int first, 
     }
     const ggml_tensor * kept = find(kept_, s);
     GGML_ASSERT(kept != nullptr);
-    ggml_tensor * r = ggml_new_tensor_1d(meta_, s->type, 1);
+    ggml_tensor * r = ggml_new_tensor_1d(meta_.get(), s->type, 1);
     *r              = *kept;
     r->ne[2]        = last - first;
     r->nb[3]        = r->nb[2] * r->ne[2];
@@ -212,7 +194,7 @@ ggml_status ranges::run(const chain & c, int first, int last, const std::functio
         bytes += is_view(t->op) ? 0 : padded(row_bytes(t) * t->ne[1] * n);
     }
     reserve(between_, bytes);
-    ggml_cgraph * graph = begin(c.nodes.size() + c.inputs.size() + 8);
+    ggml_cgraph * graph = meta_.begin(c.nodes.size() + c.inputs.size() + 8);
     built_.clear();
     for (const ggml_tensor * t : c.nodes) {
         ggml_tensor * r = clone(t, n);

@@ -13,6 +13,7 @@
 
 #include "chain.h"
 #include "ggml-iface.h"
+#include "graph_memory.h"
 
 namespace moe {
 
@@ -44,7 +45,6 @@ class ranges {
 
     void                 reserve(memory & m, size_t bytes);
     void                 put(memory & m, ggml_tensor * t);
-    ggml_cgraph *        begin(size_t n_nodes);
     ggml_tensor *        clone(const ggml_tensor * t, int64_t n_tokens);
     void                 add(ggml_cgraph * graph, const ggml_tensor * of, ggml_tensor * node);
     ggml_tensor *        number(ggml_tensor & of, int first, int last);
@@ -52,8 +52,7 @@ class ranges {
     static ggml_tensor * find(const built & in, const ggml_tensor * t);
 
     ggml_backend_t           stream_;
-    ggml_context *           meta_       = nullptr;
-    size_t                   meta_nodes_ = 0;
+    graph_memory             meta_{6};
     memory                   ids_, inputs_, between_;
     const void *             first_ids_ = nullptr;
     ggml_tensor              slots_{}, experts_{};

@@ -21,6 +21,14 @@ ggml_backend_dev_t cpu() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_T
 
 ggml_backend_buffer_type_t cpu_type() { return ggml_backend_dev_buffer_type(cpu()); }
 
+ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t type, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, size);
+    if (buffer) {
+        os::in_huge_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
+    }
+    return buffer;
+}
+
 size_t type_alignment(ggml_backend_buffer_type_t) { return ggml_backend_buft_get_alignment(cpu_type()); }
 
 // ---- plain: the CPU's own memory, filled by us instead of by llama.cpp
@@ -66,7 +74,7 @@ const char * plain_type_name(ggml_backend_buffer_type_t) { return "MOE_TRUNK"; }
 bool         plain_type_is_host(ggml_backend_buffer_type_t) { return true; }
 
 ggml_backend_buffer_t plain_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(cpu_type(), size);
+    ggml_backend_buffer_t buffer = allocate(cpu_type(), size);
     return buffer ? ggml_backend_buffer_init(buft, plain_iface, buffer, size) : nullptr;
 }
 
@@ -124,7 +132,7 @@ const char * repacked_type_name(ggml_backend_buffer_type_t) { return "MOE_TRUNK_
 
 // ggml-cpu knows its repacked tensors by their buffer's type, so the buffer has to carry that type.
 ggml_backend_buffer_t repacked_type_alloc(ggml_backend_buffer_type_t buft, size_t size) {
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(repack_type(), size);
+    ggml_backend_buffer_t buffer = allocate(repack_type(), size);
     auto * const          owner  = (trunk *)buffer_type::owner(buft);
     return buffer ? ggml_backend_buffer_init(repack_type(), repacked_iface, new repacked_buffer{buffer, owner}, size) : nullptr;
 }
