@@ -103,7 +103,7 @@ def lines(plan: Plan) -> list[str]:
     )
     text = [
         f"schedule for {plan.goal}: {plan.n_seq_max} at once, {how}; prompts in chunks of "
-        f"{schedule.chunk}; {plan.cells} cells of KV, {plan.n_slots} slots "
+        f"{schedule.chunk}{', all scored' * plan.workload.scored}; {plan.cells} cells of KV, {plan.n_slots} slots "
         f"({here.resident_share:.0%}); predicted, with prompts of {plan.workload.prompt} tokens:",
         *(f"  {line}" for line in _table(plan.curve)),
     ]
