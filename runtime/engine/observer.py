@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...policies.base import Phase
-
-if TYPE_CHECKING:
-    from .context import Context
 
 
 class Observer:
     """Hears of all that changes what a context remembers, in order; by itself it does nothing."""
 
-    def decoded(self, context: Context, phase: Phase, code: int) -> None:
-        """The context's batch was computed, or refused or failed by llama.cpp with ``code``."""
+    def decoded(self, context: Any, phase: Phase, code: int) -> None:
+        """The batch of a ``Context`` was computed, or refused or failed by llama.cpp with
+        ``code``."""
 
     def removed(self, seq: int, start: int, end: int) -> None: ...
     def copied(self, source: int, target: int, end: int) -> None: ...

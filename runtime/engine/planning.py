@@ -101,9 +101,10 @@ def lines(plan: Plan) -> list[str]:
         if schedule.quantum
         else "all in every step"
     )
+    scored = ", all scored" if plan.workload.scored else ""
     text = [
         f"schedule for {plan.goal}: {plan.n_seq_max} at once, {how}; prompts in chunks of "
-        f"{schedule.chunk}{', all scored' * plan.workload.scored}; {plan.cells} cells of KV, {plan.n_slots} slots "
+        f"{schedule.chunk}{scored}; {plan.cells} cells of KV, {plan.n_slots} slots "
         f"({here.resident_share:.0%}); predicted, with prompts of {plan.workload.prompt} tokens:",
         *(f"  {line}" for line in _table(plan.curve)),
     ]
