@@ -14,6 +14,8 @@ namespace {
 
 // A repacked tensor is read in pieces of this size, so that the biggest one does not count twice.
 constexpr int64_t PIECE_BYTES = 4 << 20;
+// Smaller buffers may be parts of a heap, which others are to have back as they were.
+constexpr size_t HUGE_BYTES = 32 << 20;
 // No repacked layout interleaves more rows.
 constexpr int64_t MAX_INTERLEAVE = 16;
 
@@ -23,7 +25,7 @@ ggml_backend_buffer_type_t cpu_type() { return ggml_backend_dev_buffer_type(cpu(
 
 ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, size);
-    if (buffer) {
+    if (buffer && size > HUGE_BYTES) {
         os::in_huge_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
     }
     return buffer;
