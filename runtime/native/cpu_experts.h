@@ -52,7 +52,7 @@ class cpu_experts {
 
     ggml_backend_t                                         stream_;
     ggml_backend_t                                         inner_ = nullptr;  // the processor; from the first use on
-    host_rows                                              rows_;
+    rows                                                   rows_;
     std::unique_ptr<graphs>                                graphs_;
     pinned                                                 inputs_, results_;
     chain                                                  c_;                 // over host memory

@@ -39,7 +39,7 @@ class executor {
     void        submit();
     void        wait_for_reads();
 
-    host_rows            rows_;
+    rows                 rows_;
     graphs               graphs_;
     expert_threads       threads_;
     chain                c_;

@@ -14,7 +14,7 @@ constexpr size_t PER_THREAD = 8;
 
 struct expert_threads::thread {
     ggml_backend_t backend;  // of this thread alone
-    host_rows      activations;
+    rows           activations;
     graphs         built;
     graphs::round  round;
 
@@ -22,7 +22,7 @@ struct expert_threads::thread {
     ~thread() { ggml_backend_free(backend); }
 };
 
-expert_threads::expert_threads(ggml_backend_t inner, host_rows & memory) : inner_(inner), memory_(memory) {}
+expert_threads::expert_threads(ggml_backend_t inner, rows & memory) : inner_(inner), memory_(memory) {}
 
 expert_threads::~expert_threads() = default;  // where a thread is known
 

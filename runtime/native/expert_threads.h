@@ -23,7 +23,7 @@ namespace moe {
 class expert_threads {
   public:
     // Activations are part of `memory`'s of a round.
-    expert_threads(ggml_backend_t inner, host_rows & memory);
+    expert_threads(ggml_backend_t inner, rows & memory);
     ~expert_threads();
     expert_threads(const expert_threads &)             = delete;
     expert_threads & operator=(const expert_threads &) = delete;
@@ -42,7 +42,7 @@ class expert_threads {
     void        prepare(const graphs & inputs);
 
     ggml_backend_t                       inner_;
-    host_rows &                          memory_;
+    rows &                               memory_;
     std::vector<std::unique_ptr<thread>> threads_;
     graph_memory                         meta_{1};
     ggml_cgraph *                        graph_  = nullptr;  // one node: work() on every thread

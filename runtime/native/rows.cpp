@@ -4,9 +4,9 @@
 
 namespace moe {
 
-void host_rows::put(lifetime life, ggml_tensor * t) { t->data = memory_[life].take(ggml_nelements(t) * sizeof(float)); }
+void rows::put(lifetime life, ggml_tensor * t) { t->data = memory_[life].take(ggml_nelements(t) * sizeof(float)); }
 
-void host_rows::ids(const ggml_tensor * t, int32_t * out) {
+void rows::ids(const ggml_tensor * t, int32_t * out) {
     for (int64_t token = 0; token < t->ne[1]; token++) {
         for (int64_t rank = 0; rank < t->ne[0]; rank++) {
             *out++ = *(const int32_t *)((const char *)t->data + token * t->nb[1] + rank * t->nb[0]);
@@ -14,7 +14,7 @@ void host_rows::ids(const ggml_tensor * t, int32_t * out) {
     }
 }
 
-void host_rows::copy(const ggml_tensor * from, ggml_tensor * to) {
+void rows::copy(const ggml_tensor * from, ggml_tensor * to) {
     const size_t row = from->ne[0] * sizeof(float);
     char *       out = (char *)to->data;
     for (int64_t i2 = 0; i2 < from->ne[2]; i2++) {
@@ -24,7 +24,7 @@ void host_rows::copy(const ggml_tensor * from, ggml_tensor * to) {
     }
 }
 
-void host_rows::gather(const ggml_tensor * from, const std::vector<int32_t> & pairs, int n_used, ggml_tensor * to) {
+void rows::gather(const ggml_tensor * from, const std::vector<int32_t> & pairs, int n_used, ggml_tensor * to) {
     const size_t row = from->ne[0] * sizeof(float);
     char *       out = (char *)to->data;
     for (const int32_t p : pairs) {
@@ -34,7 +34,7 @@ void host_rows::gather(const ggml_tensor * from, const std::vector<int32_t> & pa
     }
 }
 
-void host_rows::scatter(const ggml_tensor * from, const std::vector<int32_t> & pairs, int n_used, ggml_tensor * to) {
+void rows::scatter(const ggml_tensor * from, const std::vector<int32_t> & pairs, int n_used, ggml_tensor * to) {
     const size_t row = to->ne[0] * sizeof(float);
     const char * in  = (const char *)from->data;
     for (const int32_t p : pairs) {
