@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -382,18 +381,14 @@ class WorstGuesses(Guesser):
 
 
 class ScriptedGuesses(Guesser):
-    """Guesses given keys after given events, counted from 0; ``pause_s`` may delay an event."""
+    """Guesses given keys after given events, counted from 0."""
 
-    def __init__(
-        self, answers: Mapping[int, Sequence[int]], pause_s: Mapping[int, float] | None = None
-    ) -> None:
+    def __init__(self, answers: Mapping[int, Sequence[int]]) -> None:
         self.answers = answers
-        self.pause_s = pause_s or {}
         self.n = -1
 
     def keys(self, event: RouteEvent) -> Sequence[int]:
         self.n += 1
-        time.sleep(self.pause_s.get(self.n, 0.0))
         return self.answers.get(self.n, [])
 
 

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -523,9 +524,19 @@ def test_a_failed_guess_is_read_again(
     with ours(path, recorder=events) as model:
         play(model)
     right = [16 + e for e in range(16) if e in events.ids[1]]
-    # Layer 1's event waits until the guesses of layer 0's are read.
-    predictor = ScriptedGuesses({0: right}, pause_s={1: 0.5})
-    with ours(path, recorder=events, lanes=1, predictor=predictor) as model:
+
+    class Wait(Events):
+        """Layer 1's event asks for nothing until the guesses for it are read."""
+
+        def record(
+            self, event: RouteEvent, ids: list[int], continuation: bool, cancelled: Sequence[int]
+        ) -> None:
+            if len(self.ids) == 1:
+                time.sleep(1)  # what counts them is locked while a step runs
+            super().record(event, ids, continuation, cancelled)
+
+    predictor = ScriptedGuesses({0: right})
+    with ours(path, recorder=Wait(), lanes=1, predictor=predictor) as model:
         n_demanded = 3 * len(set(events.ids[0]))
         model.arena.plugin.inject(n_demanded, err)
         assert np.array_equal(play(model), expected("qwen3moe"))
