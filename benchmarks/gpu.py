@@ -17,7 +17,9 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
     POLICY@SHARE      ours: that share of each layer's experts on the device, the rest in pinned
                       memory; POLICY@SHARE/cold starts with an empty memory instead, and
                       POLICY@SHARE/auto has the processor compute some of those missing,
-                      POLICY@SHARE/asked copies nothing to the device before it is asked for
+                      POLICY@SHARE/asked copies nothing to the device before it is asked for,
+                      POLICY@SHARE/traced tells by CUDA's tracing, which torch brings, when the
+                      device computed and when it was copied to
     POLICY@all        ours: every expert on the processor
 
 Every row decodes one sequence, then several, then reads a long prompt; all do the same steps.
@@ -44,6 +46,7 @@ import numpy as np
 
 from moe_gguf.policies import presets
 from moe_gguf.policies.base import Phase
+from moe_gguf.policies.copying import IdleLink
 from moe_gguf.policies.presets import Facts, Policy, PolicyMaker
 from moe_gguf.policies.tiers import Tiers
 from moe_gguf.runtime import logs, opening
@@ -62,6 +65,7 @@ ROWS = "ceiling,stock,stock-cpu,fate@0.4,load-on-demand@0.4,eap@0.4,fate@0.2,fat
 ROWS += "fate@0.4/asked,fate@0.4/auto,fate@all,fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
 COPY_BYTES = 64 << 20
 N_IDENTITY = 16  # tokens, one by one
+N_TRACED = 8  # tokens
 PIECE = 5  # tokens of a prompt that stock computes in pieces
 
 
@@ -85,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--sequences", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--traces", type=Path, help="JSON file of what the device did when")
     args = parser.parse_args(argv)
     if args.what == "rows":
         return run_rows(args)
@@ -152,6 +157,8 @@ def child(args: argparse.Namespace, name: str, folder: Path, seconds: float) -> 
         command += ["--module", args.module]
     if args.rpc:
         command += ["--rpc", args.rpc]
+    if args.traces is not None:
+        command += ["--traces", args.traces]
     try:
         done = subprocess.run(
             list(map(str, command)), capture_output=True, text=True, timeout=seconds, check=False
@@ -188,6 +195,8 @@ def run_row(args: argparse.Namespace, device: Device) -> dict[str, Any]:
         tell(open_s=time.monotonic() - began, **runner.facts())
         runner.identity(args.work)
         runner.decode(args.tokens)
+        if args.row.endswith("/traced"):
+            runner.trace(args.traces)
         for n in args.sequences:
             runner.batch(n)
         for n_ubatch in sorted({min(512, args.prompt), args.prompt}):
@@ -276,22 +285,50 @@ class Runner:
         tell(tokens=tokens)
         self.counted("")
 
+    def trace(self, path: Path | None) -> None:
+        """What the device computes and copies in some tokens, as CUDA's own tracing sees it."""
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as traced
+
+        token = self.tokens(1)[0]
+        with traced(activities=[ProfilerActivity.CUDA]) as trace:
+            began = time.perf_counter()
+            for i in range(N_TRACED):
+                self.step([Row(token + i, 64 + i)], Phase.DECODE)
+            wall_s = time.perf_counter() - began
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            trace.export_chrome_trace(file.name)
+            events = json.loads(Path(file.name).read_text())["traceEvents"]
+        spans = [
+            spans_of(events, "kernel", ""),
+            spans_of(events, "gpu_memcpy", "HtoD"),
+        ]
+        computing, copying = (sum(end - begin for begin, end in lane) / 1e6 for lane in spans)
+        both = sum(end - begin for begin, end in overlap(*spans)) / 1e6
+        if path is not None:
+            path.write_text(json.dumps({"computing": spans[0], "copying": spans[1]}))
+        tell(
+            traced_s=wall_s,
+            computing_s=computing,
+            copying_s=copying,
+            both_s=both,
+            traced_tokens=N_TRACED,
+        )
+
     def counted(self, prefix: str) -> None:
         if self.meter is None:
             return
         names = ("hits", "misses", "hit_rate", "uploads", "uploads_ahead", "bytes_uploaded")
-        names += ("device_waits", "cpu_experts", "cpu_pairs", "cpu_s")
-        names += (
-            "device_wait_s",
-            "bytes_read",
-            "route_s",
-            "stall_s",
-            "guesses",
-            "guesses_used",
-            "rss_peak_bytes",
-        )
+        names += ("device_waits", "passed", "cpu_experts", "cpu_pairs", "cpu_s", "device_wait_s")
+        names += ("bytes_read", "route_s", "guess_s", "tell_s", "stall_s", "rss_peak_bytes")
         table = self.meter.table()
         tell(**{prefix + name: table[name] for name in names})
+        residency = self.arena.controller.residency if self.arena is not None else None
+        if isinstance(residency, Tiers):
+            used = sum(pool.guesses_used for pool in residency.pools.values())
+            copying = residency.copying
+            on = isinstance(copying, IdleLink) and copying.trial.is_on
+            tell(**{f"{prefix}copies_used": used, f"{prefix}copies_on": on})
 
     def batch(self, n: int) -> None:
         """So many sequences, a token of each per step."""
@@ -321,6 +358,38 @@ class Runner:
             seconds = time.perf_counter() - began
             tell(**{f"{prefix}tps": n / seconds})
         self.counted(prefix)
+
+
+Spans = list[tuple[float, float]]
+
+
+def spans_of(events: Sequence[dict[str, Any]], kind: str, name: str) -> Spans:
+    """When any event of that kind ran, in microseconds."""
+    spans: Spans = []
+    for begin, end in sorted(
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == kind and name in event["name"]
+    ):
+        if spans and begin <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((begin, end))
+    return spans
+
+
+def overlap(a: Spans, b: Spans) -> Spans:
+    """When both were at work."""
+    both, i, j = [], 0, 0
+    while i < len(a) and j < len(b):
+        begin, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if begin < end:
+            both.append((begin, end))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return both
 
 
 def shape_of(args: argparse.Namespace) -> ContextShape:

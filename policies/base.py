@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,15 @@ class CachePolicy(Protocol):
     def __contains__(self, key: object) -> bool: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[int]: ...
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """A cache policy that can say beforehand whom it would evict."""
+
+    def coldest(self, n: int) -> list[int]:
+        """The keys that ``evict`` would return one after the other, pinned ones apart; none for a
+        key it needs to know first. Changes nothing."""
 
 
 class Guess(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
+from itertools import islice
 
 # Replayed on routing recorded from three models: 30 layers x 32 experts, top 8, on real text; 8 x
 # 32, top 4, and 16 x 64, top 8, random weights with calibrated locality. With slots for 40 to 80 %
@@ -77,6 +78,9 @@ class LRU:
                 del self._keys[key]
                 return key
         return None
+
+    def coldest(self, n: int) -> list[int]:
+        return list(islice(self._keys, n))
 
     def check_integrity(self) -> None:
         pass
@@ -184,6 +188,9 @@ class LFU:
                 self._resident.remove(key)
                 return key
         return None
+
+    def coldest(self, n: int) -> list[int]:
+        return sorted(self._resident, key=self._scores.__getitem__)[:n]
 
     def _rescale(self) -> None:
         """Divide all scores by the weight before it overflows: rare, so it may visit every key."""

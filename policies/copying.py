@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Protocol
 
-from .base import Guess, Phase, RouteEvent
+from .base import Phase, RouteEvent
 from .pace import VICTIM_VALUE
 
 _DECAY = 0.8  # of the running means, by layer: about five tokens
@@ -26,12 +26,9 @@ class Copying(Protocol):
     def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
         """An event arrived, of whose experts the device lacked so many; whether to copy ahead."""
 
-    def passed(self, layer: int) -> None:
-        """An event found all it asked for, and nobody was asked."""
-
-    def choose(self, guesses: Sequence[Guess]) -> Sequence[Guess]:
-        """Those worth copying now; ``guesses`` are of one layer, best first, and so is what comes
-        back."""
+    def chances(self, layer: int, most: int) -> Sequence[float]:
+        """After an event of that layer the k-th guess, of one layer and best first, is copied if
+        it is likelier than the k-th of these, and so were those before it."""
 
 
 class Trial:
@@ -80,25 +77,18 @@ class IdleLink:
         self.trial = Trial()
         self._room: dict[int, float] = {}  # by layer of the event
         self._layer, self._then, self._n_missing = -1, 0, 0  # of the event before
-        self._asked = True  # the event before was
-        self._is_new = False  # a step has begun since, with an event that passed unasked
         self._began: int | None = None  # the step, if it is one of decoding
         self._n_sequences = 0
 
     def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
-        if self._is_new or event.layer <= self._layer:
+        if event.layer <= self._layer:
             self._begin(event, now_ns)
-        elif self._layer >= 0 and self._asked:
+        elif self._layer >= 0:
             room = max(0.0, now_ns - self._then - self._n_missing * self.copy_ns)
             mean = self._room.get(self._layer, room)
             self._room[self._layer] = mean + (1 - _DECAY) * (room - mean)
-        self._asked, self._is_new = True, False
         self._layer, self._then, self._n_missing = event.layer, now_ns, n_missing
         return event.phase == Phase.DECODE and self.trial.is_on
-
-    def passed(self, layer: int) -> None:
-        self._asked, self._is_new = False, self._is_new or layer <= self._layer
-        self._layer = layer
 
     def _begin(self, event: RouteEvent, now_ns: int) -> None:
         """A step begins."""
@@ -109,14 +99,12 @@ class IdleLink:
         self._began = now_ns if event.phase == Phase.DECODE else None
         self._n_sequences = event.n_sequences
 
-    def choose(self, guesses: Sequence[Guess]) -> Sequence[Guess]:
-        each, room = self.copy_ns, _ROOM * self._room.get(self._layer, 0.0)
-        chosen: list[Guess] = []
-        for guess in guesses:
-            left = room - len(chosen) * each
-            if left <= 0:
-                break
-            cost = max(0.0, each - left) + VICTIM_VALUE * each
-            if guess.confidence * min(each, left) > (1 - guess.confidence) * cost:
-                chosen.append(guess)
-        return chosen
+    def chances(self, layer: int, most: int) -> Sequence[float]:
+        each, room = self.copy_ns, _ROOM * self._room.get(layer, 0.0)
+        chances: list[float] = []
+        while room > 0 and len(chances) < most:
+            saved = min(each, room)
+            cost = each - saved + VICTIM_VALUE * each
+            chances.append(cost / (cost + saved))
+            room -= each
+        return chances

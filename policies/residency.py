@@ -11,8 +11,11 @@ from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
-from .base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .base import CachePolicy, Guess, LoadOrder, Ranked, RouteEvent
+from .order import Popularity
 from .scan import Scan
+
+WRONG_GUESSES = -3  # among ``Residency.spares``
 
 
 class Plan(NamedTuple):
@@ -71,6 +74,8 @@ class Residency:
         self.stale: dict[int, None] = {}  # in the order they turned out wrong
         self.guesses_used = 0
         self._scans = False  # the last event was part of a scan
+        is_known = scan is None and isinstance(order, Popularity)
+        self._ranked = cache if is_known and isinstance(cache, Ranked) else None
 
     def plan(self, event: RouteEvent) -> Plan:
         """Decide hits, loads and victims of one event and update the table.
@@ -264,26 +269,34 @@ class Residency:
             placed.append((key, slot))
         return placed
 
-    def found(self, keys: Iterable[int]) -> None:
-        """An event of one layer found all it asked for, these, and needed no plan."""
-        guessed, stale, cache = self.guessed, self.stale, self.cache
-        layer = -1
-        for key in keys:
-            layer = key // self.n_experts
-            if key not in guessed and key not in stale:
-                cache.touch(key)
-                continue
-            self.guesses_used += key in guessed
-            guessed.discard(key)
-            stale.pop(key, None)
-            if not cache.admit(key):
-                self.free.insert(0, self.slot_of.pop(key))
-        if guessed:
-            self._give_up(layer)
+    def spares(self, most: int) -> list[int]:
+        """The slots that missing keys of the next event would get, in this order, passing over
+        those of keys that it asks for; empty if the cache or the order does not say. In the place
+        of ``WRONG_GUESSES`` come those of guesses made until then that the event does not ask for,
+        in the order of their keys."""
+        if self._ranked is None:
+            return []
+        slot_of = self.slot_of
+        slots = self.free[::-1] + [slot_of[key] for key in self.stale] + [WRONG_GUESSES]
+        if len(slots) < most:
+            slots += [slot_of[key] for key in self._ranked.coldest(most - len(slots))]
+        return slots[:most]
+
+    def settle(self, event: RouteEvent) -> None:
+        """An event came that is served elsewhere: what it asks for was guessed well, and other
+        guesses for the layer were wrong."""
+        base = event.layer * self.n_experts
+        for expert, count in zip(event.experts, event.counts, strict=True):
+            key = base + expert
+            if (key in self.guessed or key in self.stale) and self.cache.admit(key, count):
+                self.guesses_used += key in self.guessed
+                self.guessed.discard(key)
+                self.stale.pop(key, None)
+        self._give_up(event.layer)
 
     def _give_up(self, layer: int) -> None:
         """Of this layer or an earlier one, and not asked for."""
-        for key in [key for key in self.guessed if key // self.n_experts <= layer]:
+        for key in sorted(key for key in self.guessed if key // self.n_experts <= layer):
             self.guessed.remove(key)
             self.stale[key] = None
 
@@ -328,6 +341,13 @@ class Residency:
         self.stale = {key: None for key in self.stale if key in slot_of}
         used = set(slot_of.values())
         self.free = [slot for slot in range(self.n_slots - 1, -1, -1) if slot not in used]
+
+    def adopt(self, held: Sequence[int]) -> None:
+        """After ``reconcile``: keep what else the slots hold, if the policy would."""
+        for slot, key in enumerate(held):
+            if key >= 0 and key not in self.slot_of and self.cache.admit(key):
+                self.slot_of[key] = slot
+                self.free.remove(slot)
 
     def holds(self, key: int) -> bool:
         """Whether a demand for it would read nothing."""

@@ -116,6 +116,7 @@ class Tiers(Residency):
     def _plan_wide(self, event: RouteEvent, pool: Residency) -> Plan:
         """Of more experts than slots: those that find none have -1 for one, but in memory."""
         base = event.layer * self.n_experts
+        pool.settle(event)
         computed, passing = self._divide(event, pool, base)
         place = {e: slot for e in event.experts if (slot := pool.slot_of.get(base + e)) is not None}
         held = list(place)
@@ -137,13 +138,6 @@ class Tiers(Residency):
                 for expert in held + below.experts
             ],
         )
-
-    def touch(self, layer: int, experts: Sequence[int]) -> None:
-        """An event found these on the device."""
-        base = layer * self.n_experts
-        self.pools[layer].found(base + expert for expert in experts)
-        if self.copying is not None:
-            self.copying.passed(layer)
 
     def is_complete(self, layers: Sequence[int]) -> bool:
         """Whether memory holds every expert that a device may ask it for."""
@@ -184,16 +178,45 @@ class Tiers(Residency):
         lacking = [g for g in near if g.key in below and g.key not in above]
         # What is still being read cannot be copied yet.
         ready = [g for g in lacking if g.key not in self.guessed and g.key not in self.stale]
-        chosen = self.copying.choose(ready)[:most]
-        if not chosen:
+        n = 0
+        for guess, chance in zip(ready, self.copying.chances(event.layer, most), strict=False):
+            if guess.confidence <= chance:
+                break
+            n += 1
+        if not n:
             return []
-        better = near[: near.index(chosen[-1])]
-        placed = pool.guess(event, chosen, (g.key for g in better))
+        better = near[: near.index(ready[n - 1])]
+        placed = pool.guess(event, ready[:n], (g.key for g in better))
         return [(key, below[key], slot) for key, slot in placed]
 
+    # -- what may be done unasked
+
+    def orders(self, layer: int, most: int) -> tuple[Sequence[int], Sequence[float]]:
+        """For the layer's next event: the slots of its pool that missing experts would get, in this
+        order, none where that cannot be said before; and ``Copying.chances``."""
+        pool = self.pools.get(layer)
+        if pool is None or self.dividing is not None:
+            return (), ()
+        chances = () if self.copying is None else self.copying.chances(layer, most)
+        return pool.spares(most), chances
+
+    def copied(
+        self, event: RouteEvent, guesses: Sequence[Guess], copies: Sequence[tuple[int, int]]
+    ) -> None:
+        """Guesses after that event went to the device, (key, slot of the pool) of those that it
+        lacked: ``guess_above``, done by others. ``guesses`` ends with the last that was wanted."""
+        pool = self.pools[copies[0][0] // self.n_experts]
+        went = {key for key, _ in copies}
+        chosen = [guess for guess in guesses if guess.key in went]
+        placed = pool.guess(event, chosen, (guess.key for guess in guesses[:-1]))
+        if placed != list(copies):
+            raise RuntimeError(f"guesses went to {copies} on the device, and not to {placed}")
+
     def reconcile_pool(self, layer: int, held: Sequence[int]) -> None:
-        """As ``reconcile``, of what the device holds of a layer."""
-        self.pools[layer].reconcile(held)
+        """As ``reconcile``, of what the device holds of a layer; what it still has is kept."""
+        pool = self.pools[layer]
+        pool.reconcile(held)
+        pool.adopt(held)
 
     def resident(self, layer: int) -> Sequence[int]:
         """The experts of one layer that are on the device, if it computes the layer."""

@@ -87,6 +87,7 @@ class Arena:
     def _reconcile(self) -> None:
         """Make the tables true, once they have heard of all that passed."""
         self.callbacks.flush()
+        self.callbacks.withdraw()
         self.residency.reconcile(self.plugin.slot_keys())
         if isinstance(self.residency, Tiers):
             for layer in self.residency.pools:
@@ -237,7 +238,8 @@ def start(
     guessing = None
     if chosen.predictor is not None:
         blob_bytes = {layer.layer: layer.blob_bytes for layer in found.layout.layers}
-        guessing = Guessing(chosen.predictor, chosen.pace, blob_bytes, MAX_GUESSES)
+        is_native = isinstance(chosen.predictor, PluginGates)
+        guessing = Guessing(chosen.predictor, chosen.pace, blob_bytes, MAX_GUESSES, is_native)
     layers = [layer.layer for layer in found.layout.layers]
     residency = _residency(found, budget.n_slots, chosen)
     if pools is not None and pools.n_slots:

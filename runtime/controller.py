@@ -36,6 +36,7 @@ class Guessing(NamedTuple):
     pace: Pace
     blob_bytes: Mapping[int, int]  # by layer
     most: int  # guesses after one event
+    is_native: bool = False  # the plugin can make these guesses without asking
 
 
 class Demands(NamedTuple):
@@ -104,15 +105,8 @@ class Controller:
         dividing = residency.dividing if isinstance(residency, Tiers) else None
         return dividing.rest if dividing is not None else 0
 
-    def on_skipped(self, layer: int, n_pairs: int, experts: Sequence[int]) -> None:
-        residency = self.residency
-        assert isinstance(residency, Tiers)
-        residency.touch(layer, experts)
-        self.pairs += n_pairs
-        self.layer_hits[layer] = self.layer_hits.get(layer, 0) + len(experts)
-
-    def may_skip(self) -> bool:
-        """Nobody wants to hear of each event, and nothing is left to be guessed."""
+    def may_pass(self) -> bool:
+        """Nobody wants to hear of each event first, and nothing is left to be read."""
         residency = self.residency
         return (
             isinstance(residency, Tiers)
@@ -121,12 +115,40 @@ class Controller:
             and (self.guessing is None or residency.is_complete(self.layers))
         )
 
+    def orders(self, layer: int, most: int) -> tuple[Sequence[int], Sequence[float]]:
+        residency, guessing = self.residency, self.guessing
+        if not isinstance(residency, Tiers) or (guessing is not None and not guessing.is_native):
+            return (), ()
+        return residency.orders(layer, most)
+
+    def on_passed(
+        self,
+        event: RouteEvent,
+        now_ns: int,
+        places: tuple[Sequence[int], Sequence[int]],
+        copies: Sequence[tuple[int, int]],
+        inputs: Callable[[], Inputs],
+    ) -> bool:
+        residency = self.residency
+        assert isinstance(residency, Tiers)
+        plan = self._plan(event, False)
+        if (plan.experts, list(plan.pools)) != places:
+            raise RuntimeError(f"layer {event.layer} passed with {places}, and not with {plan}")
+        if copies:
+            assert self.guessing is not None
+            residency.copied(event, self.guessing.predictor.guess(event, inputs), copies)
+        return residency.copies_ahead(event, now_ns, self._n_missing)
+
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         self._event = event
         if self.recorder is not None:
             flat = ids().reshape(-1).tolist()
             self.recorder.record(event, flat, continuation, self._cancelled)
             self._cancelled = ()
+        return self._plan(event, continuation)
+
+    def _plan(self, event: RouteEvent, continuation: bool) -> Plan:
+        """The plan, counted."""
         residency, layer = self.residency, event.layer
         guesses_used = residency.guesses_used
         plan = residency.plan(event)
@@ -174,7 +196,7 @@ class Controller:
         self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]
     ) -> Sequence[tuple[int, int, int]]:
         assert self.guessing is not None
-        predictor, pace, blob_bytes, most = self.guessing
+        predictor, pace, blob_bytes, most, _ = self.guessing
         event, residency = self._event, self.residency
         predictor.observe(event, ids)
         guesses = predictor.guess(event, inputs)

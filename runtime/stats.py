@@ -139,6 +139,7 @@ class Meter:
             "compute_s": native.compute_ns / 1e9,
             "route_s": native.route_ns / 1e9,
             "guess_s": native.guess_ns / 1e9,
+            "tell_s": native.tell_ns / 1e9,
             "disk_s": native.disk_ns / 1e9,
             "decode_s": decode.seconds,
             "guesses": native.guess_loads,
@@ -172,6 +173,7 @@ class Meter:
             "cpu_pairs": native.cpu_pairs,
             "cpu_s": native.cpu_ns / 1e9,
             "device_waits": native.waits,
+            "passed": native.passed,
             "device_wait_s": native.wait_ns / 1e9,
         }
 

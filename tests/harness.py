@@ -267,6 +267,7 @@ class Ours(Model):
 
     def check_table(self) -> None:
         """The table alone: a guess that failed stays in it until someone wants it."""
+        self.arena.callbacks.flush()
         self.controller.residency.check_integrity()
 
     def close(self) -> None:

@@ -70,9 +70,10 @@ int32_t moe_model_tables(moe_model * model, const moe_table * tables, int32_t n_
 void moe_model_fetch_rows(moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows) {
     model->tables->fetch(table, rows, n_rows);
 }
-void moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
+void moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess, moe_route_fn tell) {
     model->dialogue.route = route;
     model->dialogue.guess = guess;
+    model->dialogue.told  = tell;
 }
 void moe_model_guess_with(moe_model * model, moe_gates * gates) { model->dialogue.gates = gates; }
 void moe_model_step(moe_model * model, int32_t phase, int32_t n_sequences) {

@@ -129,7 +129,10 @@ ggml_tensor * device_executor::place_of(const ggml_tensor * weight) {
 // ---- experts
 
 ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
-    fetch(graph->nodes + s.begin, s.end - s.begin);
+    look_ahead();
+    if (!fetch(graph->nodes + s.begin, s.end - s.begin)) {
+        return GGML_STATUS_FAILED;
+    }
     const int n_tokens = (int)c_.ids->ne[1];
     if (n_tokens == 0) {  // a ubatch none of whose rows is an output
         return GGML_STATUS_SUCCESS;
@@ -156,8 +159,22 @@ ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
     });
 }
 
-// Takes the ids to the host, and the input as far as guesses want it: the one wait of a layer.
-void device_executor::fetch(ggml_tensor * const * nodes, int n) {
+// The device computes on meanwhile.
+void device_executor::look_ahead() {
+    std::lock_guard<std::mutex> lock(model_.step);
+    if (model_.dialogue.call.passed && model_.dialogue.n_events() == passed_) {
+        model_.dialogue.look_ahead();
+    }
+}
+
+bool device_executor::tell() {
+    std::lock_guard<std::mutex> lock(model_.step);
+    return model_.dialogue.tell();
+}
+
+// Takes the ids to the host, and the input as far as guesses want it: the one wait of a layer, during which the
+// event before is told of.
+bool device_executor::fetch(ggml_tensor * const * nodes, int n) {
     c_.nodes.clear();
     std::copy_if(nodes, nodes + n, std::back_inserter(c_.nodes), is_ours);
     const ggml_tensor * first = c_.nodes.front();
@@ -172,7 +189,7 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
     const size_t n_bytes      = ggml_nbytes(ids);
     fetched_.resize(n_bytes);
     if (ids->ne[1] == 0) {
-        return;
+        return true;
     }
     ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, n_bytes);
     has_inputs_ = false;
@@ -187,6 +204,9 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
     if (ids->ne[1] <= GUESS_TOKENS) {
         fetch_input(x);
     }
+    if (!tell()) {
+        return false;
+    }
     const int64_t t0 = now_ns();
     ggml_backend_synchronize(stream_);
     model_.stats.wait_ns += now_ns() - t0;
@@ -199,6 +219,7 @@ void device_executor::fetch(ggml_tensor * const * nodes, int n) {
         }
     }
     slots_.resize(ids_.size() * sizeof(int32_t));
+    return true;
 }
 
 // For guesses; it may be on its way already.
@@ -282,7 +303,8 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
     window_ticket_     = 0;
 
     bool ok  = said.begin(c_);
-    guesses_ = said.call.wants_guesses != 0;
+    passed_  = said.call.passed ? said.n_events() : -1;
+    guesses_ = said.call.wants_guesses || (said.call.passed && said.call.may_copy && said.gates);
     if (x.data == nullptr) {  // this one was not told of
         said.call.wants_guesses = 0;
     }

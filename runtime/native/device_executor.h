@@ -49,7 +49,7 @@ class device_executor {
     ggml_tensor *                place_of(const ggml_tensor * weight);
     ggml_status                  experts(ggml_cgraph * graph, const segment & s);
     ggml_status                  in_ranges();
-    void                         fetch(ggml_tensor * const * nodes, int n);
+    bool                         fetch(ggml_tensor * const * nodes, int n);
     void                         fetch_input(const ggml_tensor * x);
     int                          fitting(int first);
     ggml_status                  event(int first, int last, const std::function<ggml_status()> & launch);
@@ -61,6 +61,8 @@ class device_executor {
     int32_t                      unused_slot() const;
     bool                         advance(bool & any);
     void                         take_over();
+    void                         look_ahead();
+    bool                         tell();
 
     ggml_backend_t                                     stream_;
     moe_model &                                        model_;
@@ -77,6 +79,7 @@ class device_executor {
     bool                                               wide_    = false;  // the event uses the window
     bool                                               guesses_ = false;  // the event before wanted some: they are made from x
     bool                                               asked_   = false;  // for guesses, in this event
+    int                                                passed_  = -1;     // number of the last event, if nobody was asked about it
     cpu_experts                                        cpu_;
     bool                                               has_inputs_ = false;  // of the segment, for the processor
     bool                                               computes_   = false;  // the processor has begun with this event

@@ -7,7 +7,7 @@
 
 namespace moe {
 
-dialogue::dialogue(moe_model & model) : model_(model) {
+dialogue::dialogue(moe_model & model) : model_(model), passing_(model, call) {
     const int n = model.weights.n_experts;
     arrays_.resize(8 * (size_t)n + 4 * MOE_MAX_GUESSES);
     chances_.resize(2 * (size_t)n);
@@ -26,8 +26,6 @@ dialogue::dialogue(moe_model & model) : model_(model) {
     call.guess_pools       = p + 8 * n + 3 * MOE_MAX_GUESSES;
     call.predicted_chances = chances_.data();
     call.settled_hits      = settled_hits_.data();
-    skipped_.resize(MOE_MAX_SKIPPED);
-    call.skipped = skipped_.data();
     step(MOE_PHASE_PREFILL, 1);
 }
 
@@ -38,6 +36,9 @@ void dialogue::step(int phase, int n_sequences) {
 }
 
 bool dialogue::begin(const chain & c) {
+    if (!tell()) {
+        return false;
+    }
     c_ = &c;
     entries.clear();
     if (!group_pairs()) {
@@ -58,7 +59,7 @@ void dialogue::end(bool failed) {
         }
         model_.reads->abandon(abandoned_);
         last_layer_  = -1;
-        call.settled = 0;
+        call.settled = call.passed = 0;
         waiting_.clear();
     } else {
         for (entry & e : entries) {
@@ -149,13 +150,15 @@ bool dialogue::ask() {
     if (call.settled && call.phase == MOE_PHASE_DECODE && (is_later_ || call.continuation)) {
         return plan_settled();
     }
-    call.settled = 0;
-    if (call.may_skip && call.phase == MOE_PHASE_DECODE && plan_skipped()) {
-        return read_plan();
-    }
-    drop_wrong_guesses();
+    call.settled     = 0;
     const int64_t t0 = now_ns();
     call.now_ns      = t0;
+    if (call.may_pass && call.phase == MOE_PHASE_DECODE && plan_passing()) {
+        model_.stats.passed++;
+        return read_plan();
+    }
+    passing_.begin(c_->layer);
+    drop_wrong_guesses();
     call.disk_ns     = model_.reads->disk_ns();
     call.read_bytes  = model_.reads->count.bytes;
     const int32_t rc = route();
@@ -184,27 +187,37 @@ bool dialogue::plan_settled() {
     return true;
 }
 
-// The plan when a device has all of it: whether it has.
-bool dialogue::plan_skipped() {
-    if (!on_device() || call.continuation || call.n_skipped + 3 + call.n_experts > MOE_MAX_SKIPPED ||
-        call.n_experts > model_.pools->n_slots(c_->layer)) {
-        return false;
+bool dialogue::plan_passing() {
+    return on_device() && !call.continuation && call.n_experts <= model_.pools->n_slots(c_->layer) &&
+           passing_.plan([this](int expert) { return index_of_[expert] >= 0; });
+}
+
+void dialogue::look_ahead() {
+    if (gates == nullptr) {
+        return;
     }
-    for (int i = 0; i < call.n_experts; i++) {
-        call.plan_experts[i] = call.experts[i];
-        call.plan_slots[i]   = -1;
-        call.plan_pools[i]   = model_.pools->slot_of(model_.weights.key_of(0, c_->layer, call.experts[i]));
-        if (call.plan_pools[i] < 0) {
-            return false;
-        }
+    if (!call.may_copy || call.x == nullptr) {
+        gates->forget();
+        return;
     }
-    int32_t * told = call.skipped + call.n_skipped;
-    *told++        = c_->layer;
-    *told++        = c_->n_tokens * c_->n_used;
-    *told++        = call.n_experts;
-    std::copy(call.experts, call.experts + call.n_experts, told);
-    call.n_skipped += 3 + call.n_experts;
-    return true;
+    const int64_t t0 = now_ns();
+    predict();
+    passing_.copy_ahead();
+    call.guess_ns = now_ns() - t0;
+    model_.stats.guess_ns += call.guess_ns;
+    model_.record(MOE_EVENT_PREDICT, call.layer, t0);
+}
+
+bool dialogue::tell() {
+    if (!call.passed) {
+        return true;
+    }
+    call.passed      = 0;
+    const int64_t t0 = now_ns();
+    const int32_t rc = told ? told() : 0;
+    model_.stats.tell_ns += now_ns() - t0;
+    model_.record(MOE_EVENT_ROUTE, call.layer, t0);
+    return rc == 1;
 }
 
 // Guesses for this layer that it did not ask for, and those of layers already passed.
@@ -351,7 +364,7 @@ bool dialogue::is_below(int key) const {
 }
 
 bool dialogue::ask_for_guesses() {
-    if (gates && !call.wants_guesses && !call.continuation) {
+    if (gates && !call.wants_guesses && !call.continuation && !call.passed) {
         gates->forget();
     }
     if (call.wants_guesses && guess) {
@@ -406,6 +419,7 @@ bool dialogue::copy_ahead(int key, int slot, int pool) {
     }
     model_.upload(slot, layer, pool);
     model_.stats.uploads_ahead++;
+    passing_.guessed(layer, pool);
     return true;
 }
 

@@ -10,6 +10,7 @@
 
 #include "chain.h"
 #include "gates.h"
+#include "passing.h"
 
 namespace moe {
 
@@ -48,6 +49,11 @@ class dialogue {
     void input_moved(const ggml_tensor & x);
     void stalled(int64_t ns) { call.stall_ns += ns; }
     void end(bool failed);
+    // After an event that nobody was asked about: copies what is guessed from its input, while that is still there.
+    void look_ahead();
+    // Tells of it. To be called while the device computes; false when the controller cannot go on.
+    bool tell();
+    int  n_events() const { return n_events_; }
 
     std::vector<int32_t> ids;      // [n_tokens][n_used]
     std::vector<int32_t> pairs;    // token * n_used + rank, grouped by expert, in token order
@@ -58,6 +64,7 @@ class dialogue {
     moe_call     call{};
     moe_route_fn route = nullptr;
     moe_route_fn guess = nullptr;
+    moe_route_fn told  = nullptr;
     moe_gates *  gates = nullptr;  // that guess for the model; not owned
 
   private:
@@ -65,7 +72,7 @@ class dialogue {
     void         remember_tensors();
     bool         ask();
     bool         plan_settled();
-    bool         plan_skipped();
+    bool         plan_passing();
     bool         read_plan();
     const char * read_entry(int i);
     bool         on_device() const;
@@ -91,12 +98,12 @@ class dialogue {
     std::vector<int32_t> index_of_;  // expert -> index in call.experts; -1 between events
     std::vector<int32_t> first_of_;  // index -> first pair
     std::vector<int32_t> occupant_;  // slot -> last entry planned for it; -1 between events
-    std::vector<int32_t> skipped_;
-    std::vector<int32_t> pooled_;  // slot of a pool -> event that took it last
+    std::vector<int32_t> pooled_;    // slot of a pool -> event that took it last
     int32_t              n_events_ = 0;
     std::vector<int32_t> dropped_;
     std::vector<int32_t> abandoned_;
     std::vector<waiting> waiting_;
+    passing              passing_;
     // Which tensors of which layer the running step has seen, to tell a continuation.
     int                             last_layer_ = -1;
     bool                            is_later_   = false;  // this event's layer comes after the last one's

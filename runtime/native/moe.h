@@ -20,12 +20,13 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 9
+#define MOE_ABI 10
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
 #define MOE_MAX_GUESSES 256
-#define MOE_MAX_SKIPPED 16384
+// By layer, in spares and copy_chances.
+#define MOE_MAX_SPARES 32
 // An expert may be stored twice: as llama.cpp's tensors are, and once more in fewer bits.
 #define MOE_COPIES 2
 // In plan_pools.
@@ -114,6 +115,12 @@ struct moe_config {
     const char *                    device;  // ggml's name of the one that computes the experts; NULL: the processor
 };
 
+enum moe_spare {
+    MOE_SPARE_NONE    = -1,  // no more
+    MOE_SPARE_TAKEN   = -2,
+    MOE_SPARE_GUESSES = -3,  // those of guesses copied meanwhile that the event does not ask for, by expert
+};
+
 // What a step of llama.cpp does. Not to be read off its number of tokens: eight sequences decoding are
 // eight tokens, and a prompt may end in a batch of one.
 enum moe_phase {
@@ -169,11 +176,17 @@ struct moe_call {
     // that slot of the pool for later events.
     int32_t * plan_pools;
 
-    // On a device, where the callback has set may_skip: events of a decode step that found all in their pool
-    // pass unasked, and are told before the next one: layer, (token, rank) pairs, number of experts, experts.
-    int32_t * skipped;
-    int32_t   n_skipped;  // numbers; whoever has read them makes it 0
-    int32_t   may_skip;
+    // On a device, where a callback has set may_pass, an event of a decode step passes unasked if its layer's pool
+    // or memory has all its experts: the missing ones, most demanded first, take the first spares of the layer that
+    // hold nothing the event asks for. With may_copy the best guesses after it that are in memory, as long as their
+    // chances are above the layer's copy_chances, one by one, are copied to the next layer's spares. The tell callback
+    // then finds all this as the event's plan and guesses, while the device computes, and fills the spares again.
+    int32_t * spares;        // [n_layers][MOE_MAX_SPARES] slots of the layer's pool, or one of enum moe_spare
+    float *   copy_chances;  // [n_layers][MOE_MAX_SPARES]
+    int32_t   may_pass;
+    int32_t   may_copy;
+    int32_t   passed;  // the event is not told of yet; whoever tells of it makes it 0
+    int32_t   n_layers;
 
     int64_t * settled_hits;   // by layer: experts that were found unasked, since the model was opened
     int64_t   settled_pairs;  // likewise (token, rank) pairs
@@ -200,7 +213,9 @@ struct moe_stats {
     int64_t compute_ns;   // inner device at work on experts
     int64_t route_ns;     // inside the route callback
     int64_t guess_ns;     // inside the guess callback
+    int64_t tell_ns;      // inside the tell callback, while the device computes
     int64_t events;
+    int64_t passed;    // of them on a device, nobody was asked
     int64_t whole;     // events run as one graph on the original nodes
     int64_t rounds;    // graphs run over a subset of the (token, expert) pairs
     int64_t generic;   // expert matmuls run node by node
@@ -346,7 +361,7 @@ MOE_API int32_t moe_model_tables(struct moe_model * model, const struct moe_tabl
 // Starts reading rows of one of them that the next steps will look up. A hint: what does not exist or
 // does not fit is passed over.
 MOE_API void moe_model_fetch_rows(struct moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows);
-MOE_API void moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
+MOE_API void moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess, moe_route_fn tell);
 // From now on these gates guess for the model; NULL: none do. Not owned.
 MOE_API void moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
 // What the steps that follow do, and for how many sequences; said before each call of llama_decode.

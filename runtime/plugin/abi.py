@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 9
+ABI = 10
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
+MAX_SPARES = 32
 COPIES = 2
 CHUNK_BYTES = 1 << 20  # native/reads.h
 
@@ -136,9 +137,12 @@ class Call(ctypes.Structure):
         ("predicted_keys", ctypes.c_void_p),
         ("predicted_chances", ctypes.c_void_p),
         ("plan_pools", ctypes.c_void_p),
-        ("skipped", i32_array),
-        ("n_skipped", i32),
-        ("may_skip", i32),
+        ("spares", ctypes.c_void_p),
+        ("copy_chances", ctypes.c_void_p),
+        ("may_pass", i32),
+        ("may_copy", i32),
+        ("passed", i32),
+        ("n_layers", i32),
         ("settled_hits", ctypes.POINTER(i64)),
         ("settled_pairs", i64),
         ("may_compute", i32),
@@ -199,7 +203,9 @@ class Stats(ctypes.Structure):
             "compute_ns",
             "route_ns",
             "guess_ns",
+            "tell_ns",
             "events",
+            "passed",
             "whole",
             "rounds",
             "generic",

@@ -16,7 +16,7 @@ import numpy as np
 from ...policies.base import Ids, Inputs, Phase, RouteEvent
 from ...policies.pace import Meters
 from ...policies.residency import Plan
-from .abi import MAX_GUESSES, i32
+from .abi import MAX_GUESSES, MAX_SPARES, i32
 from .model import PluginModel
 
 _PHASES = tuple(Phase)  # calling the class takes ten times as long
@@ -35,11 +35,24 @@ class Brain(Protocol):
     def rest(self) -> int:
         """So many events may pass before the processor is to compute any."""
 
-    def on_skipped(self, layer: int, n_pairs: int, experts: Sequence[int]) -> None:
-        """An event before this one that found all its experts on the device, and was not asked."""
+    def may_pass(self) -> bool:
+        """Whether a device's events may pass unasked from now on, as ``orders`` say."""
 
-    def may_skip(self) -> bool:
-        """Whether such events may pass unasked from now on."""
+    def orders(self, layer: int, most: int) -> tuple[Sequence[int], Sequence[float]]:
+        """For the next event of a device's layer: the slots of its pool that missing experts would
+        get, in this order, and the chances that the first, second … guess after it must exceed to
+        be copied to the device; at most so many of both."""
+
+    def on_passed(
+        self,
+        event: RouteEvent,
+        now_ns: int,
+        places: tuple[Sequence[int], Sequence[int]],
+        copies: Sequence[tuple[int, int]],
+        inputs: Callable[[], Inputs],
+    ) -> bool:
+        """An event passed as ordered: its experts and their slots, those it found first, and
+        (key, slot) of what was copied after it. Whether to copy ahead from now on."""
 
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         """The plan of one event; ``continuation``: of further tensors of the event before.
@@ -75,6 +88,7 @@ class Callbacks:
         self._failure: BaseException | None = None
         call, n = plugin.call, n_experts
         self._call = call
+        self._n_experts = n_experts
         self._plan_experts: Any = (i32 * n).from_address(call.plan_experts)
         self._plan_slots: Any = (i32 * n).from_address(call.plan_slots)
         self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
@@ -82,13 +96,16 @@ class Callbacks:
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
         self._guess_pools: Any = (i32 * MAX_GUESSES).from_address(call.guess_pools)
+        self._spares: Any = ((i32 * MAX_SPARES) * call.n_layers).from_address(call.spares)
+        chances = (ctypes.c_float * MAX_SPARES) * call.n_layers
+        self._copy_chances: Any = chances.from_address(call.copy_chances)
         self._bind()
 
     def _bind(self) -> None:
-        routes, guesses = self._answers(self._route), self._answers(self._guess)
-        next(routes)
-        next(guesses)
-        self.plugin.bind(routes.__next__, guesses.__next__)
+        calls = [self._answers(on_call) for on_call in (self._route, self._guess, self._told)]
+        for answers in calls:
+            next(answers)
+        self.plugin.bind(*(answers.__next__ for answers in calls))
 
     def _answers(self, on_call: Callable[[], None]) -> Iterator[int]:
         """Answer one call per item: 1 when it was served, 0 when that raised.
@@ -114,20 +131,10 @@ class Callbacks:
         if self.stop is not None:
             raise self.stop
         call, brain = self._call, self.brain
-        if call.n_skipped:
-            self.flush()
         if call.n_cancelled:
             brain.on_cancelled(call.cancelled[: call.n_cancelled])
         n, continuation = call.n_experts, bool(call.continuation)
-        event = RouteEvent(
-            call.layer,
-            call.n_tokens,
-            call.experts[:n],
-            call.counts[:n],
-            _PHASES[call.phase],
-            call.n_sequences,
-            bool(call.may_compute),
-        )
+        event = self._event()
         if event.may_compute:
             brain.on_computed(call.now_ns, call.cpu_experts, call.cpu_pairs, call.cpu_ns)
             call.cpu_experts = call.cpu_pairs = call.cpu_ns = 0
@@ -142,17 +149,58 @@ class Callbacks:
         if not continuation:
             call.wants_guesses = brain.wants_guesses(self._meters)
             call.settled = brain.is_settled(event)
-            call.may_skip = brain.may_skip()
+            call.may_pass = brain.may_pass()
+        if plan.pools:
+            self._order(event.layer)
+
+    def _event(self) -> RouteEvent:
+        call = self._call
+        n = call.n_experts
+        return RouteEvent(
+            call.layer,
+            call.n_tokens,
+            call.experts[:n],
+            call.counts[:n],
+            _PHASES[call.phase],
+            call.n_sequences,
+            bool(call.may_compute),
+        )
+
+    def _told(self) -> None:
+        if self.stop is not None:
+            raise self.stop
+        call, n = self._call, self._call.n_experts
+        event = self._event()
+        copies: list[tuple[int, int]] = []
+        if k := call.n_guesses:
+            copies = list(zip(self._guess_keys[:k], self._guess_pools[:k], strict=True))
+        places = self._plan_experts[:n], self._plan_pools[:n]
+        call.may_copy = self.brain.on_passed(event, call.now_ns, places, copies, self._inputs)
+        self._order(event.layer)
+
+    def _order(self, layer: int) -> None:
+        """Leave word for the layer's next event."""
+        may_pass = self._call.may_pass
+        spares, chances = self.brain.orders(layer, MAX_SPARES) if may_pass else ((), ())
+        for row, given, end in (
+            (self._spares[layer], spares, -1),
+            (self._copy_chances[layer], chances, 2.0),
+        ):
+            n = len(given)
+            row[:n] = given
+            if n < MAX_SPARES:
+                row[n] = end
+
+    def withdraw(self) -> None:
+        """What was left for the events to come is not true any more; between steps."""
+        for row in self._spares:
+            row[0] = -1
 
     def flush(self) -> None:
-        """Tell of the events that passed unasked; also between steps."""
-        call = self._call
-        told, i = call.skipped[: call.n_skipped], 0
-        call.n_skipped = 0
-        while i < len(told):
-            layer, n_pairs, n = told[i : i + 3]
-            i += 3 + n
-            self.brain.on_skipped(layer, n_pairs, told[i - n : i])
+        """Hear of an event that passed unasked; between steps."""
+        if self._call.passed:
+            self._call.passed = 0
+            self._told()
 
     def _meters(self, n_missing: int, n_guessed: int) -> Meters:
         call = self._call
@@ -176,6 +224,9 @@ class Callbacks:
         self._guess_slots[:n] = [slot for _, slot, _ in placed]
         self._guess_pools[:n] = [pool for _, _, pool in placed]
         self._call.n_guesses = n
+        copied = [key for key, _, pool in placed if pool >= 0]
+        if copied:  # all to one layer
+            self._order(copied[0] // self._n_experts)
 
     def _inputs(self) -> Inputs:
         """The layer's gate input, [n_tokens, n_embd], over the plugin's memory."""

@@ -147,8 +147,10 @@ class PluginModel:
         if self._lib.moe_model_upload(self._open, slots, pool_slots, n) != 0:
             raise self.take_error() or RuntimeError("experts could not be copied to the device")
 
-    def bind(self, route: Callable[[], int], guess: Callable[[], int]) -> None:
-        self._bound = ROUTE_FN(route), ROUTE_FN(guess)
+    def bind(
+        self, route: Callable[[], int], guess: Callable[[], int], tell: Callable[[], int]
+    ) -> None:
+        self._bound = ROUTE_FN(route), ROUTE_FN(guess), ROUTE_FN(tell)
         self._lib.moe_model_bind(self._open, *self._bound)
 
     def guess_with(self, gates: int) -> None:
