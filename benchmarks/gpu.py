@@ -18,7 +18,8 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
                       memory; POLICY@SHARE/cold starts with an empty memory instead, and
                       POLICY@SHARE/auto has the processor compute some of those missing,
                       POLICY@SHARE/asked copies nothing to the device before it is asked for,
-                      POLICY@SHARE/traced tells by CUDA's tracing, which torch brings, when the
+                      POLICY@SHARE/ahead does so whether it pays or not, and
+                      POLICY@SHARE/traced besides tells by CUDA's tracing, which torch brings, when the
                       device computed and when it was copied to
     POLICY@all        ours: every expert on the processor
 
@@ -196,7 +197,7 @@ def run_row(args: argparse.Namespace, device: Device) -> dict[str, Any]:
         runner.identity(args.work)
         runner.decode(args.tokens)
         if args.row.endswith("/traced"):
-            runner.trace(args.traces)
+            runner.trace(args.tokens, args.traces)
         for n in args.sequences:
             runner.batch(n)
         for n_ubatch in sorted({min(512, args.prompt), args.prompt}):
@@ -285,7 +286,7 @@ class Runner:
         tell(tokens=tokens)
         self.counted("")
 
-    def trace(self, path: Path | None) -> None:
+    def trace(self, n_before: int, path: Path | None) -> None:
         """What the device computes and copies in some tokens, as CUDA's own tracing sees it."""
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as traced
@@ -294,7 +295,7 @@ class Runner:
         with traced(activities=[ProfilerActivity.CUDA]) as trace:
             began = time.perf_counter()
             for i in range(N_TRACED):
-                self.step([Row(token + i, 64 + i)], Phase.DECODE)
+                self.step([Row(token + i, 64 + n_before + i)], Phase.DECODE)
             wall_s = time.perf_counter() - began
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             trace.export_chrome_trace(file.name)
@@ -458,6 +459,9 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
         residency = arena.controller.residency
         if how == "asked" and isinstance(residency, Tiers):
             residency.copying = None
+        if how in ("ahead", "traced") and isinstance(residency, Tiers):
+            if isinstance(residency.copying, IdleLink):
+                residency.copying.trial.step = lambda ns: None  # type: ignore[method-assign]
         if how != "cold":
             numbers = [layer.layer for layer in layout.layers]
             order = itertools.product(range(layout.n_experts), numbers)

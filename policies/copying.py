@@ -16,7 +16,7 @@ from .pace import VICTIM_VALUE
 
 _DECAY = 0.8  # of the running means, by layer: about five tokens
 _ROOM = 0.9  # of what was found: what turns out not to fit is tried less and less
-_STEPS = 12  # of a trial, with and without
+_STEPS = 12  # of a trial with, and as many without
 _LASTS = 32  # times as long as a trial its outcome counts
 
 
@@ -32,13 +32,13 @@ class Copying(Protocol):
 
 
 class Trial:
-    """Whether something pays: steps with it, steps without, and for a while what took less."""
+    """Whether something pays: steps with it and steps without in turn, and for a while what took
+    less. In turn, because steps become shorter by themselves while pools fill."""
 
     def __init__(self, steps: int = _STEPS, lasts: int = _LASTS) -> None:
         self.is_on = True
         self._steps, self._lasts = steps, lasts
-        self._times: list[int] = []
-        self._with = 0.0
+        self._times: dict[bool, list[int]] = {True: [], False: []}
         self._left = 0  # of what was decided
 
     def step(self, ns: int) -> None:
@@ -47,19 +47,17 @@ class Trial:
             self._left -= 1
             self.is_on = self.is_on or not self._left
             return
-        self._times.append(ns)
-        if len(self._times) < self._steps:
-            return
-        # The median: between two steps a caller may think.
-        took, self._times = median(self._times), []
-        if self.is_on:
-            self._with, self.is_on = took, False
-        else:
-            self.is_on, self._left = self._with < took, self._steps * self._lasts
+        self._times[self.is_on].append(ns)
+        self.is_on = not self.is_on
+        if self.is_on and len(self._times[False]) >= self._steps:
+            # The medians: between two steps a caller may think.
+            took = {on: median(times) for on, times in self._times.items()}
+            self.again()
+            self.is_on, self._left = took[True] < took[False], self._steps * self._lasts
 
     def again(self) -> None:
         """Steps will take another time from now on."""
-        self.is_on, self._left, self._times = True, 0, []
+        self.is_on, self._left, self._times = True, 0, {True: [], False: []}
 
 
 class IdleLink:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from .arc import ARC
-from .base import CachePolicy, Ranked
+from .base import CachePolicy
 
 # Below this recall a layer predicts badly: more of its guesses are wrong than right.
 BAD_RECALL = 0.5
@@ -129,11 +129,6 @@ class Layered:
                 self._n -= 1
                 return victim
         return None
-
-    def coldest(self, n: int) -> list[int]:
-        """Of the only layer; among several it depends on whose key comes."""
-        inner = next(iter(self.caches.values()))
-        return inner.coldest(n) if len(self.caches) == 1 and isinstance(inner, Ranked) else []
 
     def check_integrity(self) -> None:
         assert self._n == sum(map(len, self.caches.values())), "a key is not counted"

@@ -14,7 +14,7 @@ import psutil
 from ..policies.base import CachePolicy, Phase, Predictor
 from ..policies.coexecution import Measured
 from ..policies.copying import IdleLink
-from ..policies.layered import hottest
+from ..policies.layered import Layered, hottest
 from ..policies.precision import MixedResidency
 from ..policies.predict import Gates, GatesMaker
 from ..policies.presets import Facts, Policy, PolicyMaker, policy
@@ -297,7 +297,9 @@ class _PoolCaches:
             transitions=lambda: None,
             gates=lambda how: None,
         )
-        return self._make_policy(facts).cache
+        cache = self._make_policy(facts).cache
+        # Alone it needs no quota, and can say whom it evicts.
+        return cache.caches[layer] if isinstance(cache, Layered) else cache
 
 
 class _GatesMaker:

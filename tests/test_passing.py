@@ -25,7 +25,6 @@ from lag import NAME, Lag, lag
 
 from moe_gguf.policies.base import CachePolicy, Guess, Phase, RouteEvent
 from moe_gguf.policies.cache import LFU, LRU
-from moe_gguf.policies.layered import Layered
 from moe_gguf.policies.order import FirstSeen, Popularity
 from moe_gguf.policies.pace import Everything
 from moe_gguf.policies.residency import WRONG_GUESSES, Residency
@@ -34,11 +33,7 @@ __all__ = ["lag"]  # a fixture
 
 DEVICE = {"device": NAME.lower(), "pace": Everything()}
 N_USED = {"mixtral": 2, "llama4": 1}  # experts per token; of other layouts 4
-CACHES = {
-    "lru": LRU,
-    "lfu": lambda: LFU(1.0),
-    "layered": lambda: Layered(16, {0: 6}, lambda layer, quota: LFU(1.0)),
-}
+CACHES = {"lru": LRU, "lfu": lambda: LFU(1.0)}
 
 
 def event(experts: Sequence[int], counts: Sequence[int]) -> RouteEvent:
@@ -66,10 +61,6 @@ def test_1_coldest_is_whom_it_evicts(kind: str) -> None:
             cache.admit(key)
         assert cache.coldest(3) == cache.coldest(16)[:3]
     cache.check_integrity()
-
-
-def test_1_several_layers_do_not_say() -> None:
-    assert Layered(16, {0: 3, 1: 3}, lambda layer, quota: LFU()).coldest(4) == []
 
 
 # --- 2 ------------------------------------------------------------------------------------------

@@ -383,9 +383,7 @@ void device_executor::wait_on(int64_t ticket) {
 bool device_executor::bring(bool all) {
     dialogue & said = model_.dialogue;
     pending::submit(model_);
-    if (wide_ && !all) {
-        copy_to_window();
-    }
+    bool copied = !wide_ || all;
     for (;;) {
         const auto & entries = said.entries;
         const bool   done =
@@ -396,6 +394,10 @@ bool device_executor::bring(bool all) {
         bool any = false;
         if (!advance(any)) {
             return false;
+        }
+        if (!copied) {  // now that the link is busy
+            copied = true;
+            copy_to_window();
         }
         if (any) {
             pending::submit(model_);
