@@ -19,8 +19,8 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
                       POLICY@SHARE/auto has the processor compute some of those missing,
                       POLICY@SHARE/asked copies nothing to the device before it is asked for,
                       POLICY@SHARE/ahead does so whether it pays or not, and
-                      POLICY@SHARE/traced besides tells by CUDA's tracing, which torch brings, when the
-                      device computed and when it was copied to
+                      POLICY@SHARE/traced besides says when the device computed and when it was
+                      copied to, by CUDA's tracing, which torch brings
     POLICY@all        ours: every expert on the processor
 
 Every row decodes one sequence, then several, then reads a long prompt; all do the same steps.
@@ -44,6 +44,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from gpu_trace import traced
 
 from moe_gguf.policies import presets
 from moe_gguf.policies.base import Phase
@@ -287,34 +288,13 @@ class Runner:
         self.counted("")
 
     def trace(self, n_before: int, path: Path | None) -> None:
-        """What the device computes and copies in some tokens, as CUDA's own tracing sees it."""
-        from torch.profiler import ProfilerActivity
-        from torch.profiler import profile as traced
-
+        """What the device does in some tokens after so many."""
         token = self.tokens(1)[0]
-        with traced(activities=[ProfilerActivity.CUDA]) as trace:
-            began = time.perf_counter()
-            for i in range(N_TRACED):
-                self.step([Row(token + i, 64 + n_before + i)], Phase.DECODE)
-            wall_s = time.perf_counter() - began
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            trace.export_chrome_trace(file.name)
-            events = json.loads(Path(file.name).read_text())["traceEvents"]
-        spans = [
-            spans_of(events, "kernel", ""),
-            spans_of(events, "gpu_memcpy", "HtoD"),
-        ]
-        computing, copying = (sum(end - begin for begin, end in lane) / 1e6 for lane in spans)
-        both = sum(end - begin for begin, end in overlap(*spans)) / 1e6
+        at = itertools.count(64 + n_before)
+        figures, lanes = traced(lambda: self.step([Row(token, next(at))], Phase.DECODE), N_TRACED)
+        tell(**figures, traced_tokens=N_TRACED)
         if path is not None:
-            path.write_text(json.dumps({"computing": spans[0], "copying": spans[1]}))
-        tell(
-            traced_s=wall_s,
-            computing_s=computing,
-            copying_s=copying,
-            both_s=both,
-            traced_tokens=N_TRACED,
-        )
+            path.write_text(json.dumps(lanes))
 
     def counted(self, prefix: str) -> None:
         if self.meter is None:
@@ -359,38 +339,6 @@ class Runner:
             seconds = time.perf_counter() - began
             tell(**{f"{prefix}tps": n / seconds})
         self.counted(prefix)
-
-
-Spans = list[tuple[float, float]]
-
-
-def spans_of(events: Sequence[dict[str, Any]], kind: str, name: str) -> Spans:
-    """When any event of that kind ran, in microseconds."""
-    spans: Spans = []
-    for begin, end in sorted(
-        (event["ts"], event["ts"] + event["dur"])
-        for event in events
-        if event.get("cat") == kind and name in event["name"]
-    ):
-        if spans and begin <= spans[-1][1]:
-            spans[-1] = spans[-1][0], max(end, spans[-1][1])
-        else:
-            spans.append((begin, end))
-    return spans
-
-
-def overlap(a: Spans, b: Spans) -> Spans:
-    """When both were at work."""
-    both, i, j = [], 0, 0
-    while i < len(a) and j < len(b):
-        begin, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
-        if begin < end:
-            both.append((begin, end))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return both
 
 
 def shape_of(args: argparse.Namespace) -> ContextShape:
@@ -459,9 +407,9 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
         residency = arena.controller.residency
         if how == "asked" and isinstance(residency, Tiers):
             residency.copying = None
-        if how in ("ahead", "traced") and isinstance(residency, Tiers):
-            if isinstance(residency.copying, IdleLink):
-                residency.copying.trial.step = lambda ns: None  # type: ignore[method-assign]
+        copying = residency.copying if isinstance(residency, Tiers) else None
+        if how in ("ahead", "traced") and isinstance(copying, IdleLink):
+            copying.trial.step = lambda ns: None  # type: ignore[method-assign]
         if how != "cold":
             numbers = [layer.layer for layer in layout.layers]
             order = itertools.product(range(layout.n_experts), numbers)
