@@ -486,7 +486,7 @@ def test_plan_of_another_step_is_refused(tiny_file: TinyFile) -> None:
     """A callback that returns without an answer (as ctypes does when it raises) fails the step."""
     with ours(tiny_file("qwen3moe"), N_SLOTS) as model:
         play(model)
-        model.arena.plugin.bind(lambda: 0, lambda: 0)
+        model.arena.plugin.bind(lambda: 0, lambda: 0, lambda: 0)
         with pytest.raises(RuntimeError, match="could not compute"):
             play(model)
 

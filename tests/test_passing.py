@@ -6,13 +6,14 @@ step. A pass proves:
  1  coldest   a cache names beforehand whom it evicts, and naming changes nothing
  2  spares    the slots named beforehand are those that a plan gives, wrong guesses and all
  3  passing   with all in memory, every event of decoding passes, for one sequence and several, and
-              the counts, the tables and the output are those of asking
+              the counts, the tables and the output are those of asking; anyone may ask for counts
  4  failures  a controller that cannot go on fails that step alone; what the device holds is kept
 """
 
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 
 import llama_cpp
@@ -203,6 +204,30 @@ def test_3_events_too_wide_between(tiny_file: TinyFile, lag: Lag) -> None:
         with ours(path, n_pool=7, window=window, policy="fate", **DEVICE) as model:
             same(mixed(with_all_in_memory(model)), expected)
             assert model.stats().passed > 0
+
+
+def test_3_whoever_asks_for_counts_meanwhile(tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    with lag.delayed(us=300), ours(path, n_pool=7, policy="fate", **DEVICE) as model:
+        with_all_in_memory(model)
+        done, asked = threading.Event(), [0]
+
+        def ask() -> None:
+            while not done.is_set():
+                asked[0] = max(asked[0], model.hits + model.misses)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            for _ in range(3):
+                same(token_by_token(model), expected)
+        finally:
+            done.set()
+            asking.join()
+        assert 0 < asked[0] <= model.hits + model.misses
+        assert model.hits + model.misses == 3 * 24 * 4 * len(model.found.layout.layers)
 
 
 # --- 4 ------------------------------------------------------------------------------------------

@@ -75,6 +75,10 @@ void moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess, m
     model->dialogue.guess = guess;
     model->dialogue.told  = tell;
 }
+int32_t moe_model_tell(moe_model * model) {
+    std::lock_guard<std::mutex> lock(model->step);
+    return model->dialogue.tell();
+}
 void moe_model_guess_with(moe_model * model, moe_gates * gates) { model->dialogue.gates = gates; }
 void moe_model_step(moe_model * model, int32_t phase, int32_t n_sequences) {
     std::lock_guard<std::mutex> lock(model->step);

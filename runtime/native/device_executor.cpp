@@ -162,7 +162,7 @@ ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
 // The device computes on meanwhile.
 void device_executor::look_ahead() {
     std::lock_guard<std::mutex> lock(model_.step);
-    if (model_.dialogue.call.passed && model_.dialogue.n_events() == passed_) {
+    if (model_.dialogue.n_events() == passed_) {
         model_.dialogue.look_ahead();
     }
 }

@@ -36,12 +36,9 @@ void dialogue::step(int phase, int n_sequences) {
 }
 
 bool dialogue::begin(const chain & c) {
-    if (!tell()) {
-        return false;
-    }
     c_ = &c;
     entries.clear();
-    if (!group_pairs()) {
+    if (!tell() || !group_pairs()) {
         return false;
     }
     remember_tensors();
@@ -196,7 +193,7 @@ void dialogue::look_ahead() {
     if (gates == nullptr) {
         return;
     }
-    if (!call.may_copy || call.x == nullptr) {
+    if (!call.passed || !call.may_copy || call.x == nullptr) {  // not if it was told of already
         gates->forget();
         return;
     }

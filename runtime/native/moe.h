@@ -362,6 +362,8 @@ MOE_API int32_t moe_model_tables(struct moe_model * model, const struct moe_tabl
 // does not fit is passed over.
 MOE_API void moe_model_fetch_rows(struct moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows);
 MOE_API void moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess, moe_route_fn tell);
+// Tells of an event that passed and is not told of; from any thread. As the callback: 1, or it raised.
+MOE_API int32_t moe_model_tell(struct moe_model * model);
 // From now on these gates guess for the model; NULL: none do. Not owned.
 MOE_API void moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);
 // What the steps that follow do, and for how many sequences; said before each call of llama_decode.

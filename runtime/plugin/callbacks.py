@@ -197,10 +197,9 @@ class Callbacks:
             row[0] = -1
 
     def flush(self) -> None:
-        """Hear of an event that passed unasked; between steps."""
-        if self._call.passed:
-            self._call.passed = 0
-            self._told()
+        """Hear of an event that passed unasked."""
+        if not self.plugin.tell():
+            raise self.failure()
 
     def _meters(self, n_missing: int, n_guessed: int) -> Meters:
         call = self._call

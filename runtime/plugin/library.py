@@ -102,6 +102,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_tables", i32, [handle, ctypes.POINTER(Table), i32, i64]),
         ("moe_model_fetch_rows", None, [handle, i32, handle, i32]),
         ("moe_model_bind", None, [handle, ROUTE_FN, ROUTE_FN, ROUTE_FN]),
+        ("moe_model_tell", i32, [handle]),
         ("moe_model_guess_with", None, [handle, handle]),
         ("moe_model_step", None, [handle, i32, i32]),
         ("moe_model_call", ctypes.POINTER(Call), [handle]),

@@ -153,6 +153,11 @@ class PluginModel:
         self._bound = ROUTE_FN(route), ROUTE_FN(guess), ROUTE_FN(tell)
         self._lib.moe_model_bind(self._open, *self._bound)
 
+    def tell(self) -> bool:
+        """Have an event told of that passed unasked; from any thread, and not from a callback.
+        Whether that went well."""
+        return bool(self._lib.moe_model_tell(self._open) == 1)
+
     def guess_with(self, gates: int) -> None:
         """Guess with these native gates, which must outlive the model's last step."""
         self._lib.moe_model_guess_with(self._open, gates)
