@@ -173,7 +173,7 @@ class Meter:
             "cpu_pairs": native.cpu_pairs,
             "cpu_s": native.cpu_ns / 1e9,
             "device_waits": native.waits,
-            "passed": native.passed,
+            "device_passed": native.passed,
             "device_wait_s": native.wait_ns / 1e9,
         }
 

@@ -46,13 +46,14 @@ STATS = {
 }
 EXTRA_STATS = {
     "phases",
-    *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "disk_s"),
+    *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "tell_s", "disk_s"),
     *("hit_rate_in_time", "guesses_late", "guess_bytes", "recall", "layers"),
     *("low_share", "low_bytes_read"),
     *("table_rows", "table_missed", "table_ahead"),
     *(
         "device_slots",
         "device_waits",
+        "device_passed",
         "device_wait_s",
         "uploads",
         "uploads_ahead",
