@@ -469,6 +469,8 @@ def test_lying_guess(
 
         with monkeypatch.context() as patch:
             patch.setattr(residency, "guess", guess)
+            # A guess may be given up before it is read, and the table never knew of this one.
+            patch.setattr(residency, "drop", lambda keys: None)
             with pytest.raises(RuntimeError, match=FALSE_GUESSES[lie][2]):
                 play_singly(model)
         model.check()
