@@ -117,7 +117,9 @@ class Controller:
 
     def orders(self, layer: int, most: int) -> tuple[Sequence[int], Sequence[float]]:
         residency, guessing = self.residency, self.guessing
-        if not isinstance(residency, Tiers) or (guessing is not None and not guessing.is_native):
+        if not isinstance(residency, Tiers) or not residency.is_complete(self.layers):
+            return (), ()
+        if guessing is not None and not guessing.is_native:
             return (), ()
         return residency.orders(layer, most)
 

@@ -312,6 +312,11 @@ def same(got: Logits, expected: Logits) -> None:
 # --- scripted policies ----------------------------------------------------------------------------
 
 
+def token_by_token(model: Model) -> Logits:
+    context = model.context()
+    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(random_tokens(24))])
+
+
 class Events:
     """A recorder that keeps what a gate wants to know."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import TinyFile
-from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock
+from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock, token_by_token
 from lag import NAME, Lag, lag
 
 from moe_gguf.policies.base import Phase, RouteEvent
@@ -57,12 +57,6 @@ def with_chance(model: Ours, seed: int = 0) -> Tiers:
 def n_used(residency: Tiers) -> int:
     """Guesses that were asked for, on the device."""
     return sum(pool.guesses_used for pool in residency.pools.values())
-
-
-def token_by_token(model: Model) -> Logits:
-    context = model.context()
-    tokens = random_tokens(20)
-    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(tokens)])
 
 
 def several(model: Model) -> Logits:
@@ -149,7 +143,7 @@ def test_3_identity(layout: str, n_slots: int | None, tiny_file: TinyFile, lag: 
         assert stats.uploads_ahead >= n_used(residency) > 0
         assert stats.uploads == model.misses + stats.uploads_ahead
         assert lag.count().upload_bytes == stats.upload_bytes
-        assert stats.waits == 20 * len(model.found.layout.layers)
+        assert stats.waits == 24 * len(model.found.layout.layers)
         model.check()
         same(several(model), expected[1])
 
@@ -179,7 +173,7 @@ def test_3_with_all_in_memory_events_that_find_all_pass_unasked(
             same(token_by_token(model), expected)
         assert n_used(residency) > 0
         assert model.controller.may_pass()
-        assert model.hits + model.misses == 3 * 20 * 4 * len(model.found.layout.layers)
+        assert model.hits + model.misses == 3 * 24 * 4 * len(model.found.layout.layers)
 
 
 def test_3_by_measured_room(tiny_file: TinyFile, lag: Lag) -> None:

@@ -54,6 +54,7 @@ from harness import (
     rows,
     same,
     stock,
+    token_by_token,
 )
 
 from moe_gguf.policies import POLICIES
@@ -131,11 +132,6 @@ def two_contexts(model: Model) -> Logits:
     for i in range(4):
         logits += [c.decode(rows([i + 3 * s], 20 + i)) for s, c in enumerate(contexts)]
     return np.concatenate(logits)
-
-
-def token_by_token(model: Model) -> Logits:
-    context = model.context()
-    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(random_tokens(24))])
 
 
 def last_of_many(model: Model) -> Logits:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import TinyFile
-from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock
+from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock, token_by_token
 from lag import NAME, Lag, lag
 
 from moe_gguf.policies.base import CachePolicy, Guess, Phase, RouteEvent
@@ -119,12 +119,6 @@ def test_2_who_does_not_say() -> None:
 # --- 3 ------------------------------------------------------------------------------------------
 
 
-def token_by_token(model: Model) -> Logits:
-    context = model.context()
-    tokens = random_tokens(24)
-    return np.concatenate([context.decode(rows([t], i)) for i, t in enumerate(tokens)])
-
-
 def in_pairs(model: Model) -> Logits:
     context = model.context(n_seq_max=2)
     steps = [[Row(7 * i + s, i, seq=s) for s in range(2)] for i in range(12)]
@@ -204,6 +198,17 @@ def test_3_events_too_wide_between(tiny_file: TinyFile, lag: Lag) -> None:
         with ours(path, n_pool=7, window=window, policy="fate", **DEVICE) as model:
             same(mixed(with_all_in_memory(model)), expected)
             assert model.stats().passed > 0
+
+
+def test_3_with_part_in_memory_only_hits_pass(tiny_file: TinyFile, lag: Lag) -> None:
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    with ours(path, 30, n_pool=9, policy="lru", **DEVICE) as model:
+        for _ in range(2):
+            same(token_by_token(model), expected)
+        assert 0 < model.stats().passed < model.stats().events
+        assert model.stats().uploads == model.misses
 
 
 def test_3_whoever_asks_for_counts_meanwhile(tiny_file: TinyFile, lag: Lag) -> None:
