@@ -17,7 +17,7 @@ MODULE := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON
 # Versions that were tried.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.171.0 opencode-ai@1.18.33
 
-.PHONY: demo check lint types native test zoo chat page agents mutants rpc vulkan waits stress ray suites lm-eval soak tsan clean
+.PHONY: demo check lint types native test zoo chat page agents mutants rpc vulkan waits stress ray suites lm-eval open-webui soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -133,6 +133,12 @@ lm-eval: $(READY)
 	test -d build/lm-eval || $(PYTHON) -m venv build/lm-eval
 	build/lm-eval/bin/pip install -q 'lm-eval[api]==0.4.13'
 	$(BIN)/pytest tests/evaluation.py
+
+# Open WebUI before the server. Not in `check`: 3 GB.
+open-webui: $(READY)
+	test -d build/open-webui || $(PYTHON) -m venv build/open-webui
+	build/open-webui/bin/pip install -q open-webui==0.12.4
+	$(BIN)/pytest tests/open_webui.py
 
 # Many clients of every temper at once; `make test` has some of them.
 soak: $(READY)

@@ -18,7 +18,8 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
                       memory; POLICY@SHARE/cold starts with an empty memory instead, and
                       POLICY@SHARE/auto has the processor compute some of those missing,
                       POLICY@SHARE/asked copies nothing to the device before it is asked for,
-                      POLICY@SHARE/ahead does so whether it pays or not, and
+                      POLICY@SHARE/ahead does so whether it pays or not,
+                      POLICY@SHARE/window has one window instead of two, and
                       POLICY@SHARE/traced besides says when the device computed and when it was
                       copied to, by CUDA's tracing, which torch brings
     POLICY@all        ours: every expert on the processor
@@ -403,6 +404,7 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
             layers,
             layout.n_experts,
             max(layers.values(), default=0) * layout.n_experts,
+            1 if how == "window" else 2,
         )
         arena = start(loaded, pools=pools, make_policy=in_pools(policy))
         residency = arena.controller.residency
@@ -508,7 +510,8 @@ def identity(device: Device, n_ubatch: int, layouts: Sequence[str] | None) -> di
             used = {"mixtral": 2, "llama4": 1}.get(layout, 4)
             kinds: dict[str, dict[str, Any]] = {
                 "whole": {},
-                "window": {"n_pool": used, "window": True},
+                "window": {"n_pool": used, "n_windows": 1},
+                "windows": {"n_pool": used, "n_windows": 2},
                 "pool": {"n_pool": 2 * used},
                 "least": {"n_pool": used},
                 "auto": {"n_pool": used, "cpu_experts": "auto"},
@@ -523,7 +526,8 @@ def identity(device: Device, n_ubatch: int, layouts: Sequence[str] | None) -> di
         name: case
         for name, case in cases.items()
         for _, kind, step in [name.split()]
-        if kind in ("whole", "window") or (step == "decode" and kind in ("pool", "least"))
+        if kind in ("whole", "window", "windows")
+        or (step == "decode" and kind in ("pool", "least"))
     }
     return {
         "device": device._asdict(),

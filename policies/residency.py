@@ -26,7 +26,8 @@ class Plan(NamedTuple):
     second expert is read after its first was computed.
 
     On a device ``pools`` are slots of the layer's pool there, and an expert that has one already
-    has no other: its slot is -1.
+    has no other: its slot is -1. ``foreseen`` are keys of the next layer that asks, likeliest
+    first, to be copied to the device while this one is computed.
     """
 
     experts: list[int]
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     n_low_pairs: int = 0  # (token, rank) pairs computed from a low copy
     n_low_loads: int = 0
     pools: Sequence[int] = ()
+    foreseen: Sequence[int] = ()
 
 
 class Residency:

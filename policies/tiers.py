@@ -8,10 +8,12 @@ the same classes, each hearing only the demands that reach it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from .base import CachePolicy, Guess, LoadOrder, RouteEvent
 from .coexecution import NOBODY, Dividing
 from .copying import Copying
+from .foresight import Foresight
 from .residency import Plan, Residency
 
 # For an expert's slot in a pool: the processor computes it (native/moe.h).
@@ -27,12 +29,14 @@ class Tiers(Residency):
     what is generated with. (A device without room for such an event divides it before it asks.)
 
     ``dividing`` says which missing experts the processor computes; None: none. ``copying`` says
-    which guesses are copied to the device before they are asked for; None: none.
+    which guesses are copied to the device before they are asked for; None: none. ``foresight``
+    says what the next layer will want after an event wider than its pool; None: nobody does.
     """
 
     is_plain = False
     dividing: Dividing | None = None
     copying: Copying | None = None
+    foresight: Foresight | None = None
 
     def __init__(
         self,
@@ -52,6 +56,8 @@ class Tiers(Residency):
             for layer, n in n_pool.items()
             if layer not in self.whole
         }
+        layers = sorted(self.pools)
+        self._next = dict(pairwise(layers))
 
     def plan(self, event: RouteEvent) -> Plan:
         pool = self.pools.get(event.layer)
@@ -137,7 +143,18 @@ class Tiers(Residency):
                 ON_CPU - 1 - place.get(expert, -1) if expert in computed else place.get(expert, -1)
                 for expert in held + below.experts
             ],
+            foreseen=self._foreseen(event),
         )
+
+    def _foreseen(self, event: RouteEvent) -> Sequence[int]:
+        if self.foresight is None:
+            return ()
+        self.foresight.observe(event)
+        layer = self._next.get(event.layer)
+        if layer is None or event.may_compute:  # what the processor computes needs no copy
+            return ()
+        base = layer * self.n_experts
+        return [base + e for e in self.foresight.likely(layer, sum(event.counts))]
 
     def is_complete(self, layers: Sequence[int]) -> bool:
         """Whether memory holds every expert that a device may ask it for."""

@@ -14,6 +14,7 @@ import psutil
 from ..policies.base import CachePolicy, Phase, Predictor
 from ..policies.coexecution import Measured
 from ..policies.copying import IdleLink
+from ..policies.foresight import Foresight
 from ..policies.layered import Layered, hottest
 from ..policies.precision import MixedResidency
 from ..policies.predict import Gates, GatesMaker
@@ -26,7 +27,7 @@ from .budget import Budget, DeviceBudget, min_slots
 from .controller import Controller, Demands, Guessing, Recorder
 from .formats.layout import ModelLayout, PlacedTensor
 from .opening import Found, Loaded
-from .plugin.abi import CHUNK_BYTES, MAX_GUESSES
+from .plugin.abi import GUESS_CHUNK_BYTES, MAX_GUESSES
 from .plugin.callbacks import Callbacks
 from .plugin.gates import NativeGates, PluginGates, Router
 from .plugin.model import PluginModel
@@ -230,7 +231,7 @@ def start(
     if pools is not None:
         budget = _below(budget, found, pools)
         by_layer = (pools.n_slots.get(n, 0) for n in range(found.layout.layers[-1].layer + 1))
-        plugin.allocate_pools(list(by_layer), pools.window > 0)
+        plugin.allocate_pools(list(by_layer), pools.n_windows)
     plugin.allocate(budget.n_slots)
     gates = _GatesMaker(found, plugin, routers)
     facts = _facts(found, budget.n_slots, gates)
@@ -252,6 +253,8 @@ def start(
             pools.n_slots,
             pool_caches,
         )
+        if pools.n_windows > 1:
+            residency.foresight = Foresight(found.layout.n_experts)
     controller = Controller(residency, layers, recorder, guessing)
     # The statistics may be large and have told the policy what they know.
     small = replace(found, statistics=None)
@@ -333,7 +336,7 @@ def _facts(found: Found, n_slots: int, gates: GatesMaker) -> Facts:
         found.n_used,
         layers,
         buffered=not found.mode.direct,
-        chunk_bytes=CHUNK_BYTES,
+        chunk_bytes=GUESS_CHUNK_BYTES,
         gates=gates,
     )
     if found.statistics is None:

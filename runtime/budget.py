@@ -129,7 +129,7 @@ DEVICE_HEADROOM_BYTES = 512 * MB
 DEVICE_HEADROOM = 0.02
 
 
-# A window may take one part in so many of what is left for experts.
+# Windows may take one part in so many of what is left for experts.
 WINDOW_SHARE = 4
 
 
@@ -156,7 +156,8 @@ class DeviceBudget(NamedTuple):
     n_slots: Mapping[int, int]
     expert_bytes: Mapping[int, int]
     n_experts: int
-    window: int = 0  # bytes, for all experts of one layer at a time; 0: there is none
+    window: int = 0  # bytes, for all experts of one layer at a time
+    n_windows: int = 0  # with two the next layer's come while one is computed
 
     @property
     def experts(self) -> int:
@@ -176,14 +177,23 @@ class DeviceBudget(NamedTuple):
             ("trunk", self.needs.trunk, ""),
             ("KV cache", self.needs.kv, ""),
             ("compute", self.needs.compute, "graph buffers"),
-            *([("window", self.window, "for prompts, a layer at a time")] if self.window else []),
+            *([("windows", self.windows, self._use())] if self.n_windows else []),
             ("experts", self.experts, share),
             (
                 "total",
-                self.needs.total + self.window + self.experts,
+                self.needs.total + self.windows + self.experts,
                 f"of {format_size(self.total)}",
             ),
         ]
+
+    @property
+    def windows(self) -> int:
+        """Bytes of all of them."""
+        return self.n_windows * self.window
+
+    def _use(self) -> str:
+        next_one = ", the next one meanwhile" if self.n_windows > 1 else ""
+        return f"for prompts, a layer at a time{next_one}"
 
 
 def device_auto(free: int) -> int:
@@ -196,8 +206,8 @@ def fit_pools(
 ) -> DeviceBudget:
     """Give the layers of a device the same number of slots, the first ones perhaps one more.
 
-    Never fewer than one token uses, and no more than there are experts. A window comes first where
-    it leaves most of the memory. UserError naming the smallest ``total`` that works.
+    Never fewer than one token uses, and no more than there are experts. Two windows come first
+    where they leave most of the memory, or one. UserError naming the smallest ``total`` that works.
     """
     room = total - needs.total
     window = max(expert_bytes.values(), default=0) * n_experts
@@ -213,9 +223,8 @@ def fit_pools(
             f"{format_size(needs.kv)}, compute {format_size(needs.compute)}, {n_used} experts of "
             f"each layer); a smaller {option('n_ctx')} or fewer {option('gpu_layers')} also help"
         )
-    if window * WINDOW_SHARE > room or taken(n_experts) <= room:
-        window = 0
-    room -= window
+    n_windows = 0 if taken(n_experts) <= room else min(2, room // max(1, window * WINDOW_SHARE))
+    room -= n_windows * window
     n = max(k for k in range(n_used, n_experts + 1) if taken(k) <= room)
     n_slots = dict.fromkeys(expert_bytes, n)
     left = room - taken(n)
@@ -223,4 +232,4 @@ def fit_pools(
         if n < n_experts and n_bytes <= left:
             n_slots[layer] += 1
             left -= n_bytes
-    return DeviceBudget(total, needs, n_slots, expert_bytes, n_experts, window)
+    return DeviceBudget(total, needs, n_slots, expert_bytes, n_experts, window, n_windows)

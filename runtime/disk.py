@@ -13,8 +13,9 @@ from .errors import UserError, option
 from .formats.layout import ModelLayout
 from .plugin.library import DirectProbe, probe_direct, probe_speed
 
-LANE_CHOICES = (2, 4, 8)
-DEFAULT_LANES = 4
+# Beside threads that compute a lane waits for a processor between two reads, so that more are
+# needed than on the idle machine that a probe sees (LOG.md).
+DIRECT_LANES, BUFFERED_LANES = 16, 4
 _PROBE_BYTES = 1 << 20
 _PROBE_SECONDS = 0.06  # per setting: start-up may cost a second, this is a few of those slices
 _CEILING_SECONDS, _CEILING_TRIES = 0.4, 3
@@ -73,7 +74,7 @@ def choose(
         direct = fast >= 0.5 * slow
         reason = f"measured: direct {fast / 1e6:.0f} MB/s, buffered cold {slow / 1e6:.0f} MB/s"
     if lanes is None:
-        lanes = sampler.best_lanes(direct) if direct else DEFAULT_LANES
+        lanes = DIRECT_LANES if direct else BUFFERED_LANES
     return ReadMode(direct, lanes, probe.offset_align, probe.memory_align, reason)
 
 
@@ -135,10 +136,3 @@ class _Sampler:
         most = int(128 * self.seconds / _PROBE_SECONDS)  # in case the disk was not what answered
         self.n_reads = max(8, min(most, int(speed * self.seconds / self.n_bytes)))
         return speed
-
-    def best_lanes(self, direct: bool) -> int:
-        """The fewest lanes within 5 % of the fastest: every lane also takes processor time."""
-        self.speed(DEFAULT_LANES, direct)  # sets the number of reads
-        speeds = {lanes: self.speed(lanes, direct) for lanes in LANE_CHOICES}
-        best = max(speeds.values())
-        return next(lanes for lanes in LANE_CHOICES if speeds[lanes] >= 0.95 * best)

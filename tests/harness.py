@@ -151,9 +151,7 @@ def fixed(measured: Measured, n_slots: int | None) -> Budget:
     return Budget(total, needs, slot_bytes, n_slots, found.n_all, found.working_set)
 
 
-def fixed_pools(
-    measured: Measured, n_slots: int | None, window: bool = False
-) -> DeviceBudget | None:
+def fixed_pools(measured: Measured, n_slots: int | None, n_windows: int = 0) -> DeviceBudget | None:
     """So many slots of each of a device's layers, whatever they need; None: one per expert."""
     layout, placement = measured.found.layout, measured.found.placement
     if placement is None:
@@ -161,7 +159,7 @@ def fixed_pools(
     layers = {layer.layer: expert_bytes(layer) for layer in placement.layers(layout)}
     n = layout.n_experts if n_slots is None else n_slots
     slots = dict.fromkeys(layers, n)
-    return DeviceBudget(GB, DeviceNeeds(), slots, layers, layout.n_experts, int(window))
+    return DeviceBudget(GB, DeviceNeeds(), slots, layers, layout.n_experts, 0, n_windows)
 
 
 def with_parts(name: str, **given: Any) -> PolicyMaker:
@@ -196,7 +194,7 @@ class Ours(Model):
         pace: Pace | None = None,
         routers: RouterReader = read_routers,
         n_pool: int | None = None,
-        window: bool = False,
+        n_windows: int = 0,
         **more: Any,
     ) -> None:
         found = opening.find(path, Options(GB, policy, reads, lanes, **more))
@@ -211,7 +209,7 @@ class Ours(Model):
                 policy, cache=cache, order=order, predictor=predictor, pace=pace
             ),
             budget=fixed(loaded.measured, n_slots),
-            pools=fixed_pools(loaded.measured, n_pool, window),
+            pools=fixed_pools(loaded.measured, n_pool, n_windows),
             routers=routers,
             recorder=recorder,
         )

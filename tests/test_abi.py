@@ -168,9 +168,9 @@ def test_phases_have_the_numbers_of_the_header() -> None:
 
 
 def test_a_chunk_is_as_long_as_the_reads_say() -> None:
-    shift = re.search(r" CHUNK_BYTES\s+= 1 << (\d+);", (NATIVE / "reads.h").read_text())
+    shift = re.search(r" CHUNK_BYTES\s+= (\d+) << 20;", (NATIVE / "reads.h").read_text())
     assert shift
-    assert 1 << int(shift[1]) == abi.CHUNK_BYTES
+    assert int(shift[1]) << 19 == abi.GUESS_CHUNK_BYTES  # half of it
 
 
 def test_gatings_and_variants_have_the_numbers_of_the_header() -> None:

@@ -193,12 +193,12 @@ def test_3_by_measured_room(tiny_file: TinyFile, lag: Lag) -> None:
 # --- 4 ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [False, True])
-def test_4_prompts_between(window: bool, tiny_file: TinyFile, lag: Lag) -> None:
+@pytest.mark.parametrize("n_windows", [0, 1, 2])
+def test_4_prompts_between(n_windows: int, tiny_file: TinyFile, lag: Lag) -> None:
     path = tiny_file("qwen3moe")
     with stock(path, device=NAME) as model:
         expected = prompts_between(model)
-    with lag.delayed(us=1000), ours(path, n_pool=6, window=window, **DEVICE) as model:
+    with lag.delayed(us=1000), ours(path, n_pool=6, n_windows=n_windows, **DEVICE) as model:
         with_chance(model)
         same(prompts_between(model), expected)
         assert model.stats().uploads_ahead > 0

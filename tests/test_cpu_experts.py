@@ -157,7 +157,7 @@ def test_2_a_window(layout: str, n_slots: int | None, tiny_file: TinyFile, lag: 
     path = tiny_file("qwen3moe", scales=True) if layout == "scaled" else tiny_file(layout)
     with stock(path, device=NAME) as model:
         expected = wide(model)
-    with ours(path, n_slots, n_pool=N_USED.get(layout, 4), window=True, **AUTO) as model:
+    with ours(path, n_slots, n_pool=N_USED.get(layout, 4), n_windows=2, **AUTO) as model:
         chance = forced(model, 13)
         model.reset_stats()
         lag.count()
@@ -201,7 +201,7 @@ def test_2_a_prompt_behind_a_slow_link(tiny_file: TinyFile, lag: Lag) -> None:
         expected = prompts_between(model)
     with (
         lag.delayed(us=0, bytes_per_s=4 * 10**6),
-        ours(path, n_pool=6, window=True, gpu_layers=2, **AUTO) as model,
+        ours(path, n_pool=6, n_windows=2, gpu_layers=2, **AUTO) as model,
     ):
         forced(model, 11)
         same(prompts_between(model), expected)
@@ -234,7 +234,7 @@ def test_3_a_slow_link_carries_little(
     with lag.delayed(us=0, bytes_per_s=10**6):
         for mode in ("off", "auto"):
             how = {**DEVICE, "cpu_experts": mode}
-            with ours(path, n_pool=5, window=True, **how) as model:
+            with ours(path, n_pool=5, n_windows=2, **how) as model:
                 script(model)
                 model.reset_stats()
                 start = time.perf_counter()

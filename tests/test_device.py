@@ -188,23 +188,30 @@ def pairs_of_tokens(model: Model) -> Logits:
     return np.concatenate([context.decode(step) for step in steps])
 
 
-def test_03_window_now_and_then(tiny_file: TinyFile, reference: Reference) -> None:
+@pytest.mark.parametrize("n_windows", [1, 2])
+def test_03_window_now_and_then(
+    n_windows: int, tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
     """One graph whose events now fit the pool and now do not: the device records its launches."""
     path, events = tiny_file("qwen3moe"), Events()
-    with ours(path, n_pool=6, window=True, recorder=events, **DEVICE) as model:
+    with (
+        lag.delayed(us=1000),
+        ours(path, n_pool=6, n_windows=n_windows, recorder=events, **DEVICE) as model,
+    ):
         same(pairs_of_tokens(model), reference(path, pairs_of_tokens))
         widths = [len(set(ids)) for ids in events.ids]
         assert min(widths) <= 6 < max(widths)
         assert model.stats().ranges == 0
 
 
+@pytest.mark.parametrize("n_windows", [1, 2])
 @pytest.mark.parametrize("n_slots", [None, 3])
 @pytest.mark.parametrize("layout", [*tiny.LAYOUTS, "scaled"])
 def test_03_window(
-    layout: str, n_slots: int | None, tiny_file: TinyFile, reference: Reference
+    layout: str, n_slots: int | None, n_windows: int, tiny_file: TinyFile, reference: Reference
 ) -> None:
     path = tiny_file("qwen3moe", scales=True) if layout == "scaled" else tiny_file(layout)
-    with ours(path, n_slots, n_pool=n_used(layout), window=True, **DEVICE) as model:
+    with ours(path, n_slots, n_pool=n_used(layout), n_windows=n_windows, **DEVICE) as model:
         context = model.context()
         for i, token in enumerate(random_tokens(8, seed=2)):
             context.decode(rows([token], i))
@@ -215,10 +222,33 @@ def test_03_window(
         same(generation(model), reference(path, generation))
 
 
+def prompts(model: Model) -> Logits:
+    return np.concatenate([long_prompt(model) for _ in range(3)])
+
+
+def test_03_the_next_layer_comes_meanwhile(
+    tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
+    """Prompts that ask for all experts: the last layer's are copied before it asks. The first and
+    the last share a window; the layer between them has the other one to itself, and keeps it."""
+    path = tiny_file("qwen3moe")
+    expected = reference(path, prompts)
+    with lag.delayed(us=1000), ours(path, n_pool=4, n_windows=2, **DEVICE) as model:
+        same(long_prompt(model), expected[: len(expected) // 3])  # fills memory
+        before, misses = model.stats(), model.misses
+        same(prompts(model), expected)
+        now, missing = model.stats(), 3 * (16 - 4)  # of one layer
+        assert model.misses - misses == 3 * missing
+        assert now.uploads - before.uploads == 2 * missing
+        assert now.uploads_ahead - before.uploads_ahead == missing
+        assert before.uploads_ahead == 0
+
+
 WAITS: dict[str, tuple[int, dict[str, Any]]] = {
     "for ids": (SYNCHRONIZE, {"n_pool": 8}),
     "for copies": (COMPUTE_WAITS, {"n_pool": 8}),
-    "for copies to the window": (COMPUTE_WAITS, {"n_pool": 4, "window": True}),
+    "for copies to the window": (COMPUTE_WAITS, {"n_pool": 4, "n_windows": 1}),
+    "for copies ahead": (COMPUTE_WAITS, {"n_pool": 4, "n_windows": 2}),
     "for the range before": (COPY_WAITS, {"n_pool": 4}),
     "for what a copy reads": (HOST_WAITS, {"n_pool": 4, "n_slots": 4}),
 }

@@ -194,8 +194,8 @@ def test_3_events_too_wide_between(tiny_file: TinyFile, lag: Lag) -> None:
 
     with stock(path, device=NAME) as model:
         expected = mixed(model)
-    for window in (False, True):
-        with ours(path, n_pool=7, window=window, policy="fate", **DEVICE) as model:
+    for n_windows in (0, 1, 2):
+        with ours(path, n_pool=7, n_windows=n_windows, policy="fate", **DEVICE) as model:
             same(mixed(with_all_in_memory(model)), expected)
             assert model.stats().passed > 0
 

@@ -137,6 +137,19 @@ def nearly(path: Path, tokens: Sequence[int], logits: Any) -> bool:
 
 # --- 1: each kind of memory ---------------------------------------------------------------------
 
+def test_a_state_that_nobody_wants_is_given_back_at_once(models: Models) -> None:
+    """Not when the garbage collector comes by: a group that ends would leave one per sequence."""
+    _, model = models("plain")
+    context = model.context()
+    context.decode(rows(random_tokens(20)))
+    memory = Memory(context.ctx)
+    data = memory.save(0)
+    assert memory.restore(0, data)
+    assert memory.restore(0, bytes(data))
+    assert sys.getrefcount(data) == 2  # this name, and the call's
+    data.append(0)  # nobody holds its memory
+
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_1_a_start_of_many_is_computed_once(kind: str, models: Models) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 from .observer import Observer
 
@@ -58,9 +59,7 @@ class Memory:
         rolled back, a recurrent state or a sliding window."""
         data = bytearray(self.state_bytes(seq, partial))
         flags = _PARTIAL if partial else 0
-        got = llama_cpp.llama_state_seq_get_data_ext(
-            self._ctx, _pointer(data), len(data), seq, flags
-        )
+        got = llama_cpp.llama_state_seq_get_data_ext(self._ctx, _over(data), len(data), seq, flags)
         assert got == len(data), "llama.cpp announced another size of a state"
         if self._observer is not None:
             self._observer.saved(seq, partial, data)
@@ -71,9 +70,7 @@ class Memory:
         bytes nobody knows what comes. False where there is no room: then nothing is remembered."""
         flags = _PARTIAL if partial else 0
         # Its log is not captured here: that is the process's, and this is one thread of several.
-        got = llama_cpp.llama_state_seq_set_data_ext(
-            self._ctx, _pointer(data), len(data), seq, flags
-        )
+        got = llama_cpp.llama_state_seq_set_data_ext(self._ctx, _over(data), len(data), seq, flags)
         if self._observer is not None:
             self._observer.restored(seq, partial, data)
         return bool(got == len(data))
@@ -107,9 +104,7 @@ class Memory:
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq))
 
 
-def _pointer(data: bytes | bytearray) -> Any:
-    """To bytes that llama.cpp reads, or to a bytearray that it fills."""
-    if isinstance(data, bytes):
-        return ctypes.cast(ctypes.c_char_p(data), ctypes.POINTER(ctypes.c_uint8))
-    array = (ctypes.c_uint8 * len(data)).from_buffer(data)
-    return ctypes.cast(array, ctypes.POINTER(ctypes.c_uint8))
+def _over(data: bytes | bytearray) -> Any:
+    """The bytes as an array of ctypes, for as long as they live. Not by ``ctypes.cast``, which makes
+    a cycle: a state would stay in memory until the garbage collector comes by."""
+    return (ctypes.c_uint8 * len(data)).from_address(np.frombuffer(data, np.uint8).ctypes.data)

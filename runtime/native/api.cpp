@@ -47,8 +47,8 @@ int64_t      moe_model_work_bytes(moe_model * model, int32_t n_used, int32_t n_u
 }
 int32_t moe_model_arena(moe_model * model, int32_t n_slots) { return model->allocate(n_slots) ? 0 : -1; }
 int32_t moe_model_is_pinned(moe_model * model) { return model->arena->is_pinned(); }
-int32_t moe_model_pools(moe_model * model, const int32_t * n_slots, int32_t window) {
-    return model->allocate_pools(n_slots, window != 0) ? 0 : -1;
+int32_t moe_model_pools(moe_model * model, const int32_t * n_slots, int32_t n_windows) {
+    return model->allocate_pools(n_slots, n_windows) ? 0 : -1;
 }
 int64_t moe_model_copy_ns(moe_model * model, int32_t layer, int32_t n) {
     std::lock_guard<std::mutex> lock(model->step);

@@ -21,7 +21,14 @@ bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID &
 }  // namespace
 
 device_executor::device_executor(ggml_backend_t stream, moe_model & model)
-    : stream_(stream), model_(model), ranges_(stream), fetched_(stream), inputs_(stream), slots_(stream), cpu_(stream) {}
+    : stream_(stream),
+      model_(model),
+      ranges_(stream),
+      fetched_(stream),
+      inputs_(stream),
+      slots_(stream),
+      cpu_(stream),
+      windows_(stream, model, [this](int64_t ticket) { wait_on(ticket); }) {}
 
 device_executor::~device_executor() {
     std::lock_guard<std::mutex> lock(model_.step);
@@ -300,7 +307,9 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
     said.ids.assign(ids_.begin() + (ptrdiff_t)first * c_.n_used, ids_.begin() + (ptrdiff_t)last * c_.n_used);
     said.call.may_compute = has_inputs_;
     computes_ = asked_ = false;
-    window_ticket_     = 0;
+    if (wide_) {
+        windows_.begin(c_.layer);
+    }
 
     bool ok  = said.begin(c_);
     passed_  = said.call.passed ? said.n_events() : -1;
@@ -312,6 +321,9 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
     if (ok && bring(false)) {
         use_slots(first);
         status = launch();
+        if (status == GGML_STATUS_SUCCESS && wide_) {
+            windows_.fill_next();
+        }
         if (status == GGML_STATUS_SUCCESS && !bring(true)) {
             status = GGML_STATUS_FAILED;
         }
@@ -328,7 +340,7 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
 // Has the stream wait for what the event computes on; where that is a pool, its slots are in slots_ then.
 void device_executor::use_slots(int first) {
     const dialogue & said   = model_.dialogue;
-    int64_t          ticket = wide_ ? window_ticket_ : 0;
+    int64_t          ticket = wide_ ? model_.pools->window_ticket(c_.layer) : 0;
     for (const dialogue::entry & e : said.entries) {
         if (wide_) {
             break;
@@ -353,21 +365,6 @@ int32_t device_executor::unused_slot() const {
         slot++;
     }
     return slot;
-}
-
-// What the pool has already; by the stream that computes, so that copies from host memory go on meanwhile.
-void device_executor::copy_to_window() {
-    pools & p      = *model_.pools;
-    int64_t ticket = 0;
-    for (const dialogue::entry & e : model_.dialogue.entries) {
-        ticket = e.slot < 0 ? std::max(ticket, p.ticket_of(c_.layer, e.pool)) : ticket;
-    }
-    wait_on(ticket);
-    for (const dialogue::entry & e : model_.dialogue.entries) {
-        if (e.slot < 0) {
-            p.copy_to_window(stream_, c_.layer, e.pool);
-        }
-    }
 }
 
 void device_executor::wait_on(int64_t ticket) {
@@ -397,7 +394,7 @@ bool device_executor::bring(bool all) {
         }
         if (!copied) {  // now that the link is busy
             copied = true;
-            copy_to_window();
+            windows_.copy_resident();
         }
         if (any) {
             pending::submit(model_);
@@ -466,11 +463,14 @@ bool device_executor::advance(bool & any) {
                     there_.push_back(&e);
                     break;
                 }
+                e.done = any = true;
+                if (wide_ && model_.pools->is_in_window(model_.reads->key_of(e.slot)) && e.pool < 0) {
+                    break;
+                }
                 model_.upload(e.slot, c_.layer, e.pool);
                 if (wide_ && e.pool >= 0) {
                     model_.pools->copy_to_window(c_.layer, e.pool);
                 }
-                e.done = any = true;
                 break;
             default:
                 waiting_.push_back(e.slot);
@@ -478,7 +478,6 @@ bool device_executor::advance(bool & any) {
     }
     if (any) {
         model_.pools->issue();
-        window_ticket_ = model_.pools->last_ticket();
     }
     return true;
 }

@@ -3,7 +3,8 @@
 //
 //   trunk     up to the next such layer, in one launch; layers with all experts in their pool are part of it
 //   experts   from a layer's first expert matmul to its last: one wait for the ids, then one launch
-//   window    an event of more experts than the pool has slots: all of them side by side, with the graph's ids
+//   window    an event of more experts than the pool has slots: all of them side by side, with the graph's ids;
+//             with two windows the next layer's come meanwhile, as far as somebody foresees them
 //   ranges    likewise without a window: as many tokens at a time as fit the pool
 //
 // Of experts that a pool lacks, those that a plan leaves to the processor are computed meanwhile (cpu_experts.h).
@@ -23,6 +24,7 @@
 #include "moe.h"
 #include "pinned.h"
 #include "ranges.h"
+#include "windows.h"
 
 namespace moe {
 
@@ -54,7 +56,6 @@ class device_executor {
     int                          fitting(int first);
     ggml_status                  event(int first, int last, const std::function<ggml_status()> & launch);
     void                         use_slots(int first);
-    void                         copy_to_window();
     void                         wait_on(int64_t ticket);
     bool                         bring(bool all);
     bool                         compute_there();
@@ -81,14 +82,14 @@ class device_executor {
     bool                                               asked_   = false;  // for guesses, in this event
     int                                                passed_  = -1;     // number of the last event, if nobody was asked about it
     cpu_experts                                        cpu_;
+    windows                                            windows_;
     bool                                               has_inputs_ = false;  // of the segment, for the processor
     bool                                               computes_   = false;  // the processor has begun with this event
     std::vector<dialogue::entry *>                     there_;               // for it, in host memory
     std::vector<int>                                   waiting_;             // slots in host memory
     std::vector<int32_t>                               in_range_;            // expert -> number of the range that needs it
-    int32_t                                            range_         = 0;   // numbers all ranges
-    int64_t                                            window_ticket_ = 0;   // of the last copy that the event waits for, where it is wide
-    int64_t                                            waited_        = 0;  // the stream has been told to wait for copies up to this ticket
+    int32_t                                            range_  = 0;          // numbers all ranges
+    int64_t                                            waited_ = 0;  // the stream has been told to wait for copies up to this ticket
 };
 
 }  // namespace moe

@@ -9,7 +9,7 @@ namespace moe {
 
 dialogue::dialogue(moe_model & model) : model_(model), passing_(model, call) {
     const int n = model.weights.n_experts;
-    arrays_.resize(8 * (size_t)n + 4 * MOE_MAX_GUESSES);
+    arrays_.resize(9 * (size_t)n + 4 * MOE_MAX_GUESSES);
     chances_.resize(2 * (size_t)n);
     settled_hits_.resize(model.weights.n_layers);
     int32_t * p            = arrays_.data();
@@ -24,6 +24,7 @@ dialogue::dialogue(moe_model & model) : model_(model), passing_(model, call) {
     call.predicted_keys    = p + 5 * n + 3 * MOE_MAX_GUESSES;
     call.plan_pools        = p + 7 * n + 3 * MOE_MAX_GUESSES;
     call.guess_pools       = p + 8 * n + 3 * MOE_MAX_GUESSES;
+    call.window_keys       = p + 8 * n + 4 * MOE_MAX_GUESSES;
     call.predicted_chances = chances_.data();
     call.settled_hits      = settled_hits_.data();
     step(MOE_PHASE_PREFILL, 1);
@@ -138,6 +139,7 @@ bool dialogue::ask() {
     call.ids           = ids.data();
     call.n_guesses     = 0;
     call.wants_guesses = 0;
+    call.n_window      = 0;
     input_moved(*c_->x);
     if (route == nullptr || model_.arena->n_slots() == 0) {
         model_.failure.set(ERROR_OTHER, "the model has no controller or no arena");

@@ -49,12 +49,17 @@ bool moe_model::allocate(int n_slots) {
 }
 
 // What is whole is so from the start: nothing else is ever put there.
-bool moe_model::allocate_pools(const int32_t * n_slots, bool window) { return pools && pools->allocate(n_slots, window); }
+bool moe_model::allocate_pools(const int32_t * n_slots, int n_windows) { return pools && pools->allocate(n_slots, n_windows); }
 
 void moe_model::upload(int slot, int layer, int pool_slot) {
     const int    key    = reads->key_of(slot);
     const char * memory = arena->place(slot, 0);
     read_by_[slot]      = pool_slot < 0 ? pools->upload_to_window(key, memory) : pools->upload(layer, pool_slot, key, memory);
+}
+
+int moe_model::slot_in_memory(int key) const {
+    const int slot = slot_of_[key];
+    return slot >= 0 && reads->key_of(slot) == key && reads->state(slot) == moe::slot_state::READY ? slot : -1;
 }
 
 bool moe_model::upload_all(const int32_t * slots, const int32_t * pool_slots, int n) {

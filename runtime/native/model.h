@@ -29,13 +29,15 @@ struct moe_model {
     // Starts reading an expert into a slot.
     void load(int slot, int key, bool guess);
     // By layer, on the device.
-    bool allocate_pools(const int32_t * n_slots, bool window);
+    bool allocate_pools(const int32_t * n_slots, int n_windows);
     // Starts copying what a slot holds into one of a layer's pool; -1: into the window.
     void upload(int slot, int layer, int pool_slot);
     // Copies experts from slots to pools and waits for all of them; false after a failure.
     bool upload_all(const int32_t * slots, const int32_t * pool_slots, int n);
     // The slot a key was last read into, or -1.
     int slot_of(int key) const { return slot_of_[key]; }
+    // Where it is completely, or -1.
+    int slot_in_memory(int key) const;
     // Whether a slot holds or awaits it; a failed or cancelled read may go unnoticed.
     bool is_loaded(int key) const { return slot_of_[key] >= 0 && reads->key_of(slot_of_[key]) == key; }
     // Reads experts into slots and waits for all of them; false after a failure.

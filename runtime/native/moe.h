@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 10
+#define MOE_ABI 11
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
@@ -196,7 +196,11 @@ struct moe_call {
     int64_t cpu_pairs;    // likewise (token, rank) pairs
     int64_t cpu_ns;       // likewise
     int32_t cpu_rest;     // set by the callback: so many events in which it may not, and its inputs stay on the device
-    int32_t reserved;
+
+    // After an event of more experts than its pool has slots: keys of one later layer, likeliest first, that go to that
+    // layer's window while the device computes. Those that neither its pool nor memory has are passed over.
+    int32_t   n_window;
+    int32_t * window_keys;  // [n_window], at most n_experts
 };
 
 // Returns 1 when its part is filled; anything else fails the step. Not 0 for success: that is what
@@ -341,10 +345,10 @@ MOE_API int32_t moe_model_arena(struct moe_model * model, int32_t n_slots);
 MOE_API int32_t moe_model_is_pinned(struct moe_model * model);
 // Allocates the pools on the device, by layer n_slots[n_layers], 0 for one that
 // is computed on the processor; once, before the first decode. A layer with
-// a slot for every expert is not asked for: expert e is in slot e from the start. With a window there is room
-// besides for all experts of any layer, in turn; without one, an event of more experts than a pool has slots
-// is asked for in pieces. 0, or -1 when memory is refused.
-MOE_API int32_t moe_model_pools(struct moe_model * model, const int32_t * n_slots, int32_t window);
+// a slot for every expert is not asked for: expert e is in slot e from the start. With windows there is room
+// besides for all experts of any layer, in turn, and with two for those of the next one meanwhile; without any, an
+// event of more experts than a pool has slots is asked for in pieces. 0, or -1 when memory is refused.
+MOE_API int32_t moe_model_pools(struct moe_model * model, const int32_t * n_slots, int32_t n_windows);
 // Nanoseconds in which so many slots are copied into a layer's pool, which holds nothing yet; only before the
 // first step.
 MOE_API int64_t moe_model_copy_ns(struct moe_model * model, int32_t layer, int32_t n);

@@ -17,12 +17,6 @@ passing::passing(moe_model & model, moe_call & call)
     call.n_layers     = model.weights.n_layers;
 }
 
-// Where it is completely, or -1.
-int passing::slot_in_memory(int key) const {
-    const int slot = model_.slot_of(key);
-    return slot >= 0 && model_.reads->key_of(slot) == key && model_.reads->state(slot) == slot_state::READY ? slot : -1;
-}
-
 int passing::take_spare(int layer, bool demanded, const std::function<bool(int)> & is_needed) {
     int32_t * spares = &spares_[(size_t)layer * MOE_MAX_SPARES];
     for (int i = 0; i < MOE_MAX_SPARES && spares[i] != MOE_SPARE_NONE; i++) {
@@ -72,7 +66,7 @@ bool passing::plan(const std::function<bool(int)> & asks) {
         const int pool = model_.pools->slot_of(key_of(i));
         if (pool >= 0) {
             add(i, -1, pool);
-        } else if (slot_in_memory(key_of(i)) >= 0) {
+        } else if (model_.slot_in_memory(key_of(i)) >= 0) {
             missing_.push_back(i);
         } else {
             return false;
@@ -84,7 +78,7 @@ bool passing::plan(const std::function<bool(int)> & asks) {
         if (pool < 0) {
             return false;  // whoever is asked now names others
         }
-        add(i, slot_in_memory(key_of(i)), pool);
+        add(i, model_.slot_in_memory(key_of(i)), pool);
     }
     call_.passed = 1;
     begin(call_.layer);
@@ -100,7 +94,7 @@ void passing::choose(int layer) {
         if (model_.weights.layer_of(key) != layer) {
             break;
         }
-        if (model_.pools->slot_of(key) >= 0 || slot_in_memory(key) < 0) {
+        if (model_.pools->slot_of(key) >= 0 || model_.slot_in_memory(key) < 0) {
             continue;
         }
         if (!(call_.predicted_chances[i] > least[chosen_.size()])) {
@@ -126,7 +120,7 @@ void passing::copy_ahead() {
         if (pool < 0) {
             break;
         }
-        const int key = call_.predicted_keys[i], slot = slot_in_memory(key);
+        const int key = call_.predicted_keys[i], slot = model_.slot_in_memory(key);
         model_.upload(slot, layer, pool);
         model_.stats.uploads_ahead++;
         call_.guess_keys[call_.n_guesses]  = key;

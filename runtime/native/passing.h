@@ -28,7 +28,6 @@ class passing {
     void begin(int layer) { guessed_[layer].clear(); }
 
   private:
-    int  slot_in_memory(int key) const;
     int  take_spare(int layer, bool demanded, const std::function<bool(int)> & is_needed);
     int  take_guess(int layer, const std::function<bool(int)> & is_needed);
     void choose(int layer);

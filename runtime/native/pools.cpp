@@ -57,10 +57,13 @@ pools::~pools() {
     if (before_) {
         ggml_backend_event_free(before_);
     }
-    for (ggml_backend_buffer_t buffer : {buffer_, window_buffer_}) {
-        if (buffer) {
-            ggml_backend_buffer_free(buffer);
+    for (const window_room & w : windows_) {
+        if (w.buffer) {
+            ggml_backend_buffer_free(w.buffer);
         }
+    }
+    if (buffer_) {
+        ggml_backend_buffer_free(buffer_);
     }
     ggml_backend_free(stream_);
 }
@@ -95,12 +98,21 @@ bool pools::place(std::vector<ggml_tensor> & tensors, const int32_t * n_slots, b
     return true;
 }
 
-bool pools::allocate(const int32_t * n_slots, bool window) {
-    if (!place(tensors_, n_slots, false, buffer_) || (window && !place(window_, nullptr, true, window_buffer_))) {
+bool pools::allocate(const int32_t * n_slots, int n_windows) {
+    if (!place(tensors_, n_slots, false, buffer_)) {
         return false;
     }
-    for (int layer = 0; layer < weights_.n_layers; layer++) {
+    turn_.resize(weights_.n_layers);
+    for (int layer = 0, turn = 0; layer < weights_.n_layers; layer++) {
         slots_[layer].resize(weights_.of_layer(layer).empty() ? 0 : n_slots[layer]);
+        turn_[layer] = n_windows ? turn % n_windows : 0;
+        turn += has(layer) && !is_whole(layer);
+    }
+    for (int i = 0; i < n_windows; i++) {
+        windows_.emplace_back();
+        if (!place(windows_.back().tensors, nullptr, true, windows_.back().buffer)) {
+            return false;
+        }
     }
     return true;
 }
@@ -141,17 +153,41 @@ void pools::forget(int layer, int slot) {
 }
 
 int64_t pools::upload_to_window(int key, const char * memory) {
-    send(window_, weights_.layer_of(key), weights_.expert_of(key), memory);
-    return issued_ + 1;
+    const int     layer = weights_.layer_of(key), expert = weights_.expert_of(key);
+    window_room & w = window_of(layer);
+    w.holds[expert] = 1;
+    w.ticket        = issued_ + 1;
+    send(w.tensors, layer, expert, memory);
+    return w.ticket;
 }
 
-void pools::copy_to_window(int layer, int slot) { copy_to_window(stream_, layer, slot); }
+int64_t pools::begin_window(int layer) {
+    window_room & w = window_of(layer);
+    if (w.layer == layer) {
+        return 0;
+    }
+    w.layer = layer;
+    w.holds.assign(weights_.n_experts, 0);
+    return w.ticket;
+}
+
+bool pools::is_in_window(int key) const {
+    const window_room & w = window_of(weights_.layer_of(key));
+    return w.layer == weights_.layer_of(key) && w.holds[weights_.expert_of(key)];
+}
+
+void pools::copy_to_window(int layer, int slot) {
+    copy_to_window(stream_, layer, slot);
+    window_of(layer).ticket = issued_ + 1;
+}
 
 void pools::copy_to_window(ggml_backend_t stream, int layer, int slot) {
-    const int expert = weights_.expert_of(slots_[layer][slot].key);
+    const int     expert = weights_.expert_of(slots_[layer][slot].key);
+    window_room & w      = window_of(layer);
+    w.holds[expert]      = 1;
     for (const moe_tensor * weight : weights_.of_layer(layer)) {
         const int   index = weights_.index_of(*weight);
-        ggml_tensor from = tensors_[index], to = window_[index];
+        ggml_tensor from = tensors_[index], to = w.tensors[index];
         from.data  = (char *)from.data + slot * from.nb[2];
         to.data    = (char *)to.data + expert * to.nb[2];
         from.ne[2] = to.ne[2] = 1;

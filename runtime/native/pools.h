@@ -5,8 +5,9 @@
 // that a kernel might not like, and with a slot for every expert it is the stock tensor. Owns that memory,
 // the stream and its events. Which expert is where, it remembers and does not decide.
 //
-// Beside them there may be a window: room for all experts of any one layer, each in the slot of its number,
-// for an event that wants more of them than its pool has slots. What it holds is forgotten with the event.
+// Beside them there may be windows: room for all experts of any one layer, each in the slot of its number,
+// for an event that wants more of them than its pool has slots, until another layer needs it. Layers that follow
+// each other take them in turn, so that with two the next layer's fills while one is computed on.
 //
 // A ticket is the number of a copy in the order of the stream. Whoever computes on a slot has its own
 // stream wait for the slot's ticket; whoever writes over what a copy reads waits for it, or for its stream
@@ -29,19 +30,20 @@ class pools {
     pools(const pools &)             = delete;
     pools & operator=(const pools &) = delete;
 
-    // By layer, how many slots, and whether there is a window; once, before anything else. False when the
-    // device refuses.
-    bool allocate(const int32_t * n_slots, bool window);
+    // By layer, how many slots, and how many windows; once, before anything else. False when the device refuses.
+    bool allocate(const int32_t * n_slots, int n_windows);
     bool is_allocated() const { return !tensors_.empty(); }
     // Whether the layer is computed on the device at all.
     bool has(int layer) const { return n_slots(layer) > 0; }
     int  n_slots(int layer) const { return slots_[layer].size(); }
     // Whether each expert has the slot of its own number, for good: nobody need ask which they are.
     bool is_whole(int layer) const { return n_slots(layer) == weights_.n_experts; }
-    // What a layer's weight is there, and what it is in the window.
+    // What a layer's weight is there, and what it is in the layer's window.
     ggml_tensor * tensor(const moe_tensor & weight) { return &tensors_[weights_.index_of(weight)]; }
-    bool          has_window() const { return !window_.empty(); }
-    ggml_tensor * window(const moe_tensor & weight) { return &window_[weights_.index_of(weight)]; }
+    bool          has_window() const { return !windows_.empty(); }
+    ggml_tensor * window(const moe_tensor & weight) { return &window_of(weight.layer).tensors[weights_.index_of(weight)]; }
+    // Whether one layer's window may be filled while the other's is computed on.
+    bool are_apart(int layer, int other) const { return has_window() && turn_[layer] != turn_[other]; }
 
     // The key a slot holds, or will before any stream that waits for its ticket goes on; -1: none.
     int     key_of(int layer, int slot) const { return slots_[layer][slot].key; }
@@ -57,10 +59,13 @@ class pools {
     // Starts copying what a slot of a pool holds into the window, behind the upload of it or by that stream.
     void copy_to_window(int layer, int slot);
     void copy_to_window(ggml_backend_t stream, int layer, int slot);
+    // The layer's window is its own from now on; the ticket of what may still come there for another one.
+    int64_t begin_window(int layer);
+    // Whether a key is there, or will be before any stream that waits for the window's ticket goes on.
+    bool    is_in_window(int key) const;
+    int64_t window_ticket(int layer) const { return window_of(layer).ticket; }
     // To be called when some have been started.
     void issue();
-    // Of the copy that was started last.
-    int64_t last_ticket() const { return issued_; }
 
     // How long it takes to copy so much memory into a pool that holds nothing, in nanoseconds.
     int64_t copy_ns(int layer, int n, const std::function<const char *(int)> & memory);
@@ -85,7 +90,17 @@ class pools {
         int64_t ticket = 0;
     };
 
-    void                 send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory);
+    void send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory);
+    struct window_room {
+        std::vector<ggml_tensor> tensors;  // by index of the weight
+        ggml_backend_buffer_t    buffer = nullptr;
+        int                      layer  = -1;  // whose experts it holds
+        std::vector<char>        holds;        // which
+        int64_t                  ticket = 0;   // of the last copy from host memory
+    };
+
+    window_room &        window_of(int layer) { return windows_[turn_[layer]]; }
+    const window_room &  window_of(int layer) const { return windows_[turn_[layer]]; }
     bool                 place(std::vector<ggml_tensor> & tensors, const int32_t * n_slots, bool stacked, ggml_backend_buffer_t & buffer);
     ggml_backend_event_t event_of(int64_t ticket) const { return events_[ticket % events_.size()]; }
 
@@ -94,10 +109,12 @@ class pools {
     ggml_backend_t                    stream_ = nullptr;
     std::vector<ggml_backend_event_t> events_;  // of the latest tickets; none where the device has none
     ggml_backend_event_t              before_ = nullptr;
-    ggml_backend_buffer_t             buffer_ = nullptr, window_buffer_ = nullptr;
-    std::vector<ggml_tensor>          tensors_, window_;  // by index of the weight
-    std::vector<int>                  where_;             // key -> slot
-    std::vector<std::vector<slot>>    slots_;             // by layer
+    ggml_backend_buffer_t             buffer_ = nullptr;
+    std::vector<ggml_tensor>          tensors_;  // by index of the weight
+    std::vector<window_room>          windows_;
+    std::vector<int>                  turn_;   // layer -> number of its window
+    std::vector<int>                  where_;  // key -> slot
+    std::vector<std::vector<slot>>    slots_;  // by layer
     int64_t                           issued_ = 0, done_ = 0;
 };
 

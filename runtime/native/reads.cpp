@@ -293,7 +293,7 @@ void reads::lane(int number) {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-        work_.wait(lock, [this] { return stop_ || !urgent_.empty() || !demand_.empty() || !ahead_.empty() || !guess_.empty(); });
+        work_.wait(lock, [this] { return stop_ || !urgent_.empty() || !demand_.empty() || !ahead_.empty() || may_guess(); });
         if (stop_) {
             break;
         }
@@ -311,12 +311,14 @@ void reads::lane(int number) {
 // Both release the lock while they read.
 
 void reads::run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bounce) {
-    auto &      queue = demand_.empty() ? guess_ : demand_;
-    const chunk c     = queue.front();
+    const bool  is_guess = demand_.empty();
+    auto &      queue    = is_guess ? guess_ : demand_;
+    const chunk c        = queue.front();
     queue.pop_front();
     slot_info & s = slots_[c.slot];
     s.queued--;
     s.in_flight++;
+    guessing_lanes_ += is_guess;
     const bool skip  = s.failed;  // the job is lost already: do not spend disk time on its rest
     const bool guess = s.guess;
     const int  kind = guess ? MOE_EVENT_GUESS : MOE_EVENT_DEMAND, key = s.key;
@@ -329,6 +331,7 @@ void reads::run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bo
     history.add(kind, number, key, t0);
     lock.lock();
     s.in_flight--;
+    guessing_lanes_ -= is_guess;
     if (--active_ == 0) {
         disk_ns_ += now_ns() - active_since_ns_;
     }
@@ -339,6 +342,9 @@ void reads::run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bo
         count.guess_bytes += c.bytes;
     }
     finish_if_done(lock, c.slot);
+    if (is_guess && may_guess()) {
+        work_.notify_one();  // a lane that slept because there were enough at guesses
+    }
     if (s.in_flight == 0) {
         ended_++;
         done_.notify_all();

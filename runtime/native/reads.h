@@ -23,10 +23,11 @@
 
 namespace moe {
 
-// Read requests are flat in speed above about 256 KiB; a chunk is also the longest time a demand
-// can wait behind a guess that a lane has already started.
-constexpr int64_t CHUNK_BYTES       = 1 << 20;
+// Most matrices of experts are one request: beside threads that compute every further one costs (LOG.md). A
+// chunk of a guess is also the longest time a demand can wait behind one that a lane has already started.
+constexpr int64_t CHUNK_BYTES       = 2 << 20;
 constexpr int64_t GUESS_CHUNK_BYTES = CHUNK_BYTES / 2;
+constexpr int     GUESS_LANES       = 2;  // at a time: what the others begin, a demand would wait behind
 // The longest range of an errand: what a lane keeps in memory for it.
 constexpr int64_t RANGE_BYTES = 64 << 10;
 
@@ -150,6 +151,7 @@ class reads {
 
     using ranges = std::deque<std::pair<std::shared_ptr<errand>, int>>;
 
+    bool        may_guess() const { return !guess_.empty() && guessing_lanes_ < GUESS_LANES; }
     void        lane(int number);
     void        run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bounce);
     void        run_range(std::unique_lock<std::mutex> & lock, ranges & queue, char *& memory);
@@ -170,6 +172,7 @@ class reads {
     std::deque<slot_info>    slots_;           // deque: atomics do not move
     std::vector<int>         guessing_;        // slots that hold or await a guess nobody demanded
     int64_t                  ended_           = 0;
+    int                      guessing_lanes_  = 0;
     int                      active_          = 0;  // lanes reading into slots
     int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;

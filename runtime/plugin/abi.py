@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 10
+ABI = 11
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
 MAX_SPARES = 32
 COPIES = 2
-CHUNK_BYTES = 1 << 20  # native/reads.h
+GUESS_CHUNK_BYTES = 1 << 20  # native/reads.h
 
 i32, i64 = ctypes.c_int32, ctypes.c_int64
 i32_array = ctypes.POINTER(i32)
@@ -150,7 +150,8 @@ class Call(ctypes.Structure):
         ("cpu_pairs", i64),
         ("cpu_ns", i64),
         ("cpu_rest", i32),
-        ("reserved", i32),
+        ("n_window", i32),
+        ("window_keys", ctypes.c_void_p),
     ]
 
 

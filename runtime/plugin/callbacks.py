@@ -93,6 +93,7 @@ class Callbacks:
         self._plan_slots: Any = (i32 * n).from_address(call.plan_slots)
         self._plan_loads: Any = (i32 * n).from_address(call.plan_loads)
         self._plan_pools: Any = (i32 * n).from_address(call.plan_pools)
+        self._window_keys: Any = (i32 * n).from_address(call.window_keys)
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
         self._guess_pools: Any = (i32 * MAX_GUESSES).from_address(call.guess_pools)
@@ -146,6 +147,9 @@ class Callbacks:
         self._plan_loads[:n] = plan.loads
         if plan.pools:
             self._plan_pools[:n] = plan.pools
+        if k := len(plan.foreseen):
+            call.n_window = k
+            self._window_keys[:k] = plan.foreseen
         if not continuation:
             call.wants_guesses = brain.wants_guesses(self._meters)
             call.settled = brain.is_settled(event)

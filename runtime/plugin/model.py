@@ -111,12 +111,12 @@ class PluginModel:
         """Whether the device copies from the slots directly."""
         return bool(self._lib.moe_model_is_pinned(self._open))
 
-    def allocate_pools(self, n_slots: Sequence[int], window: bool) -> None:
+    def allocate_pools(self, n_slots: Sequence[int], n_windows: int) -> None:
         """Slots on the device, by layer from 0 on; 0 for a layer that is not computed there.
 
-        ``window``: with room besides for all experts of one layer at a time.
+        ``n_windows``: with room besides for all experts of so many layers at a time, 0 to 2.
         """
-        if self._lib.moe_model_pools(self._open, (i32 * len(n_slots))(*n_slots), window) != 0:
+        if self._lib.moe_model_pools(self._open, (i32 * len(n_slots))(*n_slots), n_windows) != 0:
             raise UserError(
                 f"the device refused the memory for {sum(n_slots)} experts: lower "
                 f"{option('device_memory')}"

@@ -1,0 +1,76 @@
+#include "windows.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "model.h"
+
+namespace moe {
+
+windows::windows(ggml_backend_t stream, moe_model & model, std::function<void(int64_t)> wait_on)
+    : stream_(stream), model_(model), wait_on_(std::move(wait_on)) {}
+
+void windows::begin(int layer) {
+    // Copies for a layer that did not ask, which this stream's own would run into.
+    wait_on_(model_.pools->begin_window(layer));
+}
+
+bool windows::is_lacking(int layer, int key) const { return model_.weights.layer_of(key) == layer && !model_.pools->is_in_window(key); }
+
+void windows::copy_pooled(int layer, const int32_t * keys, int n) {
+    pools &    p      = *model_.pools;
+    const auto is_due = [&](int key) { return is_lacking(layer, key) && p.slot_of(key) >= 0; };
+    int64_t    ticket = 0;
+    for (int i = 0; i < n; i++) {
+        ticket = is_due(keys[i]) ? std::max(ticket, p.ticket_of(layer, p.slot_of(keys[i]))) : ticket;
+    }
+    wait_on_(ticket);
+    for (int i = 0; i < n; i++) {
+        if (is_due(keys[i])) {
+            p.copy_to_window(stream_, layer, p.slot_of(keys[i]));
+        }
+    }
+}
+
+void windows::copy_resident() {
+    const dialogue &     said = model_.dialogue;
+    std::vector<int32_t> keys;
+    for (const dialogue::entry & e : said.entries) {
+        if (e.slot < 0) {
+            keys.push_back(model_.pools->key_of(said.call.layer, e.pool));
+        }
+    }
+    copy_pooled(said.call.layer, keys.data(), (int)keys.size());
+}
+
+void windows::fill_next() {
+    pools &          p    = *model_.pools;
+    const moe_call & call = model_.dialogue.call;
+    const int32_t *  keys = call.window_keys;
+    const int        n    = std::min(call.n_window, model_.weights.n_experts);
+    if (n <= 0 || !std::all_of(keys, keys + n, [this](int key) { return model_.weights.is_key(key); })) {
+        return;
+    }
+    const int layer = model_.weights.layer_of(keys[0]);
+    if (!p.has(layer) || p.is_whole(layer) || !p.are_apart(layer, call.layer)) {
+        return;
+    }
+    // Whoever computed on that window last is done: the ids of this event's layer were waited for since.
+    begin(layer);
+    int n_sent = 0;
+    for (int i = 0; i < n; i++) {
+        const int slot = is_lacking(layer, keys[i]) && p.slot_of(keys[i]) < 0 ? model_.slot_in_memory(keys[i]) : -1;
+        if (slot >= 0) {
+            model_.upload(slot, layer, -1);
+            n_sent++;
+        }
+    }
+    if (n_sent) {
+        p.issue();
+        model_.stats.uploads_ahead += n_sent;
+    }
+    copy_pooled(layer, keys, n);
+}
+
+}  // namespace moe
