@@ -137,6 +137,7 @@ def nearly(path: Path, tokens: Sequence[int], logits: Any) -> bool:
 
 # --- 1: each kind of memory ---------------------------------------------------------------------
 
+
 def test_a_state_that_nobody_wants_is_given_back_at_once(models: Models) -> None:
     """Not when the garbage collector comes by: a group that ends would leave one per sequence."""
     _, model = models("plain")
@@ -148,7 +149,6 @@ def test_a_state_that_nobody_wants_is_given_back_at_once(models: Models) -> None
     assert memory.restore(0, bytes(data))
     assert sys.getrefcount(data) == 2  # this name, and the call's
     data.append(0)  # nobody holds its memory
-
 
 
 @pytest.mark.parametrize("kind", KINDS)
