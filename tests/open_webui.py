@@ -66,7 +66,7 @@ def call(port: int, path: str, body: dict[str, Any] | None, key: str) -> bytes:
 def test_it_shows_the_model_and_streams_its_answer(tmp_path: Path) -> None:
     settings = documented()
     key = settings["OPENAI_API_KEY"]
-    serve = [sys.executable, "-m", "moe_gguf", "serve", "demo", "--memory", "500MB"]
+    serve = [sys.executable, "-m", "moe_gguf", "serve", "demo", "--alias", "demo"]
     env = {
         **os.environ,
         **settings,

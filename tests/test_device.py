@@ -244,6 +244,31 @@ def test_03_the_next_layer_comes_meanwhile(
         assert before.uploads_ahead == 0
 
 
+def one_prompt_again(model: Model) -> Logits:
+    """The last layer is computed for one token, whose experts its pool soon has."""
+    context = model.context(n_seq_max=7)
+    tokens = random_tokens(40)
+    logits = [context.decode(rows(tokens, seq=6))]  # brings all into memory
+    for s in range(6):
+        prompt = [Row(t, i, s, i == len(tokens) - 1) for i, t in enumerate(tokens)]
+        logits.append(context.decode(prompt))
+    return np.concatenate(logits)
+
+
+def test_03_what_was_foreseen_in_vain_is_on_its_way_still(
+    tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
+    """Into the window that the next prompt's first layer has, when that fills it."""
+    path = tiny_file("qwen3moe")
+    expected = reference(path, one_prompt_again)
+    with (
+        lag.delayed(us=0, bytes_per_s=4 * 10**6),
+        ours(path, n_pool=6, n_windows=2, **DEVICE) as model,
+    ):
+        same(one_prompt_again(model), expected)
+        assert model.stats().uploads_ahead > 0
+
+
 WAITS: dict[str, tuple[int, dict[str, Any]]] = {
     "for ids": (SYNCHRONIZE, {"n_pool": 8}),
     "for copies": (COMPUTE_WAITS, {"n_pool": 8}),

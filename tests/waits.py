@@ -58,9 +58,14 @@ WAITS = (
     ),
     Wait(
         "a window is filled from slots whose copies have ended",
-        "device_executor.cpp",
-        "    wait_on(ticket);\n    for (const dialogue::entry & e : model_.dialogue.entries) {\n",
-        "    for (const dialogue::entry & e : model_.dialogue.entries) {\n",
+        "windows.cpp",
+        "    wait_on_(ticket);\n",
+    ),
+    Wait(
+        "a window is filled behind what still comes there for a layer that did not ask",
+        "windows.cpp",
+        "    wait_on_(model_.pools->begin_window(layer));\n",
+        "    model_.pools->begin_window(layer);\n",
     ),
     Wait(
         "a stream waits for copies by their event",

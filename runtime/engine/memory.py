@@ -105,6 +105,6 @@ class Memory:
 
 
 def _over(data: bytes | bytearray) -> Any:
-    """The bytes as an array of ctypes, for as long as they live. Not by ``ctypes.cast``, which makes
-    a cycle: a state would stay in memory until the garbage collector comes by."""
+    """The bytes as an array of ctypes, for as long as they live. Not by ``ctypes.cast``: of the
+    cycle that it makes a state would stay until the garbage collector comes by."""
     return (ctypes.c_uint8 * len(data)).from_address(np.frombuffer(data, np.uint8).ctypes.data)
