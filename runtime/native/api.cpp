@@ -83,6 +83,7 @@ void moe_model_guess_with(moe_model * model, moe_gates * gates) { model->dialogu
 void moe_model_step(moe_model * model, int32_t phase, int32_t n_sequences) {
     std::lock_guard<std::mutex> lock(model->step);
     model->dialogue.step(phase, n_sequences);
+    model->reads->step(n_sequences);
 }
 moe_call * moe_model_call(moe_model * model) { return &model->dialogue.call; }
 void       moe_model_stats(moe_model * model, moe_stats * stats) {

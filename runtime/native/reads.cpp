@@ -181,6 +181,11 @@ void reads::wait_any(const std::vector<int> & wanted) {
     });
 }
 
+void reads::step(int n_sequences) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    n_sequences_ = n_sequences;
+}
+
 int64_t reads::ended() {
     std::lock_guard<std::mutex> lock(mutex_);
     return ended_;

@@ -27,7 +27,9 @@ namespace moe {
 // chunk of a guess is also the longest time a demand can wait behind one that a lane has already started.
 constexpr int64_t CHUNK_BYTES       = 2 << 20;
 constexpr int64_t GUESS_CHUNK_BYTES = CHUNK_BYTES / 2;
-constexpr int     GUESS_LANES       = 2;  // at a time: what the others begin, a demand would wait behind
+// So many lanes guess at a time, since a demand would wait behind what more of them begin; but all do for large groups,
+// whose next layer is known well and streams through.
+constexpr int GUESS_LANES = 2, LARGE_GROUP = 16;
 // The longest range of an errand: what a lane keeps in memory for it.
 constexpr int64_t RANGE_BYTES = 64 << 10;
 
@@ -119,6 +121,9 @@ class reads {
     // Blocks until it is done; any number of threads may.
     void wait(const std::shared_ptr<errand> & e);
 
+    // A step of so many sequences begins.
+    void step(int n_sequences);
+
     std::string last_error();
     void        inject(int skip, int err);
 
@@ -151,10 +156,10 @@ class reads {
 
     using ranges = std::deque<std::pair<std::shared_ptr<errand>, int>>;
 
-    bool        may_guess() const { return !guess_.empty() && guessing_lanes_ < GUESS_LANES; }
-    void        lane(int number);
-    void        run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bounce);
-    void        run_range(std::unique_lock<std::mutex> & lock, ranges & queue, char *& memory);
+    bool may_guess() const { return !guess_.empty() && guessing_lanes_ < (n_sequences_ < LARGE_GROUP ? GUESS_LANES : options_.lanes); }
+    void lane(int number);
+    void run_chunk(std::unique_lock<std::mutex> & lock, int number, char * bounce);
+    void run_range(std::unique_lock<std::mutex> & lock, ranges & queue, char *& memory);
     std::string read_chunk(const chunk & c, char * bounce);
     std::string read_range(const errand & e, const errand::range & r, char * memory);
     std::string read_around(int file, int64_t offset, int64_t bytes, char * dest);
@@ -173,6 +178,7 @@ class reads {
     std::vector<int>         guessing_;        // slots that hold or await a guess nobody demanded
     int64_t                  ended_           = 0;
     int                      guessing_lanes_  = 0;
+    int                      n_sequences_     = 1;  // of the running step
     int                      active_          = 0;  // lanes reading into slots
     int64_t                  active_since_ns_ = 0, disk_ns_ = 0;
     std::vector<std::thread> lanes_;
