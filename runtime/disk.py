@@ -90,7 +90,7 @@ class Ceiling(NamedTuple):
 def ceiling(layout: ModelLayout, lanes: int | None) -> Ceiling:
     """Measure what the disk gives to expert reads of the size and lanes the engine uses.
 
-    Direct where that works; ``lanes`` None as ``choose`` measures them. The best of a few tries,
+    Direct where that works; ``lanes`` None as ``choose`` has them. The best of a few tries,
     since whatever disturbs one makes it slower.
     """
     probe = probe_all(layout.files)

@@ -155,7 +155,8 @@ def place(found: Found, n_threads: int | None) -> Path | None:
             stream.n_bytes,
             found.n_used,
             found.kernels.is_repacked,
-            found.mode.direct,  # not the lanes, which are measured anew each time
+            found.mode.direct,
+            found.mode.lanes,
             found.options.policy,
             found.options.losses(),
         )
