@@ -17,7 +17,7 @@ MODULE := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON
 # Versions that were tried.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.171.0 opencode-ai@1.18.33
 
-.PHONY: demo check lint types native test zoo chat page agents mutants rpc vulkan waits stress ray suites lm-eval open-webui soak tsan clean
+.PHONY: demo check lint types native test zoo chat page agents mutants rpc vulkan waits stress ray suites lm-eval open-webui dashboard soak tsan clean
 
 # Text from the demo model with room for at most 40 % of its experts.
 demo: $(READY)
@@ -139,6 +139,10 @@ open-webui: $(READY)
 	test -d build/open-webui || $(PYTHON) -m venv build/open-webui
 	build/open-webui/bin/pip install -q open-webui==0.12.4
 	$(BIN)/pytest tests/open_webui.py
+
+# The dashboard's panels, asked of a Prometheus. Not in `check`: needs one (Debian has it).
+dashboard: $(READY)
+	$(BIN)/pytest tests/dashboard.py
 
 # Many clients of every temper at once; `make test` has some of them.
 soak: $(READY)

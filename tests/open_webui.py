@@ -11,16 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from processes import running
 
 ROOT = Path(__file__).parent.parent
 OURS, THEIRS = 18091, 18092
@@ -35,24 +31,6 @@ def documented() -> dict[str, str]:
     (line,) = re.findall(r"^export (.*)$", block, flags=re.M)
     settings = dict(word.split("=", 1) for word in line.split())
     return {k: v.replace(":8080", f":{OURS}") for k, v in settings.items()}
-
-
-@contextmanager
-def running(command: list[str], env: dict[str, str], ready: str) -> Iterator[None]:
-    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(1200):
-                try:
-                    urllib.request.urlopen(ready).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, f"{command[0]} ended"
-                    time.sleep(0.1)
-            else:
-                pytest.fail(f"{command[0]} does not answer")
-            yield
-        finally:
-            process.terminate()
 
 
 def call(port: int, path: str, body: dict[str, Any] | None, key: str) -> bytes:
@@ -75,12 +53,8 @@ def test_it_shows_the_model_and_streams_its_answer(tmp_path: Path) -> None:
     }
     theirs = [str(ROOT / "build/open-webui/bin/open-webui"), "serve", "--port", str(THEIRS)]
     with (
-        running(
-            [*serve, "--port", str(OURS), "--api-key", key],
-            dict(os.environ),
-            f"http://127.0.0.1:{OURS}/health",
-        ),
-        running(theirs, env, f"http://127.0.0.1:{THEIRS}/health"),
+        running([*serve, "--port", str(OURS), "--api-key", key], f"http://127.0.0.1:{OURS}/health"),
+        running(theirs, f"http://127.0.0.1:{THEIRS}/health", env),
     ):
         nobody = {"email": "", "password": ""}
         token = json.loads(call(THEIRS, "/api/v1/auths/signin", nobody, ""))["token"]

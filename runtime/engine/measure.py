@@ -34,7 +34,7 @@ from ..options import Options
 from ..params import ContextShape
 from ..plugin.abi import Stats
 from ..progress import Report
-from ..sizes import MB
+from ..sizes import MB, format_size
 from .context import Logits, Row
 from .measurements import Measurements, Size, age_s, place, recall, remember
 from .model import Model, context_shape
@@ -80,8 +80,10 @@ def measure(
 ) -> Measurements:
     """Measure in a child, for about so long; UserError where the budget is too small for it."""
     options = asdict(found.options)
+    taken_by_us = 0
     if found.options.memory != "auto":  # this process is in the budget too
-        options["memory"] = max(MB, found.total - int(psutil.Process().memory_info().rss))
+        taken_by_us = int(psutil.Process().memory_info().rss)
+        options["memory"] = max(MB, found.total - taken_by_us)
     told = {
         "path": str(found.layout.path.absolute()),
         "options": options,
@@ -105,6 +107,9 @@ def measure(
             if (taken := _listen(process, progress)) is not None:
                 return taken
             process.wait()
+        except UserError as error:
+            beside = f", beside {format_size(taken_by_us)} of this process" if taken_by_us else ""
+            raise UserError(f"{error} (while measuring this model{beside})") from None
         except BaseException:
             process.kill()
             raise
@@ -128,7 +133,7 @@ def _listen(process: subprocess.Popen[str], progress: Report | None) -> Measurem
             case {"measured": str(text)}:
                 return Measurements.from_json(text)
             case {"error": str(error)}:
-                raise UserError(f"{error} (while measuring this model)")
+                raise UserError(error)
     return None
 
 
