@@ -8,10 +8,10 @@ asked. Clients are a process of their own. Sections:
 
     overhead   8 sequences through `Engine` in this process, and as many clients of a server over it
     followup   the time to the first token of a chat of about 3,600 tokens, and of what follows it
-    clients    16 clients at once, ours over the other: everything in memory, and in a memory cgroup
-               of ``--cap`` of the file (root only), where the answers are short, since the other
-               server reads its weights from disk for every token; ours serves the ``--bundle``, if
-               one is named, since the other server repacks its weights
+    clients    16 clients at once, ours over the other: all in memory, both repacking weights,
+               and in a memory cgroup of ``--cap`` of the file (root only), neither doing so: the
+               other one would be killed, and mapped it reads its weights from disk for every token,
+               so that the answers are short
 """
 
 from __future__ import annotations
@@ -194,17 +194,18 @@ def _compared(args: argparse.Namespace, cap: int | None, answer: int, aim: str) 
     jobs, banned = _jobs(args, CLIENTS, args.rounds + 1)
     rounds = []
     for i in range(args.rounds):
-        mine = _ours(args, cap, *_room(args), model=args.bundle)
+        mine = _ours(args, cap, *_room(args))
         found = {"ours": _served(args, mine, jobs, banned, answer, i)}
         if args.server:
             try:
                 found["other"] = _served(args, _theirs(args, cap), jobs, banned, answer, i)
-            except UserError as error:  # repacked weights are memory that no kernel gives back
+            except UserError as error:
                 found["other"] = {"failure": str(error)}
         rounds.append(found)
         told = ", ".join(f"{who} {_brief(each)}" for who, each in found.items())
         _note(f"{CLIENTS} clients, {f'in {cap / 1e9:.2f} GB' if cap else 'all in memory'}: {told}")
     document: dict[str, Any] = {"bytes": cap, "answer_tokens": answer, "rounds": rounds}
+    document["repacked"] = cap is None
     both = [each for each in rounds if "tps" in each.get("other", {})]
     if both:
         ratios = [each["ours"]["tps"] / each["other"]["tps"] for each in both]
@@ -236,10 +237,8 @@ def _room(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _ours(
-    args: argparse.Namespace, cap: int | None, *more: str, model: Path | None = None
-) -> Iterator[tuple[int, str]]:
-    path = str((model or args.model).absolute())
+def _ours(args: argparse.Namespace, cap: int | None, *more: str) -> Iterator[tuple[int, str]]:
+    path = str(args.model.absolute())
     command = [sys.executable, "-m", "moe_gguf", "serve", path, "--port", "0"]
     command += ["--alias", "model", *more]
     command += ["--memory", str(cap)] if cap else []
@@ -276,6 +275,7 @@ def _theirs(args: argparse.Namespace, cap: int | None) -> Iterator[tuple[int, st
         stock=True,
         sequences=CLIENTS,
         server=args.server,
+        repack=cap is None,
     )
     threads = args.threads or physical_cores()
     with contextlib.ExitStack() as stack:
@@ -309,7 +309,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--server", help="examples/server/server.py of llama-cpp-python's source")
-    parser.add_argument("--bundle", type=Path, help="the model, repacked by moe-gguf convert")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
@@ -321,7 +320,6 @@ def main() -> int:
     document: dict[str, Any] = {"machine": machine_facts(), "versions": versions()}
     document |= {
         "model": args.model.name,
-        "bundle": args.bundle is not None,
         "rounds": args.rounds,
         "answer_tokens": args.tokens,
     }

@@ -83,17 +83,19 @@ class Transforms:
     """The rules a model needs on this machine, numbered for the plugin.
 
     ``plain``: this processor's own layout is none to compute on either, but to be undone.
+    ``repack``: what is stored plain gets that layout after each read.
     """
 
-    def __init__(self, header: GgufHeader, plain: bool = False) -> None:
-        self._plain = plain
+    def __init__(self, header: GgufHeader, plain: bool = False, repack: bool = False) -> None:
+        self._plain, self._repack = plain, repack
         self._header = header
         self.rules: dict[str, Interleaving] = {}
 
     def code(self, layout: str, ggml_type: int, ne: tuple[int, int]) -> tuple[int, int]:
         """(moe_layout, index of the transform) of a matrix stored in this layout."""
         if layout == PLAIN:
-            return LAYOUT_PLAIN, 0
+            repacks = self._repack and load().moe_repack_supported(ggml_type, *ne)
+            return LAYOUT_REPACK if repacks else LAYOUT_PLAIN, 0
         own = None if self._plain else interleaving(ggml_type, ne)
         if own is not None and layout == own.name:
             return LAYOUT_REPACKED, 0
@@ -102,7 +104,7 @@ class Transforms:
         return LAYOUT_FOREIGN, list(self.rules).index(layout)
 
 
-LAYOUT_PLAIN, LAYOUT_REPACKED, LAYOUT_FOREIGN = 0, 1, 2  # enum moe_layout
+LAYOUT_PLAIN, LAYOUT_REPACKED, LAYOUT_FOREIGN, LAYOUT_REPACK = range(4)  # enum moe_layout
 
 
 # Matrices that llama.cpp multiplies with and, where it may, keeps repacked. Of a name that is
@@ -117,21 +119,25 @@ class Kernels(NamedTuple):
     tensors that are repacked while they are loaded.
     """
 
-    is_repacked: bool  # experts are stored as this machine's fastest kernels want them
+    is_repacked: bool  # this machine's fastest, which want experts in a layout of their own
     trunk: tuple[str, ...]
     transforms: Transforms
+    at_reads: bool = False  # experts are stored plain, and get that layout after each read
 
     @property
     def foreign(self) -> tuple[str, ...]:
         return tuple(self.transforms.rules)
 
 
-def kernels_of(layout: ModelLayout, on_device: bool = False) -> tuple[ModelLayout, Kernels]:
+def kernels_of(
+    layout: ModelLayout, on_device: bool = False, repack: bool = False
+) -> tuple[ModelLayout, Kernels]:
     """The model as it will be held, and the kernels that compute with it.
 
     ``on_device``: those of a device, which want weights plain, and an output matrix in its memory.
+    ``repack``: what is stored plain is repacked as it is read.
     """
-    transforms = Transforms(layout.metadata, plain=on_device)
+    transforms = Transforms(layout.metadata, plain=on_device, repack=repack and not on_device)
     codes = {
         transforms.code(name, kind, tensor.ne[:2])[0]
         for layer in layout.layers
@@ -140,10 +146,11 @@ def kernels_of(layout: ModelLayout, on_device: bool = False) -> tuple[ModelLayou
     }
     if on_device:
         return untied(layout), Kernels(False, (), transforms)
-    if LAYOUT_REPACKED not in codes:
+    at_reads = LAYOUT_REPACK in codes
+    if LAYOUT_REPACKED not in codes and not at_reads:
         return layout, Kernels(False, (), transforms)
     layout = repacked_layout(layout)
-    return layout, Kernels(True, tuple(repacked_trunk(layout)), transforms)
+    return layout, Kernels(True, tuple(repacked_trunk(layout)), transforms, at_reads)
 
 
 def repacked_layout(layout: ModelLayout) -> ModelLayout:

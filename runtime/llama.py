@@ -168,11 +168,10 @@ class Llama(llama_cpp.Llama):
                 return original(path, params)
             # The stack is LIFO: context and model go first, then the plugin, then what it used.
             self._stack.callback(opened.close_rest)
-            binding = self.found.bind()
-            self._stack.callback(binding.close)
             n_outputs = self._limit_outputs()
             context_params = self._planned_context()
-            measured = opening.measure(self.found, binding, params, context_params, n_outputs)
+            binding, measured = opening.bound(self.found, params, context_params, n_outputs)
+            self._stack.callback(binding.close)
             opened.model = opening.load(measured, binding, params, progress)
             return opened.model.model
 

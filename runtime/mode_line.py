@@ -71,7 +71,7 @@ def _rows(needs: Needs) -> str:
 def _kernels(found: Found) -> str:
     """What is to be said about kernel layouts; nothing where weights are plain."""
     if found.kernels.is_repacked:
-        return ", repacked kernels"
+        return ", repacked kernels" + (" (as it is read)" if found.kernels.at_reads else "")
     if not found.kernels.foreign:
         return ""
     table = found.layout.table

@@ -35,6 +35,8 @@ from .progress import Report
 
 # A smaller table stays in memory, unless it is asked to go.
 _LARGE_TABLE_BYTES = 64 << 20
+# Repacking what is read costs more than its kernels save, unless few are read again (LOG.md).
+_REPACK_SHARE = 0.9
 # For rows of all tables on disk: the tokens of a text repeat, and this holds thousands of them.
 _ROW_CACHE_BYTES = 32 << 20
 
@@ -119,12 +121,23 @@ def find(path: Path, options: Options) -> Found:
             f"a device holds no low copies: leave out {option('low_share')} and "
             f"{option('low_on_miss')}, or use {option('device', 'cpu')}"
         )
-    layout, kernels = kernels_of(layout, placement is not None)
     slots = slot_layout(layout, probe.offset_align)
+    repack = options.repack == "on" or (
+        options.repack == "auto" and _may_hold_most(layout, slots, total)
+    )
+    layout, kernels = kernels_of(layout, placement is not None, repack)
     tables = () if options.table_rows == "resident" else tables_of(layout)
     return Found(
         options, layout, n_used, total, slots, mode, kernels, statistics, tables, placement
     )
+
+
+def _may_hold_most(layout: ModelLayout, slots: SlotLayout, total: int) -> bool:
+    """Whether nearly all experts find a slot in the budget, if contexts take nothing."""
+    n_all = len(layout.layers) * layout.n_experts
+    process = int(psutil.Process().memory_info().rss) + budgets.MARGIN_BYTES
+    room = total - layout.trunk_bytes - process
+    return room >= _REPACK_SHARE * n_all * slots.slot_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +149,13 @@ class Measured:
     n_ctx: int
     tables: tuple[PlacedTensor, ...] = ()  # that stay on disk
     on_device: DeviceNeeds = budgets.NOTHING
+
+    @property
+    def holds_most(self) -> bool:
+        """Whether nearly all experts find a slot."""
+        found = self.found
+        room = found.total - self.needs.total
+        return room >= _REPACK_SHARE * found.n_all * found.slots.slot_bytes
 
     def divide_device(self) -> DeviceBudget | None:
         """Give the pools what a device's needs leave of its memory as it is now, nothing of the
@@ -177,6 +197,31 @@ class Measured:
         surplus = max(0, rss - (self.needs.trunk + self.needs.kv + self.needs.process))
         needs = self.needs._replace(process=self.needs.process + surplus)
         return replace(self, needs=needs)
+
+
+def bound(
+    found: Found,
+    model_params: llama_cpp.llama_model_params,
+    context_params: llama_cpp.llama_context_params,
+    n_outputs: int = 1,
+) -> tuple[Binding, Measured]:
+    """The native model, the caller's to close, and what it needs (``measure``).
+
+    What was to be repacked as it is read, since nearly all of it seemed to fit, stays plain if a
+    context of this size does not leave the room.
+    """
+    binding = found.bind()
+    try:
+        measured = measure(found, binding, model_params, context_params, n_outputs)
+        is_sure = found.options.repack != "auto" or not found.kernels.at_reads
+        if is_sure or measured.holds_most:
+            return binding, measured
+    except BaseException:
+        binding.close()
+        raise
+    binding.close()
+    plain = find(found.layout.path, replace(found.options, repack="off"))
+    return bound(replace(plain, total=found.total), model_params, context_params, n_outputs)
 
 
 def measure(

@@ -18,6 +18,7 @@ READ_MODES = ("auto", "direct", "buffered")
 MOST_LANES = 64
 TABLE_ROWS = ("auto", "resident", "disk")
 CPU_EXPERTS = ("auto", "off", "all")
+REPACK = ("auto", "on", "off")
 
 
 class Entry(NamedTuple):
@@ -63,6 +64,13 @@ class Options:
         "where embedding tables are, of which a token needs a few rows: resident in memory, "
         "on disk, or auto: on disk where memory is short and they are large",
     )
+    repack: str = entry(
+        "auto",
+        "WHEN",
+        "bring weights into the layout of this processor's fastest kernels as they are read, as "
+        "llama.cpp does when it loads: on, off, or auto: where nearly all experts stay in memory; "
+        "where they do not, moe-gguf convert does it once for all",
+    )
     device: str = entry(
         "cpu", "NAME", "where the model is computed: cpu, a GPU by ggml's name (cuda0), or auto"
     )
@@ -100,6 +108,8 @@ class Options:
             )
         if self.cpu_experts not in CPU_EXPERTS:
             raise UserError(f"{self.cpu_experts!r} names no experts: use {', '.join(CPU_EXPERTS)}")
+        if self.repack not in REPACK:
+            raise UserError(f"{self.repack!r} does not say when: use {', '.join(REPACK)}")
         if self.lanes is not None and not 1 <= self.lanes <= MOST_LANES:
             raise UserError(f"{self.lanes} lanes make no sense: give 1 to {MOST_LANES}, or auto")
         if not 0.0 <= self.low_share <= 1.0:

@@ -197,6 +197,7 @@ class Ours(Model):
         n_windows: int = 0,
         **more: Any,
     ) -> None:
+        more.setdefault("repack", "off")
         found = opening.find(path, Options(GB, policy, reads, lanes, **more))
         self.binding = found.bind()
         params = llama_cpp.llama_model_default_params()

@@ -6,7 +6,9 @@
    with weight repacking on, and so are repacked trunk tensors, a tied output matrix included.
 3. *Foreign.* A kernel layout that this machine does not have is undone after each read: the logits
    are stock's without repacking.
-4. *Damage.* A bundle that cannot be right is refused in one sentence before llama.cpp sees it.
+4. *Repacked as it is read.* The logits of a GGUF whose weights are so are those of a repacked
+   bundle; left to itself a model is held so where nearly all of its experts stay in memory.
+5. *Damage.* A bundle that cannot be right is refused in one sentence before llama.cpp sees it.
 """
 
 from __future__ import annotations
@@ -83,6 +85,19 @@ def test_a_repacked_bundle_computes_what_stock_s_fastest_kernels_do(
         assert model.found.kernels.trunk
     if layout != "updown":  # there both kinds of kernels give the same bits
         assert not np.array_equal(plainly, expected), "repacking changed nothing"
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+@pytest.mark.parametrize("n_slots", [None, 13, 3])
+def test_what_is_repacked_as_it_is_read_computes_what_stock_s_fastest_kernels_do(
+    layout: str, n_slots: int | None, tiny_file: TinyFile
+) -> None:
+    path = tiny_file(layout, **FLAGS)
+    with stock(path, repack=True) as model:
+        expected = generation(model)
+    with ours(path, n_slots, repack="on") as model:
+        assert model.found.kernels.at_reads
+        same(generation(model), expected)
 
 
 @pytest.mark.parametrize("layout", ["qwen3moe", "gemma4", "deepseek2"])

@@ -55,20 +55,21 @@ KINDS = {
 }
 N_CTX = 256
 
-Models = Callable[[str], tuple[Path, Stock]]
+Models = Callable[..., tuple[Path, Stock]]
 
 
 @pytest.fixture(scope="module")
 def models(tiny_file: TinyFile, zoo_file: ZooFile) -> Iterator[Models]:
-    """The file of a kind's model, and stock's model of it, opened once."""
-    opened: dict[str, tuple[Path, Stock]] = {}
+    """The file of a kind's model, and stock's model of it, its weights repacked or not; opened
+    once."""
+    opened: dict[tuple[str, bool], tuple[Path, Stock]] = {}
 
-    def get(kind: str) -> tuple[Path, Stock]:
-        if kind not in opened:
+    def get(kind: str, repack: bool = False) -> tuple[Path, Stock]:
+        if (kind, repack) not in opened:
             name = KINDS[kind]
             path = (tiny_file if kind in ("plain", "window", "latent") else zoo_file)(name)
-            opened[kind] = path, Stock(path)
-        return opened[kind]
+            opened[kind, repack] = path, Stock(path, repack=repack)
+        return opened[kind, repack]
 
     yield get
     for _, stock in opened.values():
@@ -104,6 +105,7 @@ class Play:
     n_slots: int = 14
     policy: str = "lru"
     score_rows: int = 8
+    repack: bool = False
     kept: int = 1 << 20  # bytes of past sequences outside the context
     fails: int | None = None  # the step whose next read fails
     tape: Tape = field(default_factory=Tape)
@@ -134,6 +136,7 @@ def engine_of(path: Path, play: Play) -> Iterator[Engine]:
             reads="buffered",
             lanes=2,
             policy=play.policy,
+            repack="on" if play.repack else "off",
             n_ctx=N_CTX,
             parallel=play.parallel,
             cells=play.cells,
@@ -230,6 +233,7 @@ def plays(draw: st.DrawFn) -> Play:
         cells=draw(st.sampled_from([None, None, 256])),
         n_slots=draw(st.sampled_from([4, 14, 40])),
         policy=draw(st.sampled_from(sorted(POLICIES))),
+        repack=draw(st.booleans()),
         score_rows=draw(st.sampled_from([1, 8])),
         kept=draw(st.sampled_from([0, 60_000, 1 << 20])),
         fails=draw(st.none() | st.integers(1, 15)),
@@ -238,7 +242,7 @@ def plays(draw: st.DrawFn) -> Play:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_1_whatever_is_asked_stock_computes_alike(kind: str, models: Models) -> None:
-    path, stock = models(kind)
+    path, _ = models(kind)
 
     @settings(
         max_examples=EXAMPLES,
@@ -249,7 +253,7 @@ def test_1_whatever_is_asked_stock_computes_alike(kind: str, models: Models) -> 
     @given(plays())
     def gate(play: Play) -> None:
         perform(path, play)
-        check(play.tape, stock.model, play.params())
+        check(play.tape, models(kind, play.repack)[1].model, play.params())
 
     gate()
 
@@ -304,7 +308,14 @@ def test_3_alone_it_gets_what_llama_gives(
         ours = engine.submit(prompt, max_tokens=n, temp=0.0).result()
     fix_slots(monkeypatch, play.n_slots)
     llama = moe_gguf.Llama(
-        path, memory="1GB", n_ctx=N_CTX, n_batch=64, flash_attn=True, swa_full=False, n_threads=1
+        path,
+        memory="1GB",
+        repack="off",
+        n_ctx=N_CTX,
+        n_batch=64,
+        flash_attn=True,
+        swa_full=False,
+        n_threads=1,
     )
     tokens = list(itertools.islice(llama.generate(prompt, temp=0.0), n))
     ends = [i for i, token in enumerate(tokens) if llama._vocabulary.ends(token)]

@@ -92,6 +92,7 @@ def open_llama(path: Path, **kwargs: Any) -> moe_gguf.Llama:
     settings = {"memory": "1GB", "reads": "buffered", "lanes": 2, "n_ctx": 256, "n_threads": 1}
     # Not the default: guesses may fail unnoticed, and how many there are depends on time.
     settings["policy"] = "lru"
+    settings["repack"] = "off"
     return moe_gguf.Llama(path, **(settings | kwargs))
 
 

@@ -77,7 +77,8 @@ def plain_stock(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) ->
 
 
 def open_ours(path: Path, **settings: Any) -> moe_gguf.Llama:
-    settings = {"memory": "1GB", "reads": "buffered", "lanes": 2} | SETTINGS | settings
+    given = {"memory": "1GB", "reads": "buffered", "lanes": 2, "repack": "off"}
+    settings = given | SETTINGS | settings
     return moe_gguf.Llama(path, **settings)
 
 

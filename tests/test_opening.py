@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,27 @@ def test_the_real_process_decides_and_never_gains_slots(tiny_file: TinyFile) -> 
     known = needs.trunk + needs.kv + needs.process
     assert measured.with_process(known - MB).needs == needs
     assert measured.with_process(known + MB).needs.process == needs.process + MB
+
+
+def test_weights_are_repacked_where_nearly_all_experts_stay(tiny_file: TinyFile) -> None:
+    path, params, shape = tiny_file("qwen3moe"), ModelParams().params, ContextShape(512).params()
+
+    def held(found: opening.Found) -> opening.Measured:
+        binding, measured = opening.bound(found, params, shape)
+        binding.close()
+        return measured
+
+    found = opening.find(path, Options(memory=1000 * MB))
+    measured = held(found)
+    assert measured.found.kernels.at_reads
+    assert not opening.find(path, Options(memory=1000 * MB, repack="off")).kernels.at_reads
+    assert not opening.find(path, Options(memory=50 * MB)).kernels.at_reads  # this process is more
+    half = measured.needs.with_slots(found.n_all // 2, found.slots.slot_bytes)
+    plain = held(replace(found, total=half))  # what the context takes, the guess did not know
+    assert not plain.found.kernels.is_repacked
+    assert plain.found.total == half
+    forced = opening.find(path, Options(memory=1000 * MB, repack="on"))
+    assert held(replace(forced, total=half)).found.kernels.at_reads
 
 
 def test_a_policy_is_handed_in(tiny_file: TinyFile) -> None:

@@ -286,7 +286,7 @@ def test_prompts_that_are_scored_share_reads_as_far_as_logits_fit() -> None:
 
 
 def test_too_many_sequences_are_refused_with_what_they_need() -> None:
-    with pytest.raises(UserError, match=r"64 sequences of 512 tokens do not fit .* parallel"):
+    with pytest.raises(UserError, match=r"64 sequences of 512 tokens: too much for .* parallel"):
         plan(issue_machine(), facts(1 * GB), "throughput", Workload(256, 256), 64)
 
 

@@ -150,6 +150,7 @@ def test_every_step_is_stocks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPat
         Engine(
             path,
             memory="1GB",
+            repack="off",
             n_ctx=512,
             parallel=4,
             cells=1024,

@@ -80,6 +80,7 @@ def engine_of(path: Path, tape: Tape | None = None, **more: Any) -> Iterator[Eng
     parallel = more.setdefault("parallel", 3)
     schedule = Schedule(parallel, 0, CHUNK)
     more = {"kept": KEPT, "n_threads": 1, "n_ctx": N_CTX, "schedule": schedule, **more}
+    more.setdefault("repack", "off")  # as the stock that it is compared with
     with pytest.MonkeyPatch.context() as patch:
         fix_slots(patch, 40)
         engine = Engine(path, memory="1GB", reads="buffered", score_rows=1, observer=tape, **more)

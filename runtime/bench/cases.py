@@ -27,7 +27,7 @@ class Row(NamedTuple):
     policy: str | None  # None: stock llama.cpp
     mmap: bool
     capped: bool
-    repack: bool = False  # stock only; ours follow the model
+    repack: bool = False  # as it is read; a bundle may be repacked already
     low: bool = False  # with the lossy options given
     whole: bool = False  # a policy that streams demand that goes round, without that
     server: bool = False
@@ -52,6 +52,7 @@ ROWS = {
     # llama-cpp-python's example server, with its own defaults.
     "stock-server": Row(None, mmap=True, capped=False, repack=True, server=True),
     "resident": Row("lru", mmap=False, capped=False),
+    "resident-repacked": Row("lru", mmap=False, capped=False, repack=True),
     **{name: Row(name, mmap=False, capped=True) for name in POLICIES},
     **{f"{name}+low": Row(name, mmap=False, capped=True, low=True) for name in POLICIES},
     **{f"{name}-whole": Row(name, mmap=False, capped=True, whole=True) for name in _STREAMING},

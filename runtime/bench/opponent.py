@@ -2,7 +2,8 @@
 
 The server's file is named by whoever runs it (`examples/server/server.py` of the source
 distribution); it runs on the llama.cpp that we run on, with its own defaults but for context,
-sequences and threads. Its steps are not seen, only what its clients are told.
+sequences and threads, and where asked without repacking weights, which it has no option for. Its
+steps are not seen, only what its clients are told.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ from .spec import Spec
 
 _OPEN_S = 300.0  # until it answers
 _REQUEST_S = 1200.0
+# Runs a file of which llama.cpp keeps the weights as they are mapped.
+_PLAINLY = """
+import runpy, sys, llama_cpp
+made = llama_cpp.llama_model_default_params
+def plain():
+    params = made()
+    params.use_extra_bufts = False
+    return params
+llama_cpp.llama_model_default_params = plain
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Served(NamedTuple):
@@ -86,7 +99,8 @@ def served(
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as said:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(config))
-        command = [sys.executable, spec.server, "-C", str(file)]
+        plainly = [] if spec.repack else ["-c", _PLAINLY]
+        command = [sys.executable, *plainly, spec.server, "-C", str(file)]
         command = command if group is None else group.command(command)
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, text=True

@@ -21,8 +21,8 @@ from .cases import Case, cases_of, memory_for_all, parse_caps, parse_rows, row_o
 from .cgroup import DiskLimit, Limits
 from .spec import Spec
 
-# Options that bench does not ask for: rows and caps say the first two, stock lacks the others.
-NO_OPTIONS = ("memory", "policy", "experts_used", "device")
+# Options that bench does not ask for: rows and caps say three, stock lacks the others.
+NO_OPTIONS = ("memory", "policy", "repack", "experts_used", "device")
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ def _spec(request: Request, case: Case, path: Path, layout: ModelLayout) -> Spec
             # A group's cells come on top of the experts, and are as many as its tokens.
             memory=case.cap or ("auto" if row.sequences else memory_for_all(layout)),
             policy=row.policy or options.policy,
+            repack="on" if row.repack else "off",
             **({} if row.low else options.lossless()),
         ),
         stock=row.policy is None,

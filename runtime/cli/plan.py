@@ -7,7 +7,6 @@ of one that was, a schedule and its speeds.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -73,6 +72,7 @@ def plan_document(
 
     found = opening.find(path, Options(**options))
     measured = _measure(found, n_ctx, n_threads, _beside(found, chat))
+    found = measured.found
     needs, slot_bytes = measured.needs, found.slots.slot_bytes
     document: dict[str, Any] = {
         "path": str(path),
@@ -178,8 +178,8 @@ def _measure(found: Found, n_ctx: int | None, n_threads: int | None, beside: int
         overrides[f"{found.layout.architecture}.expert_used_count"] = found.n_used
     params = ModelParams(overrides)
     shape = context_shape(n_ctx_of(found.layout, n_ctx), n_threads=n_threads)
-    with contextlib.closing(found.bind()) as binding:
-        measured = opening.measure(found, binding, params.params, shape.params())
+    binding, measured = opening.bound(found, params.params, shape.params())
+    binding.close()
     return replace(measured, needs=measured.needs._replace(beside=beside))
 
 

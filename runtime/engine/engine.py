@@ -145,10 +145,6 @@ class Engine:
             n_threads=n_threads,
         )
         kept_bytes = found.total // _KEPT_SHARE if kept == "auto" else _bytes(kept)
-        store = None
-        if cache_dir is not None:
-            identity = identity_of(found, shape)
-            store = Store(Path(cache_dir), identity, _bytes(cache_size), _note)
         self._model = Model(
             found,
             shape,
@@ -160,6 +156,14 @@ class Engine:
             kept_bytes=kept_bytes,
             beside_bytes=beside,
         )
+        store = None
+        if cache_dir is not None:
+            identity = identity_of(self._model.found, shape)
+            try:
+                store = Store(Path(cache_dir), identity, _bytes(cache_size), _note)
+            except BaseException:
+                self._model.close()
+                raise
         self.vocabulary = self._model.vocabulary
         self._chat = chat
         self._templates: Templates | None = None

@@ -39,6 +39,7 @@ def identity_of(found: Found, shape: ContextShape) -> bytes:
         found.n_used,
         sorted(found.options.losses().items()),
         found.options.device,
+        found.kernels.is_repacked,
         params.type_k,
         params.type_v,
         params.flash_attn_type,

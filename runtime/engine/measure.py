@@ -80,6 +80,7 @@ def measure(
 ) -> Measurements:
     """Measure in a child, for about so long; UserError where the budget is too small for it."""
     options = asdict(found.options)
+    options["repack"] = "on" if found.kernels.at_reads else "off"
     taken_by_us = 0
     if found.options.memory != "auto":  # this process is in the budget too
         taken_by_us = int(psutil.Process().memory_info().rss)

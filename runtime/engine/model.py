@@ -78,14 +78,13 @@ class Model:
     ) -> None:
         with contextlib.ExitStack() as stack:
             # Context and model go first, then the plugin, then what it used.
-            binding = found.bind()
             after = stack.enter_context(contextlib.ExitStack())
-            stack.callback(binding.close)
             overrides: dict[str, int] = {}
             if found.options.experts_used is not None:
                 overrides[f"{found.layout.architecture}.expert_used_count"] = found.n_used
             model_params, params = ModelParams(overrides), shape.params()
-            measured = opening.measure(found, binding, model_params.params, params)
+            binding, measured = opening.bound(found, model_params.params, params)
+            stack.callback(binding.close)
             needs = measured.needs._replace(states=kept_bytes, beside=beside_bytes)
             measured = replace(measured, needs=needs)
             loaded = opening.load(measured, binding, model_params.params, progress)

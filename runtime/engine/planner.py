@@ -353,9 +353,10 @@ def _too_many(facts: Facts, workload: Workload, parallel: int) -> str:
     outputs = max(parallel, facts.scored_with(_CHUNKS[0], workload))
     needed = facts.room.bytes(parallel, cells, _CHUNKS[0] + parallel, outputs)
     needed += min_slots(facts.n_all) * facts.slot_bytes
+    those = "1 sequence" if parallel == 1 else f"{parallel} sequences"
     return (
-        f"{parallel} sequences of {workload.tokens} tokens do not fit "
-        f"{format_size(facts.total_bytes)}: they need {format_size(needed)}; ask for fewer with "
+        f"{those} of {workload.tokens} tokens: too much for "
+        f"{format_size(facts.total_bytes)}; that takes {format_size(needed)}; ask for fewer with "
         f"{option('parallel')}, or for a smaller {option('n_ctx')}"
     )
 

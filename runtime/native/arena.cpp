@@ -9,10 +9,12 @@
 
 namespace moe {
 
+constexpr int64_t REPACK_BYTES = 256 << 10;  // at a time, in caches
+
 host_arena::host_arena(const weights & w, ggml_backend_buffer_type_t pinned) : weights_(w), pinned_type_(pinned) {
     for (const moe_tensor & t : w.tensors()) {
         for (int copy = 0; copy < MOE_COPIES; copy++) {
-            const bool repacked = t.type[copy] >= 0 && t.layout[copy] == MOE_LAYOUT_REPACKED;
+            const bool repacked = t.type[copy] >= 0 && (t.layout[copy] == MOE_LAYOUT_REPACKED || t.layout[copy] == MOE_LAYOUT_REPACK);
             traits_.push_back(repacked ? repack_traits((enum ggml_type)t.type[copy], t.ne[0], t.ne[1]) : nullptr);
             if (repacked && traits_.back() == nullptr) {
                 throw std::runtime_error(std::string(t.name) + " is in a kernel layout that this machine does not have");
@@ -65,19 +67,39 @@ bool host_arena::allocate_pinned(size_t bytes) {
     return pinned_ != nullptr;
 }
 
-// Another machine's kernel layouts are made plain.
+// Another machine's kernel layouts are made plain, and what the file has plain may be repacked.
 void host_arena::finish(int slot, int key) {
-    thread_local std::vector<uint8_t> scratch;
-
     const int copy = weights_.copy_of(key);
     for (const moe_tensor * t : weights_.of_layer(weights_.layer_of(key))) {
-        if (t->layout[copy] != MOE_LAYOUT_FOREIGN) {
-            continue;
+        auto * const matrix = (uint8_t *)place(slot, t->slot_offset[copy]);
+        if (t->layout[copy] == MOE_LAYOUT_FOREIGN) {
+            unpack_in_place(*t, copy, matrix);
+        } else if (t->layout[copy] == MOE_LAYOUT_REPACK) {
+            repack_in_place(*t, copy, matrix);
         }
-        const auto type = (enum ggml_type)t->type[copy];
-        scratch.resize(ggml_row_size(type, t->ne[0]) * t->ne[1]);
-        unpack(weights_.transform(t->transform[copy]), t->ne[0] / ggml_blck_size(type), t->ne[1],
-               (uint8_t *)place(slot, t->slot_offset[copy]), scratch.data());
+    }
+}
+
+void host_arena::unpack_in_place(const moe_tensor & t, int copy, uint8_t * matrix) const {
+    thread_local std::vector<uint8_t> scratch;
+
+    const auto type = (enum ggml_type)t.type[copy];
+    scratch.resize(ggml_row_size(type, t.ne[0]) * t.ne[1]);
+    unpack(weights_.transform(t.transform[copy]), t.ne[0] / ggml_blck_size(type), t.ne[1], matrix, scratch.data());
+}
+
+// A few rows at a time: each lane has memory for so many.
+void host_arena::repack_in_place(const moe_tensor & t, int copy, uint8_t * matrix) {
+    thread_local std::vector<uint8_t> plain;
+
+    const auto    type      = (enum ggml_type)t.type[copy];
+    const int64_t row_bytes = (int64_t)ggml_row_size(type, t.ne[0]);
+    const int64_t at_once   = std::max<int64_t>(1, REPACK_BYTES / row_bytes / MAX_INTERLEAVE) * MAX_INTERLEAVE;
+    for (int64_t row = 0, n = at_once; row < t.ne[1]; row += n) {
+        n                  = std::min(n, t.ne[1] - row);
+        uint8_t * const to = matrix + row * row_bytes;
+        plain.assign(to, to + n * row_bytes);
+        repack(type, t.ne[0], t.ne[1], n, plain.data(), to);
     }
 }
 

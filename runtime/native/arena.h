@@ -51,7 +51,9 @@ class host_arena : public arena {
     bool   is_pinned() const override { return pinned_ != nullptr; }
 
   private:
-    bool allocate_pinned(size_t bytes);
+    bool        allocate_pinned(size_t bytes);
+    void        unpack_in_place(const moe_tensor & t, int copy, uint8_t * matrix) const;
+    static void repack_in_place(const moe_tensor & t, int copy, uint8_t * matrix);
 
     const weights &            weights_;
     ggml_backend_buffer_type_t pinned_type_;

@@ -22,7 +22,7 @@ moe_model::moe_model(const moe_config & config, int api_version, ggml_backend_de
     options.direct       = config.direct != 0;
     options.offset_align = config.offset_align;
     options.memory_align = config.memory_align;
-    if (weights.has_transforms()) {
+    if (!weights.are_as_stored()) {
         options.finish = [this](int slot, int key) { arena->finish(slot, key); };
     }
     reads  = std::make_unique<moe::reads>(std::vector<std::string>(config.paths, config.paths + config.n_files), options);

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 11
+#define MOE_ABI 12
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
@@ -40,6 +40,7 @@ enum moe_layout {
     MOE_LAYOUT_PLAIN = 0,
     MOE_LAYOUT_REPACKED,  // as ggml-cpu's repacked kernels of this machine want it
     MOE_LAYOUT_FOREIGN,   // stored as another machine's kernels want it: made plain after each read
+    MOE_LAYOUT_REPACK,    // stored plain: made MOE_LAYOUT_REPACKED after each read
 };
 
 // One routed-expert tensor. The arrays are per copy; type -1: there is no such copy.

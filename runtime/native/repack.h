@@ -8,6 +8,9 @@
 
 namespace moe {
 
+// No repacked layout interleaves more rows: whole multiples of them are repacked like all.
+constexpr int64_t MAX_INTERLEAVE = 16;
+
 // ggml-cpu's CPU_REPACK buffer type; nullptr in a build without it.
 ggml_backend_buffer_type_t repack_type();
 

@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t PIECE_BYTES = 4 << 20;
 // Smaller buffers may be parts of a heap, which others are to have back as they were.
 constexpr size_t HUGE_BYTES = 32 << 20;
-// No repacked layout interleaves more rows.
-constexpr int64_t MAX_INTERLEAVE = 16;
 
 ggml_backend_dev_t cpu() { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
 

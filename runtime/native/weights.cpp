@@ -37,6 +37,12 @@ weights::weights(const moe_config & config)
     }
 }
 
+bool weights::are_as_stored() const {
+    const auto as_stored = [](int32_t layout) { return layout == MOE_LAYOUT_PLAIN || layout == MOE_LAYOUT_REPACKED; };
+    return std::all_of(tensors_.begin(), tensors_.end(),
+                       [&](const moe_tensor & t) { return std::all_of(std::begin(t.layout), std::end(t.layout), as_stored); });
+}
+
 const moe_tensor * weights::find(const ggml_tensor * weight) const {
     const auto it = by_name_.find(weight->name);
     return it == by_name_.end() ? nullptr : &tensors_[it->second];

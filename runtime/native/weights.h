@@ -39,7 +39,8 @@ class weights {
         return {parts_.data() + first_part_[key], parts_.data() + first_part_[key + 1]};
     }
 
-    bool                  has_transforms() const { return !transforms_.empty(); }
+    // Whether slots hold matrices as files have them.
+    bool                  are_as_stored() const;
     const moe_transform & transform(int index) const { return transforms_[index].how; }
 
   private:
