@@ -109,12 +109,16 @@ def test_all_slots_read_nothing_and_none_read_everything() -> None:
 
 def test_a_limited_disk_reads_at_its_limit_and_a_faster_one_in_proportion() -> None:
     step = costs().decode(8)
-    slow, fast = costs().with_disk(DISK / 4).decode(8), costs().with_disk(DISK * 2).decode(8)
+    slow, fast = (
+        costs(**more).decode(8) for more in ({"disk_bytes_per_s": DISK / 4}, {"disk_faster": 2.0})
+    )
     assert slow.read_s == pytest.approx(step.read_bytes / (DISK / 4))
     assert fast.read_s == pytest.approx(step.read_s / 2)
     # What the page cache gives is not the disk's.
     buffered = costs(direct=False)
-    assert buffered.with_disk(DISK / 4).decode(8).read_s == buffered.decode(8).read_s
+    assert (
+        replace(buffered, disk_bytes_per_s=DISK / 4).decode(8).read_s == buffered.decode(8).read_s
+    )
 
 
 def test_a_longer_context_costs_what_reading_its_cells_from_memory_costs() -> None:
@@ -162,7 +166,7 @@ def test_a_better_machine_is_never_predicted_slower(
     here = Costs(Curves(measured, facts(GB).shape), share, 1e9)
     better = [
         replace(here, share=share + (1 - share) * more),
-        here.with_disk(1e9 * factor),
+        replace(here, disk_bytes_per_s=1e9 * factor),
         replace(here, faster=factor),
     ]
     for other in better:
@@ -266,6 +270,21 @@ def test_a_batch_of_few_lines_gets_no_more_sequences_than_lines() -> None:
 def test_a_job_that_fits_is_not_cut_into_a_large_part_and_a_small_one(n: int) -> None:
     """Its rest would decode as slowly as a few sequences do, beside cells that nobody uses."""
     assert plan(issue_machine(), facts(2.4 * GB), "throughput", Workload(16, 24, n)).n_seq_max == n
+
+
+def test_a_step_stays_below_a_tile_where_that_would_be_paid_for() -> None:
+    """One row less, and attention passes over the cells of others."""
+    here, job = facts(2.4 * GB), Workload(64, 64, 64)
+    assert plan(issue_machine(), here, "throughput", job).schedule.group == 64
+    here = here._replace(shape=replace(here.shape, masked_s=2.4e-7, tiled_s=1.4e-6))
+    made = plan(issue_machine(), here, "throughput", job)
+    assert (made.n_seq_max, made.schedule.group) == (64, 63)
+    assert made.schedule.quantum > 0
+    assert made.at(63).group >= 63
+    costs = Costs(Curves(issue_machine(), here.shape), 0.4, DISK)
+    tiled = costs.decode(64, 96).compute_s - costs.decode(64).compute_s
+    passed = costs.decode(63, 96, 64).compute_s - costs.decode(63).compute_s
+    assert tiled > 3 * passed
 
 
 def test_prompts_that_are_scored_share_reads_as_far_as_logits_fit() -> None:

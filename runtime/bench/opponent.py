@@ -29,7 +29,8 @@ _OPEN_S = 300.0  # until it answers
 _REQUEST_S = 1200.0
 # Runs a file of which llama.cpp keeps the weights as they are mapped.
 _PLAINLY = """
-import runpy, sys, llama_cpp
+import runpy, sys
+import llama_cpp.llama_cpp as llama_cpp
 made = llama_cpp.llama_model_default_params
 def plain():
     params = made()

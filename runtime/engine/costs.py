@@ -8,11 +8,17 @@ reads is waited for. Knows no memory and no schedule.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from ..formats.ggml_types import pad_up
 from .curves import Curves, Points, at, level, log
+
+# From so many rows on ggml-cpu's attention takes them in tiles of as many, and leaves out a stretch
+# of cells only if none of a tile's rows sees it. Rows of many sequences see all, so that each pays
+# for the cells of all others; one row less, and they are passed over (ggml-cpu/ops.cpp).
+TILE = 64
 
 
 class StepTime(NamedTuple):
@@ -31,7 +37,8 @@ class StepTime(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """``share`` of all experts have a slot; ``faster`` is a processor of so many times the speed.
+    """``share`` of all experts have a slot; ``faster`` is a processor of so many times the speed,
+    ``disk_faster`` such a disk.
 
     More slots, a faster disk and a faster processor never make a step longer.
     """
@@ -41,19 +48,24 @@ class Costs:
     disk_bytes_per_s: float
     direct: bool = True
     faster: float = 1.0
+    disk_faster: float = 1.0
 
-    def with_disk(self, bytes_per_s: float) -> Costs:
-        return replace(self, disk_bytes_per_s=bytes_per_s)
+    def decode(self, rows: int, cells: float = 0.0, sequences: int = 0) -> StepTime:
+        """A token of each of ``rows`` sequences, of ``sequences`` in memory if those are more, that
+        hold ``cells`` tokens each."""
+        held = max(rows, sequences) * cells
+        own = at(self.curves.decode_s, rows) + self._attention_s(rows, cells, held, rows)
+        return self._step(own, rows)
 
-    def decode(self, rows: int, cells: float = 0.0) -> StepTime:
-        """A token of each of ``rows`` sequences that hold ``cells`` tokens each."""
-        return self._step(at(self.curves.decode_s, rows) + self._attention_s(rows, cells), rows)
-
-    def prompt(self, rows: int, beside: int = 0, cells: float = 0.0) -> StepTime:
+    def prompt(
+        self, rows: int, beside: int = 0, cells: float = 0.0, sequences: int = 0
+    ) -> StepTime:
         """A chunk of prompts, and a token of each of ``beside`` sequences with it."""
-        own = at(self.curves.prompt_s, rows) + self._attention_s(beside, cells)
+        held = max(beside, sequences) * cells
+        own = at(self.curves.prompt_s, rows)
         if beside:
             own += at(self.curves.decode_s, beside) - at(self.curves.decode_s, 1)
+            own += self._attention_s(beside, cells, held, rows + beside)
         return self._step(own, rows + beside)
 
     def switch_s(self, group: int) -> float:
@@ -78,9 +90,14 @@ class Costs:
     def _missing(self) -> Points:
         return self.curves.missing(self.share)
 
-    def _attention_s(self, rows: int, cells: float) -> float:
-        """Going through the cells of each row as a row goes through weights: once."""
-        return rows * cells * self.curves.shape.cell_bytes / self.curves.measured.trunk_bytes_per_s
+    def _attention_s(self, rows: int, cells: float, held: float, of_step: int) -> float:
+        """Going through the cells of each row as a row goes through weights: once; and over those
+        that others hold."""
+        shape, measured = self.curves.shape, self.curves.measured
+        own = rows * cells * shape.cell_bytes / measured.trunk_bytes_per_s
+        if of_step < TILE:
+            return own + rows * (held - cells) * shape.masked_s
+        return own + pad_up(rows, TILE) * (held - cells) * shape.tiled_s
 
     def _step(self, own_s: float, rows: int) -> StepTime:
         n_bytes = self.reads(rows) * self.curves.shape.expert_bytes
@@ -90,9 +107,9 @@ class Costs:
         return StepTime(compute, read, stall, n_bytes)
 
     def _speed(self, rows: float) -> float:
-        now, then = self.disk_bytes_per_s, self.curves.measured.disk_bytes_per_s
-        seen = self.curves.speed_of(rows)
-        if seen is None:
-            return now
-        # Buffered reads come from the page cache or the disk, and no probe knows which.
-        return min(now, seen * max(1.0, now / then)) if self.direct else seen
+        now, seen = self.disk_bytes_per_s, self.curves.speed_of(rows)
+        if seen is not None:
+            # Beside computing, of which the disk's probe knows nothing. Buffered reads come from
+            # the page cache or the disk, and no probe knows which.
+            now = min(now, seen) if self.direct else seen
+        return self.disk_faster * now

@@ -32,6 +32,10 @@ class Shape:
     n_experts: int
     expert_bytes: int  # one expert of each layer, together
     cell_bytes: float  # of the KV cache for one token
+    # Seconds that one row takes to pass over a cell of another sequence: alone, and in a tile of
+    # rows of many sequences, which computes it for all of them (``costs.TILE``).
+    masked_s: float = 0.0
+    tiled_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,7 @@ _STEPS = {1: 12, 2: 5, 4: 4, 8: 3}
 _STEP_SHARE = 0.15  # of the time, for those of a group
 _PROMPT_SHARE = 0.4  # of the time, for chunks of prompts
 _LEAST_CHUNK, _MOST_CHUNK = 24, 128
+_START = 5  # tokens of a sequence that only decodes, of which the last is its first step's
 _FIRST = 8  # tokens of the prompt that only wakes everything up
 _TOP_K, _TEMPERATURE = 40, 0.8  # llama.cpp's own defaults
 _LAYERS = 6  # whose routes are recorded
@@ -165,6 +166,7 @@ class _Texts:
             self._next += 1
             return [rng.randrange(vocabulary.n_tokens) for _ in range(n)]
         text = self._texts[self._next % len(self._texts)]
+        text = text[text.find(" ", len(text) // 2) :]  # they begin alike
         self._next += 1
         text = (text * (1 + 8 * n // len(text)))[: 16 * n]
         return vocabulary.tokenize(text.encode(), True, False)[:n]
@@ -274,8 +276,8 @@ class _Measuring:
 
     def decode(self, group: int, n_steps: int) -> tuple[Size, list[_Reading]]:
         """Steps of the group's sequences; the first ones are not counted."""
-        while len(self.sequences) < group:
-            self._fork()
+        if len(self.sequences) < group:
+            self._begin(group - len(self.sequences))
         readings = []
         for _ in range(n_steps):
             some = self.sequences[-group:]
@@ -287,12 +289,15 @@ class _Measuring:
         sizes = np.array([reading.size for reading in counted])
         return Size(group, *(float(x) for x in sizes.mean(axis=0))), counted
 
-    def _fork(self) -> None:
-        """Another sequence: the start of one there is, and a text of its own."""
-        source = self.sequences[1 + len(self.sequences) % 2]
-        new = _Sequence(len(self.sequences), self.texts.take(_FIRST)[-1], source.pos)
-        self.model.memory.copy(source.number, new.number)
-        self.sequences.append(new)
+    def _begin(self, n: int) -> None:
+        """More sequences, each with a text of its own: those with a start in common would ask for
+        the same experts."""
+        rows: list[Row] = []
+        for number in range(len(self.sequences), len(self.sequences) + n):
+            tokens = self.texts.take(_START)
+            rows += [Row(t, i, number, False) for i, t in enumerate(tokens[:-1])]
+            self.sequences.append(_Sequence(number, tokens[-1], len(tokens) - 1))
+        self.step(rows, Phase.PREFILL)
 
     def again(self, n: int) -> _Reading | None:
         """The last token of the last sequence once more, all its experts in place; None where the

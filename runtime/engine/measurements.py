@@ -25,7 +25,7 @@ from ..formats.stream import stream_of
 from ..opening import Found
 from ..system import physical_cores
 
-PROTOCOL = 1  # of what is measured and how: others' files do not count
+PROTOCOL = 2  # of what is measured and how: others' files do not count
 
 
 class Size(NamedTuple):

@@ -20,7 +20,7 @@ from ..budget import min_slots
 from ..errors import UserError, option
 from ..formats.ggml_types import pad_up
 from ..sizes import format_size
-from .costs import Costs, StepTime
+from .costs import TILE, Costs, StepTime
 from .curves import Curves, Shape
 from .measurements import Measurements
 from .room import Room
@@ -230,7 +230,7 @@ class _Choice(NamedTuple):
 
     def predict(self, active: int) -> Prediction:
         """Of so many sequences at once, in the group and the turns that are best for them."""
-        groups = sorted({n for n in _SEQUENCES if n < active} | {active})
+        groups = sorted({n for n in (*_SEQUENCES, TILE - 1) if n < active} | {active})
         first = self._first_token_s()
         tried = [self._with_group(active, group, first) for group in groups]
         most = max(p.decode_tps for p in tried)
@@ -241,13 +241,13 @@ class _Choice(NamedTuple):
         return min(alike, key=lambda p: (p.gap_s, p.group))
 
     def _with_group(self, active: int, group: int, first: float) -> Prediction:
-        step = self.costs.decode(group, self.held)
+        step = self.costs.decode(group, self.held, active)
         quantum, lost = 0, 0.0
         if group < active:
-            quantum, lost = self._quantum(group, step)
+            quantum, lost = self._quantum(group, active, step)
         each = step.seconds + lost
         tps = group / each
-        chunk = self.costs.prompt(self.chunk, group if active > 1 else 0, self.held)
+        chunk = self.costs.prompt(self.chunk, group if active > 1 else 0, self.held, active)
         others = math.ceil(active / group) - 1
         gap = others * quantum * each + (chunk.seconds if active > 1 else each)
         return Prediction(
@@ -256,9 +256,9 @@ class _Choice(NamedTuple):
             self.costs.distinct(group), self.n_slots / self.facts.n_all,
         )  # fmt: skip
 
-    def _quantum(self, group: int, step: StepTime) -> tuple[int, float]:
+    def _quantum(self, group: int, active: int, step: StepTime) -> tuple[int, float]:
         """The shortest turn that loses little, and the seconds per step it loses."""
-        extra = self.costs.switch_s(group)
+        extra = self.costs.switch_s(group) * min(1.0, active / group - 1)  # by who is new in it
         for quantum in _QUANTA:
             if extra / quantum <= _SWITCH_LOSS[self.goal] * step.seconds:
                 break
@@ -396,7 +396,7 @@ def _binds(chosen: _Choice) -> str:
     more = min(facts.n_all, chosen.n_slots + facts.total_bytes // 10 // facts.slot_bytes)
     gains = {
         "compute": tps(replace(costs, faster=1.1)),
-        "disk": tps(costs.with_disk(costs.disk_bytes_per_s * 1.1)),
+        "disk": tps(replace(costs, disk_faster=1.1)),
         "memory": tps(replace(costs, share=more / facts.n_all), more),
     }
     return max(gains, key=gains.__getitem__)
