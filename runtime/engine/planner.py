@@ -270,12 +270,24 @@ class _Choice(NamedTuple):
         steps = whole * self.costs.prompt(self.chunk).seconds
         return steps + (self.costs.prompt(rest).seconds if rest else 0.0)
 
-    def _decode_s(self, n: int) -> float:
-        """Of one token of each of ``n`` sequences, as many at once as there may be: the rest of a
-        job does not fill the memory that it is given."""
+    def _job_s(self, n: int) -> float:
+        """Of ``n`` sequences, as many at once as there may be: the rest of a job does not fill the
+        memory that it is given."""
         waves, rest = divmod(n, self.sequences)
-        last = rest / self.predict(rest).decode_tps if rest else 0.0
-        return waves * self.sequences / self.predict(self.sequences).decode_tps + last
+        return waves * self._wave_s(self.sequences) + (self._wave_s(rest) if rest else 0.0)
+
+    def _wave_s(self, n: int) -> float:
+        """Of ``n`` sequences that begin together. Those whose prompts are there decode beside the
+        prompts of the others, half of them on average, and the steps that are left hold as many
+        rows fewer."""
+        prompt, answer = self.workload[:2]
+        steps = n * prompt / self.chunk
+        beside = n // 2 if steps > 1 and answer > 1 else 0
+        time_s = steps * self.costs.prompt(self.chunk, beside, self.held, n).seconds
+        left = n * answer - beside * min(steps, answer)
+        if left > 0:
+            time_s += left / self.predict(max(1, round(left / answer))).decode_tps
+        return time_s
 
     @property
     def worth(self) -> float:
@@ -284,8 +296,7 @@ class _Choice(NamedTuple):
         if self.goal == "throughput":
             # Tokens generated over the whole job's time; scoring alone counts the prompt's.
             n = self.workload.most or self.sequences
-            chunk = self.costs.prompt(self.chunk).seconds / self.chunk
-            return n * (answer or prompt) / (n * prompt * chunk + answer * self._decode_s(n))
+            return n * (answer or prompt) / self._job_s(n)
         here = self.predict(self.sequences)
         alone = here if self.sequences == 1 else self.predict(1)
         late = here.first_token_s + (here.gap_s if self.sequences > 1 else 0.0)
