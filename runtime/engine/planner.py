@@ -38,7 +38,8 @@ _SWITCH_LOSS: dict[Goal, float] = {"latency": 0.1, "throughput": 0.02}
 # Fewer slots for others' cells may make one sequence alone this much slower.
 _ALONE_LOSS = 0.05
 _MOST_AUTO = 8  # sequences in memory where the goal is latency and nobody says how many come
-_TIE = 0.03  # predictions closer than this are alike, and what waits less is chosen
+# Predictions closer than this are alike, and what waits less is chosen.
+_TIE: dict[Goal, float] = {"latency": 0.03, "throughput": 0.01}
 _WORTH = 1.05  # of the predicted speed: a lossy cache that gains less is not mentioned
 SCORE_ROWS = 64  # tokens of prompts that are scored in a step, where few prompts are
 KV_Q8_0 = 34 / 64  # bytes of a block of q8_0 over those of f16
@@ -234,7 +235,7 @@ class _Choice(NamedTuple):
         first = self._first_token_s()
         tried = [self._with_group(active, group, first) for group in groups]
         most = max(p.decode_tps for p in tried)
-        least = max(most * (1 - _TIE), tried[0].decode_tps)  # never below serving one by one
+        least = max(most * (1 - _TIE[self.goal]), tried[0].decode_tps)  # never below serving one by one
         alike = [p for p in tried if p.decode_tps >= least]
         if self.goal == "throughput":
             return max(alike, key=lambda p: (p.decode_tps, -p.group))
@@ -355,7 +356,7 @@ def _enough(choices: Sequence[_Choice]) -> _Choice | None:
     if not choices:
         return None
     worths = [choice.worth for choice in choices]
-    least = max(worths) - _TIE * abs(max(worths))
+    least = max(worths) - _TIE[choices[0].goal] * abs(max(worths))
     return next(c for c, worth in zip(choices, worths, strict=True) if worth >= least)
 
 
