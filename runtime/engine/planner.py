@@ -235,7 +235,8 @@ class _Choice(NamedTuple):
         first = self._first_token_s()
         tried = [self._with_group(active, group, first) for group in groups]
         most = max(p.decode_tps for p in tried)
-        least = max(most * (1 - _TIE[self.goal]), tried[0].decode_tps)  # never below serving one by one
+        # Never below serving one by one.
+        least = max(most * (1 - _TIE[self.goal]), tried[0].decode_tps)
         alike = [p for p in tried if p.decode_tps >= least]
         if self.goal == "throughput":
             return max(alike, key=lambda p: (p.decode_tps, -p.group))
