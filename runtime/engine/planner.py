@@ -41,6 +41,7 @@ _MOST_AUTO = 8  # sequences in memory where the goal is latency and nobody says 
 # Predictions closer than this are alike, and what waits less is chosen.
 _TIE: dict[Goal, float] = {"latency": 0.03, "throughput": 0.01}
 _WORTH = 1.05  # of the predicted speed: a lossy cache that gains less is not mentioned
+_SPARE = 0.01  # of the budget: so much more than foretold the opened model may take
 SCORE_ROWS = 64  # tokens of prompts that are scored in a step, where few prompts are
 KV_Q8_0 = 34 / 64  # bytes of a block of q8_0 over those of f16
 
@@ -322,7 +323,7 @@ def _choices(
         rows = min(cells, chunk + (sequences if sequences > 1 else 0))
         free = facts.total_bytes - facts.room.bytes(sequences, cells, rows, outputs)
         n_slots = min(facts.n_all, free // facts.slot_bytes)
-        if n_slots < min_slots(facts.n_all):
+        if free - _SPARE * facts.total_bytes < min_slots(facts.n_all) * facts.slot_bytes:
             return
         costs = Costs(curves, n_slots / facts.n_all, facts.disk_bytes_per_s, facts.direct)
         yield _Choice(facts, goal, workload, costs, sequences, cells, chunk, n_slots)
@@ -365,7 +366,7 @@ def _too_many(facts: Facts, workload: Workload, parallel: int) -> str:
     cells = max(facts.n_ctx, parallel * min(workload.tokens, facts.n_ctx))
     outputs = max(parallel, facts.scored_with(_CHUNKS[0], workload))
     needed = facts.room.bytes(parallel, cells, _CHUNKS[0] + parallel, outputs)
-    needed += min_slots(facts.n_all) * facts.slot_bytes
+    needed += int(min_slots(facts.n_all) * facts.slot_bytes + _SPARE * facts.total_bytes)
     those = "1 sequence" if parallel == 1 else f"{parallel} sequences"
     return (
         f"{those} of {workload.tokens} tokens: too much for "

@@ -53,11 +53,12 @@ def facts(
 def _passed_s(layout: ModelLayout, n_threads: int | None) -> tuple[float, float]:
     """Seconds per row and foreign cell, passed over and computed for nothing (``Shape``)."""
     keys = layout.keys
-    heads = keys.integers(".attention.head_count", count=layout.n_layers, default=(0,))
-    alike = keys.integer(".embedding_length", default=0) // max(1, *heads)
-    width = keys.integer(".attention.key_length", default=alike)
-    width += keys.integer(".attention.value_length", default=alike)
-    each = sum(heads) / (n_threads or physical_cores())
+    heads = keys.integers(".attention.head_count", default=(0,))
+    alike = (keys.integer(".embedding_length", default=0) // max(1, *heads),)
+    width = max(keys.integers(".attention.key_length", default=alike))
+    width += max(keys.integers(".attention.value_length", default=alike))
+    n_heads = layout.n_layers * sum(heads) / len(heads)
+    each = n_heads / (n_threads or physical_cores())
     return each * _MASKED_S, each * width * _TILED_S
 
 
