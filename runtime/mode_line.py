@@ -73,7 +73,7 @@ def _kernels(found: Found) -> str:
     if found.kernels.is_repacked:
         return ", repacked kernels" + (" (as it is read)" if found.kernels.at_reads else "")
     if not found.kernels.foreign:
-        return ""
+        return ", nothing to repack" if found.options.repack == "on" else ""
     table = found.layout.table
     source = table.source_name if table else "SRC"
     return (

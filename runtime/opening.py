@@ -121,6 +121,11 @@ def find(path: Path, options: Options) -> Found:
             f"a device holds no low copies: leave out {option('low_share')} and "
             f"{option('low_on_miss')}, or use {option('device', 'cpu')}"
         )
+    if placement is not None and options.repack == "on":
+        raise UserError(
+            f"a device computes with weights as the file has them: leave out {option('repack')}, "
+            f"or use {option('device', 'cpu')}"
+        )
     slots = slot_layout(layout, probe.offset_align)
     repack = options.repack == "on" or (
         options.repack == "auto" and _may_hold_most(layout, slots, total)

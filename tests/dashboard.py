@@ -51,7 +51,7 @@ def chat() -> None:
 def test_each_panel_says_something(tmp_path: Path) -> None:
     prometheus = os.environ.get("PROMETHEUS") or shutil.which("prometheus")
     if prometheus is None:
-        pytest.skip("there is no prometheus, on the path or in $PROMETHEUS")
+        pytest.fail("there is no prometheus, on the path or in $PROMETHEUS")
     settings = tmp_path / "prometheus.yml"
     settings.write_text(SETTINGS)
     serve = [sys.executable, "-m", "moe_gguf", "serve", "demo", "--alias", "demo"]

@@ -289,3 +289,9 @@ def test_the_mode_line_tells_which_kernels_run(
         line = model.arena.mode_line()
         assert "laid out for another processor" in line
         assert "moe-gguf convert qwen3moe" in line
+    path = tiny_file("qwen3moe", **FLAGS)
+    for name, said in (("on", "repacked kernels (as it is read)"), ("off", "device cpu")):
+        with ours(path, repack=name) as model:
+            assert model.arena.mode_line().endswith(said)
+    with ours(bundle(path, "repacked"), repack="on") as model:
+        assert model.arena.mode_line().endswith("repacked kernels")

@@ -263,7 +263,7 @@ def test_5_llama(tiny_file: TinyFile, lag: Lag) -> None:
     path, tables = str(tiny_file("qwen3moe")), {}
     for mode in CPU_EXPERTS:
         options: dict[str, Any] = {**DEVICE, "device_memory": "6MB", "cpu_experts": mode}
-        llama = Llama(path, memory="1GB", n_ctx=256, **options)
+        llama = Llama(path, memory="1GB", repack="off", n_ctx=256, **options)
         try:
             answer = llama.create_completion("Hello", max_tokens=8, temperature=0.0)
             tables[mode] = answer["choices"][0]["text"], llama.stats()

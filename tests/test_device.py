@@ -378,7 +378,7 @@ def test_10_llama(tiny_file: TinyFile, lag: Lag) -> None:
     path = str(tiny_file("qwen3moe"))
 
     def text(**options: Any) -> tuple[str, dict[str, Any]]:
-        llama = Llama(path, memory="1GB", n_ctx=256, **options)
+        llama = Llama(path, memory="1GB", repack="off", n_ctx=256, **options)
         try:
             answer = llama.create_completion("Hello", max_tokens=8, temperature=0.0)
             return answer["choices"][0]["text"], llama.stats()
@@ -399,7 +399,7 @@ def test_10_engine(tiny_file: TinyFile, lag: Lag) -> None:
 
     def texts(**options: Any) -> list[str]:
         with contextlib.closing(
-            Engine(path, memory="1GB", n_ctx=256, parallel=3, **options)
+            Engine(path, memory="1GB", repack="off", n_ctx=256, parallel=3, **options)
         ) as engine:
             asked = [engine.submit(random_tokens(9, s), temp=0.0, max_tokens=6) for s in range(3)]
             return [generation.result().text for generation in asked]
@@ -423,6 +423,8 @@ def test_10_plan(tiny_file: TinyFile, lag: Lag) -> None:
     assert f"on {NAME.lower()}" in text
     with pytest.raises(UserError, match=r"device memory .* the smallest that works is \d+MB"):
         Llama(str(path), n_ctx=256, **{**given, "device_memory": "1MB"})
+    with pytest.raises(UserError, match="a device computes with weights as the file has them"):
+        Llama(str(path), n_ctx=256, repack="on", **given)
 
 
 def test_10_pools_share_what_is_left() -> None:
