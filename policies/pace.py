@@ -37,6 +37,7 @@ class Meters(NamedTuple):
     guess_ns: int  # guessing
     n_waits: int  # experts that were not there when they were asked for
     n_unguessed: int  # experts that would not have been there without guesses
+    since_ns: int = 0  # since those after it could be copied to a device
 
 
 class Pace(Protocol):

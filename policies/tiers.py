@@ -173,12 +173,12 @@ class Tiers(Residency):
         """Of guesses that are in neither table: they are read into memory."""
         return super().guess(event, [g for g in guesses if not self.holds(g.key)], keep)
 
-    def copies_ahead(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
+    def copies_ahead(self, event: RouteEvent, now_ns: int, since_ns: int, n_missing: int) -> bool:
         """Whether anything is to be copied ahead after this event, of whose experts the device
         lacked so many."""
         if self.copying is None or event.layer not in self.pools:
             return False
-        return self.copying.event(event, now_ns, n_missing)
+        return self.copying.event(event, now_ns, since_ns, n_missing)
 
     def guess_above(
         self, event: RouteEvent, guesses: Sequence[Guess], most: int

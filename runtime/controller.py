@@ -126,7 +126,7 @@ class Controller:
     def on_passed(
         self,
         event: RouteEvent,
-        now_ns: int,
+        times: tuple[int, int],
         places: tuple[Sequence[int], Sequence[int]],
         copies: Sequence[tuple[int, int]],
         inputs: Callable[[], Inputs],
@@ -139,7 +139,7 @@ class Controller:
         if copies:
             assert self.guessing is not None
             residency.copied(event, self.guessing.predictor.guess(event, inputs), copies)
-        return residency.copies_ahead(event, now_ns, self._n_missing)
+        return residency.copies_ahead(event, *times, self._n_missing)
 
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         self._event = event
@@ -177,7 +177,7 @@ class Controller:
         now = meters(*self._before)
         self._pays = self.guessing.pace.event(now)
         self._copies = isinstance(self.residency, Tiers) and self.residency.copies_ahead(
-            self._event, now.now_ns, self._n_missing
+            self._event, now.now_ns, now.since_ns, self._n_missing
         )
         # With everything there, nothing is worth guessing; but a recording wants to know how good
         # guesses would be.

@@ -168,6 +168,7 @@ class Meter:
             "device_slots": 0 if arena.pools is None else sum(arena.pools.n_slots.values()),
             "uploads": native.uploads,
             "uploads_ahead": native.uploads_ahead,
+            "device_routed": native.routed,
             "bytes_uploaded": native.upload_bytes,
             "cpu_experts": native.cpu_experts,
             "cpu_pairs": native.cpu_pairs,

@@ -5,7 +5,8 @@ The device is the one of native/lag.cpp, whose kernels are the processor's. A pa
  1  trial     what makes steps shorter goes on, and what does not stops, for a while
  2  link      guesses are copied into the room there is, the surer ones first
  3  identity  every layout, policy and size: logits to the last bit, one wait per layer; what is
-              copied is what was missing and what was guessed, and guesses are found later
+              copied is what was missing and what was guessed, and guesses are found later; the
+              device applies the next layer's router, and guesses are what the processor's would be
  4  prompts   an event that needs more than the pool has, right after copies that nobody waits for
  5  failures  a guess for the device that is not in memory
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +25,10 @@ from conftest import TinyFile
 from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, stock, token_by_token
 from lag import NAME, Lag, lag
 
-from moe_gguf.policies.base import Phase, RouteEvent
+from moe_gguf.policies.base import Guess, Phase, RouteEvent
 from moe_gguf.policies.copying import IdleLink, Trial
 from moe_gguf.policies.pace import Everything
+from moe_gguf.policies.residency import Plan
 from moe_gguf.policies.tiers import Tiers
 
 __all__ = ["lag"]  # a fixture
@@ -39,7 +43,7 @@ class Chance:
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
 
-    def event(self, event: RouteEvent, now_ns: int, n_missing: int) -> bool:
+    def event(self, event: RouteEvent, now_ns: int, since_ns: int, n_missing: int) -> bool:
         return event.phase == Phase.DECODE
 
     def chances(self, layer: int, most: int) -> Sequence[float]:
@@ -79,15 +83,17 @@ def prompts_between(model: Model) -> Logits:
 
 @pytest.mark.parametrize(("gain", "goes_on"), [(0.8, True), (1.1, False)])
 def test_1_what_pays_goes_on(gain: float, goes_on: bool) -> None:
-    trial, on = Trial(4, 3), []
-    for i in range(60):
+    trial, on = Trial(8, 3), []
+    turns = ([True] * 6 + [False] * 6) * 2
+    for i in range(90):
+        new = 50 if i % 6 < 2 and i < 24 else 1  # what is new has to be set up
         on.append(trial.is_on)
-        idle = 100 if i % 7 == 3 else 1  # a caller thinks now and then
+        idle = 100 if i % 11 == 3 else 1  # a caller thinks now and then
         warm = 1 + 1 / (1 + i)  # steps become shorter by themselves
-        trial.step(int(1000 * warm * idle * (gain if trial.is_on else 1)))
-    assert on[:8] == [True, False] * 4
-    assert on[8:20] == [goes_on] * 12
-    assert on[20:28] == [True, False] * 4
+        trial.step(int(1000 * warm * idle * new * (gain if trial.is_on else 1)))
+    assert on[:24] == turns
+    assert on[24:48] == [goes_on] * 24
+    assert on[48:72] == turns
     trial.again()
     assert trial.is_on
 
@@ -95,13 +101,15 @@ def test_1_what_pays_goes_on(gain: float, goes_on: bool) -> None:
 # --- 2 ------------------------------------------------------------------------------------------
 
 
-def events(link: IdleLink, n_steps: int, layer_ns: int, n_missing: int, guess: bool = True) -> int:
+def events(
+    link: IdleLink, n_steps: int, layer_ns: int, n_missing: int, since_ns: int = 1 << 40
+) -> int:
     """Steps of two layers; how many of ten guesses are chosen after the first."""
     chosen, now = 0, 0
     for _ in range(n_steps):
         for layer in (0, 1):
             event = RouteEvent(layer, 1, (0,), (1,), Phase.DECODE, 1)
-            wants = link.event(event, now, n_missing)
+            wants = link.event(event, now, since_ns, n_missing)
             if layer == 0 and wants:
                 chances = link.chances(layer, 10)
                 chosen = sum(0.95 - 0.1 * i > chance for i, chance in enumerate(chances))
@@ -116,13 +124,14 @@ def test_2_room_is_what_demands_leave() -> None:
     assert events(IdleLink(100), 10, 1000, 8) == 2
     assert events(IdleLink(100), 10, 1000, 10) == 0
     assert events(IdleLink(100), 10, 10_000, 0) == 10
+    assert events(IdleLink(100), 10, 10_000, 0, 600) == 5  # no copy begins before there are guesses
 
 
 def test_2_a_prompt_gets_nothing() -> None:
     link = IdleLink(100)
     event = RouteEvent(0, 40, (0,), (40,), Phase.PREFILL, 1)
-    assert not link.event(event, 0, 0)
-    assert not link.event(event._replace(layer=1, phase=Phase.MIXED), 0, 0)
+    assert not link.event(event, 0, 0, 0)
+    assert not link.event(event._replace(layer=1, phase=Phase.MIXED), 0, 0, 0)
 
 
 # --- 3 ------------------------------------------------------------------------------------------
@@ -188,6 +197,48 @@ def test_3_by_measured_room(tiny_file: TinyFile, lag: Lag) -> None:
         assert residency.copying.copy_ns > 0
         same(token_by_token(model), expected)
         same(token_by_token(model), expected)
+
+
+# Of the changes between layers the device knows those of some tokens before.
+@pytest.mark.parametrize(("policy", "least"), [("fate-paper", 0.99), ("fate", 0.6)])
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_3_the_next_router_on_the_device(
+    layout: str, policy: str, least: float, tiny_file: TinyFile, lag: Lag
+) -> None:
+    def guessed(model: Ours) -> dict[int, set[int]]:
+        """By number of the event: the first guesses after it, where any were looked at."""
+        controller, by_event = model.controller, dict[int, set[int]]()
+        assert controller.guessing is not None
+        predictor, route, n = controller.guessing.predictor, controller.on_route, count()
+        guess, at = predictor.guess, 0
+
+        def on_route(*args: Any) -> Plan:
+            nonlocal at
+            at = next(n)
+            return route(*args)
+
+        def recorded(event: RouteEvent, inputs: Any) -> Sequence[Guess]:
+            guesses = guess(event, inputs)
+            by_event[at] = {g.key for g in guesses[:n_used]}
+            return guesses
+
+        predictor.guess, controller.on_route = recorded, on_route  # type: ignore[method-assign]
+        controller.may_pass = lambda: False  # type: ignore[method-assign]
+        token_by_token(model)
+        return by_event
+
+    path, n_used = tiny_file(layout), N_USED.get(layout, 4)
+    with ours(path, 3 * n_used, policy=policy, pace=Everything()) as model:
+        expected = guessed(model)
+    with ours(path, n_pool=2 * n_used, **{**DEVICE, "policy": policy}) as model:
+        with_chance(model)
+        got = guessed(model)
+        # The first guess of all is made before there are gates, and the last layer makes none.
+        n_layers = len(model.found.layout.layers)
+        assert 24 * (n_layers - 1) - 2 <= model.stats().routed <= 24 * (n_layers - 1)
+    alike = [len(got[k] & expected[k]) / n_used for k in got if expected.get(k)]
+    assert len(alike) > 10
+    assert np.mean(alike) > least
 
 
 # --- 4 ------------------------------------------------------------------------------------------

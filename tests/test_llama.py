@@ -55,6 +55,7 @@ EXTRA_STATS = {
         "device_waits",
         "device_passed",
         "device_wait_s",
+        "device_routed",
         "uploads",
         "uploads_ahead",
         "bytes_uploaded",

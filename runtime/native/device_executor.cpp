@@ -14,7 +14,7 @@ namespace {
 constexpr size_t MAX_CUTS = 64;
 // Inputs of larger batches stay on the device: nobody is asked to guess from them, nor does the processor
 // compute any of their experts, which have many rows each.
-constexpr int GUESS_TOKENS = 32, COMPUTE_TOKENS = 128;
+constexpr int GUESS_TOKENS = next_router::MAX_TOKENS, COMPUTE_TOKENS = 128;
 
 bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID && is_expert_weight(node->src[0]); }
 
@@ -24,6 +24,7 @@ device_executor::device_executor(ggml_backend_t stream, moe_model & model)
     : stream_(stream),
       model_(model),
       ranges_(stream),
+      router_(stream, model),
       fetched_(stream),
       inputs_(stream),
       slots_(stream),
@@ -53,7 +54,7 @@ const std::vector<device_executor::segment> & device_executor::cut(ggml_cgraph *
     const auto           add = [&](int begin, int end, bool asks) {
         if (begin < end) {
             const bool known = graph->uid != 0;
-            segments.push_back({begin, end, asks, known ? ggml_graph_next_uid() : 0, known && asks ? ggml_graph_next_uid() : 0});
+            segments.push_back({begin, end, asks, false, known ? ggml_graph_next_uid() : 0, known ? ggml_graph_next_uid() : 0});
         }
     };
     int begin = 0;  // of the trunk's next segment
@@ -71,11 +72,15 @@ const std::vector<device_executor::segment> & device_executor::cut(ggml_cgraph *
             end = other ? j + 1 : end;
         }
         add(begin, i, false);
+        if (!segments.empty()) {
+            segments.back().leads = !segments.back().asks;
+        }
         add(i, end, true);
         begin = end;
         i     = end - 1;
     }
     add(begin, graph->n_nodes, false);
+    router_.find(graph);
     if (segments.size() == 1) {
         segments[0].uid = graph->uid;
     }
@@ -108,8 +113,9 @@ ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml
         ggml_tensor *node, *weight, *ids;
     };
     std::vector<patch> patches;
-    ggml_cgraph        view = ggml_graph_view(graph, s.begin, s.end);
-    view.uid                = wide_ ? s.in_window : ranges_.has_moved() ? 0 : s.uid;
+    ggml_cgraph        view      = ggml_graph_view(graph, s.begin, s.end);
+    const bool         is_routed = s.leads && guesses_ && router_.append(view, graph->nodes[s.end]);
+    view.uid                     = wide_ || is_routed ? s.other : ranges_.has_moved() ? 0 : s.uid;
     for (int i = s.begin; i < s.end; i++) {
         ggml_tensor * node = graph->nodes[i];
         if (!is_ours(node)) {
@@ -199,6 +205,7 @@ bool device_executor::fetch(ggml_tensor * const * nodes, int n) {
         return true;
     }
     ggml_backend_tensor_get_async(stream_, ids, fetched_.data(), 0, n_bytes);
+    router_.fetch();
     has_inputs_ = false;
     if (model_.cpu_experts && ids->ne[1] <= COMPUTE_TOKENS) {
         int32_t & rest = model_.dialogue.call.cpu_rest;
@@ -302,6 +309,7 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
     const int64_t t0   = model_.reads->history.start();
     ggml_tensor   x    = x_;
     x.data             = x_.data ? (char *)x_.data + first * x_.nb[2] : nullptr;
+    said.next_logits   = router_.logits() ? router_.logits() + (ptrdiff_t)first * model_.weights.n_experts : nullptr;
     c_.x               = &x;
     c_.n_tokens        = last - first;
     said.ids.assign(ids_.begin() + (ptrdiff_t)first * c_.n_used, ids_.begin() + (ptrdiff_t)last * c_.n_used);

@@ -22,6 +22,7 @@
 #include "cpu_experts.h"
 #include "ggml-iface.h"
 #include "moe.h"
+#include "next_router.h"
 #include "pinned.h"
 #include "ranges.h"
 #include "windows.h"
@@ -41,8 +42,9 @@ class device_executor {
   private:
     struct segment {
         int      begin, end;
-        bool     asks;            // it is of one layer whose pool may lack experts
-        uint64_t uid, in_window;  // what a device remembers its launch by, from a pool and from the window
+        bool     asks;        // it is of one layer whose pool may lack experts
+        bool     leads;       // up to such a one
+        uint64_t uid, other;  // what a device remembers its launch by; other: from the window, or with the next router
     };
 
     const std::vector<segment> & cut(ggml_cgraph * graph);
@@ -70,7 +72,8 @@ class device_executor {
     ranges                                             ranges_;
     std::unordered_map<uint64_t, std::vector<segment>> cuts_;  // by the graph's uid
     std::vector<segment>                               uncached_;
-    chain                                              c_;        // the running event: what a dialogue wants to know of it
+    chain                                              c_;  // the running event: what a dialogue wants to know of it
+    next_router                                        router_;
     chain                                              whole_;    // all of the segment, where it goes in ranges
     ggml_tensor                                        x_{};      // its input, in host memory
     pinned                                             fetched_;  // ids as they lie on the device

@@ -152,6 +152,8 @@ bool dialogue::ask() {
     call.settled     = 0;
     const int64_t t0 = now_ns();
     call.now_ns      = t0;
+    call.since_ns    = ahead_ns_ ? t0 - ahead_ns_ : 0;
+    ahead_ns_        = 0;
     if (call.may_pass && call.phase == MOE_PHASE_DECODE && plan_passing()) {
         model_.stats.passed++;
         return read_plan();
@@ -192,6 +194,7 @@ bool dialogue::plan_passing() {
 }
 
 void dialogue::look_ahead() {
+    ahead_ns_ = now_ns();
     if (gates == nullptr) {
         return;
     }
@@ -199,7 +202,7 @@ void dialogue::look_ahead() {
         gates->forget();
         return;
     }
-    const int64_t t0 = now_ns();
+    const int64_t t0 = ahead_ns_;
     predict();
     passing_.copy_ahead();
     call.guess_ns = now_ns() - t0;
@@ -343,7 +346,7 @@ const char * dialogue::read_slot(int i, int index) {
 // Fills call.predicted_*: whether any of it is not loaded, or not on the device that computes it.
 bool dialogue::predict() {
     gates->observe(call.layer, call.ids, call.n_tokens, call.n_used);
-    gates->predict(call.layer, call.x, call.x_stride, call.n_tokens);
+    gates->predict(call.layer, call.x, call.x_stride, call.n_tokens, next_logits);
     const size_t n   = std::min(gates->predicted.size(), chances_.size());
     bool         any = false;
     for (size_t i = 0; i < n; i++) {
@@ -363,11 +366,12 @@ bool dialogue::is_below(int key) const {
 }
 
 bool dialogue::ask_for_guesses() {
+    ahead_ns_ = now_ns();
     if (gates && !call.wants_guesses && !call.continuation && !call.passed) {
         gates->forget();
     }
     if (call.wants_guesses && guess) {
-        const int64_t t0  = now_ns();
+        const int64_t t0  = ahead_ns_;
         const bool    any = gates == nullptr || predict();
         const int32_t rc  = any ? guess() : 1;
         call.guess_ns     = now_ns() - t0;

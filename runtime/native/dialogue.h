@@ -66,6 +66,8 @@ class dialogue {
     moe_route_fn guess = nullptr;
     moe_route_fn told  = nullptr;
     moe_gates *  gates = nullptr;  // that guess for the model; not owned
+    // Where the device has applied the next layer's router to call.x (moe_gates::next), as long as that is valid.
+    const float * next_logits = nullptr;
 
   private:
     bool         group_pairs();
@@ -100,6 +102,7 @@ class dialogue {
     std::vector<int32_t> occupant_;  // slot -> last entry planned for it; -1 between events
     std::vector<int32_t> pooled_;    // slot of a pool -> event that took it last
     int32_t              n_events_ = 0;
+    int64_t              ahead_ns_ = 0;  // when what was guessed after the last event could be copied; 0: it could not
     std::vector<int32_t> dropped_;
     std::vector<int32_t> abandoned_;
     std::vector<waiting> waiting_;

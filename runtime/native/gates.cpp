@@ -125,14 +125,35 @@ moe_gates::moe_gates(const moe_gates_config & config)
 
 moe_gates::passage & moe_gates::between(int from, int to) { return passages_.try_emplace({from, to}, n_used_).first->second; }
 
-// For one vector the `width` experts the router would choose first, best first.
-void moe_gates::rank(const moe_router & router, const float * x, int width, int32_t * experts, float * confidence) {
+int moe_gates::next(int layer) const {
+    const size_t i = index_.at(layer);
+    return ahead_ == 1 && variant_ != MOE_GATES_RENORM && i + 1 < layers_.size() ? layers_[i + 1] : -1;
+}
+
+// The router's logits for one vector, without bias.
+void moe_gates::score(const moe_router & router, const float * x) {
+    logits_.resize(router.n_experts);
+    for (int e = 0; e < router.n_experts; e++) {
+        logits_[e] = dot(x, router.weight + (int64_t)e * router.n_embd, router.n_embd);
+    }
+}
+
+// Computed as seldom as the step changes: it is as long as a prediction.
+void moe_gates::shift(const moe_router & router, passage & p) {
+    if (!p.step.empty() && p.n_seen >= p.shift_due) {
+        score(router, p.step.data());
+        p.shift     = logits_;
+        p.shift_due = std::min(2 * p.n_seen, p.n_seen + (int64_t)(1 / RATE));
+    }
+}
+
+// From those logits the `width` experts the router would choose first, best first.
+void moe_gates::rank(const moe_router & router, int width, int32_t * experts, float * confidence) {
     const int n = router.n_experts;
-    logits_.resize(n);
     trust_.resize(n);
     order_.resize(n);
-    for (int e = 0; e < n; e++) {
-        logits_[e] = dot(x, router.weight + (int64_t)e * router.n_embd, router.n_embd) + (router.logit_bias ? router.logit_bias[e] : 0);
+    if (router.logit_bias) {
+        std::transform(logits_.begin(), logits_.end(), router.logit_bias, logits_.begin(), std::plus<>());
     }
     // Every gating grows with the logit, so without bias and groups the logits decide.
     scores_ = logits_;
@@ -190,7 +211,20 @@ void moe_gates::follow(int i, const float * x, int64_t x_stride, int n_tokens) {
     }
 }
 
-void moe_gates::predict(int layer, const float * x, int64_t x_stride, int n_tokens) {
+// What a router ahead is fed instead of this layer's own input.
+const float * moe_gates::fed(const passage & p, const float * x, int n_embd) {
+    fed_.resize(n_embd);
+    if (!p.ratio.empty()) {
+        std::transform(x, x + n_embd, p.ratio.begin(), fed_.begin(), std::multiplies<>());
+    } else if (!p.step.empty()) {
+        std::transform(x, x + n_embd, p.step.begin(), fed_.begin(), std::plus<>());
+    } else {
+        return x;
+    }
+    return fed_.data();
+}
+
+void moe_gates::predict(int layer, const float * x, int64_t x_stride, int n_tokens, const float * logits) {
     predicted.clear();
     const int i = index_.at(layer);
     if (variant_ == MOE_GATES_RESIDUAL) {
@@ -209,17 +243,19 @@ void moe_gates::predict(int layer, const float * x, int64_t x_stride, int n_toke
         p.guess.experts.resize((size_t)n_tokens * width_);
         p.guess.cells.resize((size_t)n_tokens * width_);
         confidence_.resize(width_);
-        fed_.resize(router.n_embd);
+        if (logits) {
+            shift(router, p);
+        }
         for (int t = 0; t < n_tokens; t++) {
             const float * row = (const float *)((const char *)x + t * x_stride);
-            if (!p.ratio.empty()) {
-                std::transform(row, row + router.n_embd, p.ratio.begin(), fed_.begin(), std::multiplies<>());
-                row = fed_.data();
-            } else if (!p.step.empty()) {
-                std::transform(row, row + router.n_embd, p.step.begin(), fed_.begin(), std::plus<>());
-                row = fed_.data();
+            if (logits) {
+                const float * of = logits + (int64_t)t * router.n_experts;
+                logits_.assign(of, of + router.n_experts);
+                std::transform(p.shift.begin(), p.shift.end(), of, logits_.begin(), std::plus<>());
+            } else {
+                score(router, fed(p, row, router.n_embd));
             }
-            rank(router, row, width_, p.guess.experts.data() + (size_t)t * width_, confidence_.data());
+            rank(router, width_, p.guess.experts.data() + (size_t)t * width_, confidence_.data());
             for (int r = 0; r < width_; r++) {
                 p.guess.cells[(size_t)t * width_ + r] = p.trust.cell(confidence_[r], r);
             }

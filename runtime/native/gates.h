@@ -14,7 +14,10 @@ struct moe_gates {
     explicit moe_gates(const moe_gates_config & config);
 
     // See moe_gates_predict and the others in moe.h.
-    void  predict(int layer, const float * x, int64_t x_stride, int n_tokens);
+    void predict(int layer, const float * x, int64_t x_stride, int n_tokens, const float * logits = nullptr);
+    // The layer whose logits for this one's input, [n_tokens][n_experts] without bias, predict() would take instead of
+    // making them; -1: none's.
+    int   next(int layer) const;
     void  observe(int layer, const int32_t * ids, int n_tokens, int n_used);
     void  forget();
     float recall(int layer) const;
@@ -54,14 +57,19 @@ struct moe_gates {
         calibration        trust;
         waiting            guess;
         std::vector<float> step;   // residual: how the router's input changes
+        std::vector<float> shift;  // what that adds to logits
         std::vector<float> ratio;  // renorm
-        int64_t            n_seen = 0;
+        int64_t            n_seen    = 0;
+        int64_t            shift_due = 0;  // to be computed anew, when so many were seen
     };
 
-    void      rank(const moe_router & router, const float * x, int width, int32_t * experts, float * confidence);
-    void      follow(int i, const float * x, int64_t x_stride, int n_tokens);
-    void      vote(int layer, const passage & p);
-    passage & between(int from, int to);
+    void          score(const moe_router & router, const float * x);
+    void          rank(const moe_router & router, int width, int32_t * experts, float * confidence);
+    const float * fed(const passage & p, const float * x, int n_embd);
+    void          shift(const moe_router & router, passage & p);
+    void          follow(int i, const float * x, int64_t x_stride, int n_tokens);
+    void          vote(int layer, const passage & p);
+    passage &     between(int from, int to);
 
     std::vector<moe_router>                routers_;
     std::vector<int>                       layers_;

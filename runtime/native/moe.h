@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 12
+#define MOE_ABI 13
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
@@ -145,6 +145,7 @@ struct moe_call {
     int32_t         n_sequences;
     int64_t         x_stride;    // bytes from one token's row of x to the next
     int64_t         now_ns;      // a steady clock
+    int64_t         since_ns;    // since what was guessed after the event before could be copied to the device; 0: it could not
     int64_t         disk_ns;     // of it so far, some lane was reading
     int64_t         read_bytes;  // so far
     int64_t         stall_ns;    // of the event before this one: with nothing to compute
@@ -234,6 +235,7 @@ struct moe_stats {
     int64_t uploads;        // experts copied to the device
     int64_t uploads_ahead;  // of them, before they were asked for
     int64_t upload_bytes;
+    int64_t routed;         // events after which the device itself has applied the next layer's router
     int64_t waits;          // for the ids of a layer, on a device
     int64_t wait_ns;        // likewise: what came before was computed meanwhile
     int64_t ranges;         // pieces of events that needed more experts than a pool has slots

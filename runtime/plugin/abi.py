@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 12
+ABI = 13
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256
@@ -113,6 +113,7 @@ class Call(ctypes.Structure):
         ("n_sequences", i32),
         ("x_stride", i64),
         ("now_ns", i64),
+        ("since_ns", i64),
         ("disk_ns", i64),
         ("read_bytes", i64),
         ("stall_ns", i64),
@@ -220,6 +221,7 @@ class Stats(ctypes.Structure):
             "uploads",
             "uploads_ahead",
             "upload_bytes",
+            "routed",
             "waits",
             "wait_ns",
             "ranges",

@@ -46,13 +46,14 @@ class Brain(Protocol):
     def on_passed(
         self,
         event: RouteEvent,
-        now_ns: int,
+        times: tuple[int, int],
         places: tuple[Sequence[int], Sequence[int]],
         copies: Sequence[tuple[int, int]],
         inputs: Callable[[], Inputs],
     ) -> bool:
-        """An event passed as ordered: its experts and their slots, those it found first, and
-        (key, slot) of what was copied after it. Whether to copy ahead from now on."""
+        """An event passed as ordered, at a time and so long after copies could begin: its experts
+        and their slots, those it found first, and (key, slot) of what was copied after it. Whether
+        to copy ahead from now on."""
 
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         """The plan of one event; ``continuation``: of further tensors of the event before.
@@ -179,7 +180,9 @@ class Callbacks:
         if k := call.n_guesses:
             copies = list(zip(self._guess_keys[:k], self._guess_pools[:k], strict=True))
         places = self._plan_experts[:n], self._plan_pools[:n]
-        call.may_copy = self.brain.on_passed(event, call.now_ns, places, copies, self._inputs)
+        call.may_copy = self.brain.on_passed(
+            event, (call.now_ns, call.since_ns), places, copies, self._inputs
+        )
         self._order(event.layer)
 
     def _order(self, layer: int) -> None:
@@ -218,6 +221,7 @@ class Callbacks:
             call.guess_ns,
             n_missing + call.n_late,
             n_missing + n_guessed,
+            call.since_ns,
         )
 
     def _guess(self) -> None:
