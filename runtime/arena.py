@@ -100,6 +100,7 @@ class Arena:
 
     def cancel_guesses(self) -> None:
         """Drop every guess that no lane has started; only between steps."""
+        self.callbacks.flush()
         self.plugin.cancel_guesses()
         self.residency.reconcile(self.plugin.slot_keys())
 

@@ -129,7 +129,7 @@ class Controller:
         times: tuple[int, int],
         places: tuple[Sequence[int], Sequence[int]],
         copies: Sequence[tuple[int, int]],
-        inputs: Callable[[], Inputs],
+        guesses: Callable[[], Sequence[Guess]],
     ) -> bool:
         residency = self.residency
         assert isinstance(residency, Tiers)
@@ -137,8 +137,7 @@ class Controller:
         if (plan.experts, list(plan.pools)) != places:
             raise RuntimeError(f"layer {event.layer} passed with {places}, and not with {plan}")
         if copies:
-            assert self.guessing is not None
-            residency.copied(event, self.guessing.predictor.guess(event, inputs), copies)
+            residency.copied(event, guesses(), copies)
         return residency.copies_ahead(event, *times, self._n_missing)
 
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:

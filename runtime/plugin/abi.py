@@ -206,6 +206,7 @@ class Stats(ctypes.Structure):
             "route_ns",
             "guess_ns",
             "tell_ns",
+            "tell_wait_ns",
             "events",
             "passed",
             "whole",
