@@ -196,6 +196,12 @@ void pools::copy_to_window(ggml_backend_t stream, int layer, int slot) {
     }
 }
 
+void pools::hold_in_window(int layer) {
+    for (const slot & s : slots_[layer]) {
+        window_of(layer).holds[weights_.expert_of(s.key)] = 1;
+    }
+}
+
 // Twice: the first copies may set things up.
 int64_t pools::copy_ns(int layer, int n, const std::function<const char *(int)> & memory) {
     const counters counted = count;

@@ -59,6 +59,8 @@ class pools {
     // Starts copying what a slot of a pool holds into the window, behind the upload of it or by that stream.
     void copy_to_window(int layer, int slot);
     void copy_to_window(ggml_backend_t stream, int layer, int slot);
+    // All that the layer's pool holds was copied there, by a stream that waited for the slots.
+    void hold_in_window(int layer);
     // The layer's window is its own from now on; the ticket of what may still come there for another one.
     int64_t begin_window(int layer);
     // Whether a key is there, or will be before any stream that waits for the window's ticket goes on.

@@ -8,8 +8,15 @@
 
 namespace moe {
 
+namespace {
+
+// Fewer are copied one by one.
+constexpr int64_t SPREAD_LEAST = 4;
+
+}  // namespace
+
 windows::windows(ggml_backend_t stream, moe_model & model, std::function<void(int64_t)> wait_on)
-    : stream_(stream), model_(model), wait_on_(std::move(wait_on)) {}
+    : stream_(stream), model_(model), wait_on_(std::move(wait_on)), spread_(stream, model) {}
 
 void windows::begin(int layer) {
     // Copies for a layer that did not ask, which this stream's own would run into.
@@ -21,9 +28,15 @@ bool windows::is_lacking(int layer, int key) const { return model_.weights.layer
 void windows::copy_pooled(int layer, const int32_t * keys, int n) {
     pools &    p      = *model_.pools;
     const auto is_due = [&](int key) { return is_lacking(layer, key) && p.slot_of(key) >= 0; };
-    int64_t    ticket = 0;
+    int64_t    ticket = 0, n_due = 0;
     for (int i = 0; i < n; i++) {
-        ticket = is_due(keys[i]) ? std::max(ticket, p.ticket_of(layer, p.slot_of(keys[i]))) : ticket;
+        if (is_due(keys[i])) {
+            ticket = std::max(ticket, p.ticket_of(layer, p.slot_of(keys[i])));
+            n_due++;
+        }
+    }
+    if (n_due >= SPREAD_LEAST && spread_pool(layer)) {
+        return;
     }
     wait_on_(ticket);
     for (int i = 0; i < n; i++) {
@@ -31,6 +44,24 @@ void windows::copy_pooled(int layer, const int32_t * keys, int n) {
             p.copy_to_window(stream_, layer, p.slot_of(keys[i]));
         }
     }
+}
+
+// All that the pool holds, whoever asked for it.
+bool windows::spread_pool(int layer) {
+    pools & p      = *model_.pools;
+    int64_t ticket = 0;
+    for (int slot = 0; slot < p.n_slots(layer); slot++) {
+        if (p.key_of(layer, slot) < 0) {  // a row for nobody
+            return false;
+        }
+        ticket = std::max(ticket, p.ticket_of(layer, slot));
+    }
+    wait_on_(ticket);
+    if (!spread_.launch(layer)) {
+        return false;
+    }
+    p.hold_in_window(layer);
+    return true;
 }
 
 void windows::copy_resident() {

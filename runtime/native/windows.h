@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "ggml-iface.h"
+#include "spread.h"
 
 struct moe_model;
 
@@ -30,10 +31,12 @@ class windows {
   private:
     bool is_lacking(int layer, int key) const;
     void copy_pooled(int layer, const int32_t * keys, int n);
+    bool spread_pool(int layer);
 
     ggml_backend_t               stream_;
     moe_model &                  model_;
     std::function<void(int64_t)> wait_on_;
+    spread                       spread_;
 };
 
 }  // namespace moe
