@@ -53,8 +53,10 @@ const std::vector<device_executor::segment> & device_executor::cut(ggml_cgraph *
     std::vector<segment> segments;
     const auto           add = [&](int begin, int end, bool asks) {
         if (begin < end) {
-            const bool known = graph->uid != 0;
-            segments.push_back({begin, end, asks, false, known ? ggml_graph_next_uid() : 0, known ? ggml_graph_next_uid() : 0});
+            segments.push_back({begin, end, asks, false, {}});
+            if (graph->uid != 0) {
+                std::generate(segments.back().uids.begin(), segments.back().uids.end(), ggml_graph_next_uid);
+            }
         }
     };
     int begin = 0;  // of the trunk's next segment
@@ -82,7 +84,7 @@ const std::vector<device_executor::segment> & device_executor::cut(ggml_cgraph *
     add(begin, graph->n_nodes, false);
     router_.find(graph);
     if (segments.size() == 1) {
-        segments[0].uid = graph->uid;
+        segments[0].uids[0] = graph->uid;
     }
     if (graph->uid == 0) {
         uncached_ = std::move(segments);
@@ -99,31 +101,41 @@ ggml_status device_executor::compute(ggml_cgraph * graph) {
         model_.failure.set(ERROR_OTHER, "the model has no slots on the device");
         return GGML_STATUS_FAILED;
     }
-    for (const segment & s : cut(graph)) {
-        const ggml_status status = s.asks ? experts(graph, s) : launch(graph, s, nullptr);
+    const std::vector<segment> & segments = cut(graph);
+    for (size_t i = 0; i < segments.size(); i++) {
+        const segment *   behind = i + 1 < segments.size() && !segments[i + 1].asks ? &segments[i + 1] : nullptr;
+        const ggml_status status = segments[i].asks ? experts(graph, segments[i], behind) : launch(graph, segments[i], nullptr);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
+        i += segments[i].asks && behind;
     }
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots) {
+// With the segment behind it, if there is one. The nodes of layers that ask take their ids from `slots`, if there are any.
+ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots, const segment * behind) {
     struct patch {
         ggml_tensor *node, *weight, *ids;
     };
     std::vector<patch> patches;
-    ggml_cgraph        view      = ggml_graph_view(graph, s.begin, s.end);
-    const bool         is_routed = s.leads && guesses_ && router_.append(view, graph->nodes[s.end]);
-    view.uid                     = wide_ || is_routed ? s.other : ranges_.has_moved() ? 0 : s.uid;
-    for (int i = s.begin; i < s.end; i++) {
+    const segment &    last = behind ? *behind : s;
+    ggml_cgraph        view = ggml_graph_view(graph, s.begin, last.end);
+    int                how  = (wide_ ? FROM_WINDOW : 0) | (behind ? WITH_TRUNK : 0);
+    if (last.leads && guesses_ && router_.append(view, graph->nodes[last.end])) {
+        how |= WITH_ROUTER;
+    }
+    view.uid = ranges_.has_moved() ? 0 : s.uids[how];
+    for (int i = s.begin; i < last.end; i++) {
         ggml_tensor * node = graph->nodes[i];
         if (!is_ours(node)) {
             continue;
         }
+        const moe_tensor & weight = *model_.weights.find(node->src[0]);
+        const bool         asks   = i < s.end && s.asks;
         patches.push_back({node, node->src[0], node->src[2]});
-        node->src[0] = place_of(node->src[0]);
-        node->src[2] = slots ? slots : node->src[2];
+        node->src[0] = asks && wide_ ? model_.pools->window(weight) : model_.pools->tensor(weight);
+        node->src[2] = asks && slots ? slots : node->src[2];
     }
     const ggml_status status = ggml_backend_graph_compute_async(stream_, &view);
     for (const patch & p : patches) {
@@ -133,15 +145,12 @@ ggml_status device_executor::launch(ggml_cgraph * graph, const segment & s, ggml
     return status;
 }
 
-// Where a weight's experts are, as far as they are needed now.
-ggml_tensor * device_executor::place_of(const ggml_tensor * weight) {
-    const moe_tensor & found = *model_.weights.find(weight);
-    return wide_ ? model_.pools->window(found) : model_.pools->tensor(found);
-}
-
 // ---- experts
 
-ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
+// `behind` is launched with it, or is null afterwards.
+ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s, const segment *& behind) {
+    const segment * trunk = nullptr;
+    std::swap(behind, trunk);
     look_ahead();
     if (!fetch(graph->nodes + s.begin, s.end - s.begin)) {
         return GGML_STATUS_FAILED;
@@ -152,10 +161,14 @@ ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
     }
     std::lock_guard<std::mutex> lock(model_.step);
     take_over();
-    if (fitting(0) < n_tokens) {
+    const bool fits = fitting(0) == n_tokens;
+    if (!has_inputs_ && (fits || model_.pools->has_window())) {  // else the processor's rows come between
+        behind = trunk;
+    }
+    if (!fits) {
         if (model_.pools->has_window()) {
             wide_                    = true;
-            const ggml_status status = event(0, n_tokens, [&] { return launch(graph, s, nullptr); });
+            const ggml_status status = event(0, n_tokens, [&] { return launch(graph, s, nullptr, behind); });
             wide_                    = false;
             return status;
         }
@@ -168,7 +181,7 @@ ggml_status device_executor::experts(ggml_cgraph * graph, const segment & s) {
     ggml_tensor * slots = ranges_.slots(c_.n_used, n_tokens);
     return event(0, n_tokens, [&] {
         ranges_.send(slots_.data<int32_t>(), nullptr, 0, n_tokens);
-        return launch(graph, s, slots);
+        return launch(graph, s, slots, behind);
     });
 }
 

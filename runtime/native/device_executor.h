@@ -2,7 +2,8 @@
 // be asked, brings what is missing, and launches the nodes with their weights and ids replaced.
 //
 //   trunk     up to the next such layer, in one launch; layers with all experts in their pool are part of it
-//   experts   from a layer's first expert matmul to its last: one wait for the ids, then one launch
+//   experts   from a layer's first expert matmul to its last: one wait for the ids, then one launch, with the trunk
+//             behind it where nothing has to come between
 //   window    an event of more experts than the pool has slots: all of them side by side, with the graph's ids;
 //             with two windows the next layer's come meanwhile, as far as somebody foresees them
 //   ranges    likewise without a window: as many tokens at a time as fit the pool
@@ -13,6 +14,7 @@
 // keeps its identity, and with it whatever the device knows of it: fused kernels, recorded launches.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <unordered_map>
@@ -41,17 +43,18 @@ class device_executor {
 
   private:
     struct segment {
-        int      begin, end;
-        bool     asks;        // it is of one layer whose pool may lack experts
-        bool     leads;       // up to such a one
-        uint64_t uid, other;  // what a device remembers its launch by; other: from the window, or with the next router
+        int                     begin, end;
+        bool                    asks;   // it is of one layer whose pool may lack experts
+        bool                    leads;  // up to such a one
+        std::array<uint64_t, 8> uids;   // what a device remembers its launches by, each kind (enum how) on its own
     };
+    // Bits of a launch.
+    enum how { FROM_WINDOW = 1, WITH_TRUNK = 2, WITH_ROUTER = 4 };
 
     const std::vector<segment> & cut(ggml_cgraph * graph);
     const moe_tensor *           asked(const ggml_tensor * node) const;
-    ggml_status                  launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots);
-    ggml_tensor *                place_of(const ggml_tensor * weight);
-    ggml_status                  experts(ggml_cgraph * graph, const segment & s);
+    ggml_status                  launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots, const segment * behind = nullptr);
+    ggml_status                  experts(ggml_cgraph * graph, const segment & s, const segment *& behind);
     ggml_status                  in_ranges();
     bool                         fetch(ggml_tensor * const * nodes, int n);
     void                         fetch_input(const ggml_tensor * x);

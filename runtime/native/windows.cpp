@@ -28,17 +28,20 @@ bool windows::is_lacking(int layer, int key) const { return model_.weights.layer
 void windows::copy_pooled(int layer, const int32_t * keys, int n) {
     pools &    p      = *model_.pools;
     const auto is_due = [&](int key) { return is_lacking(layer, key) && p.slot_of(key) >= 0; };
-    int64_t    ticket = 0, n_due = 0;
+    int64_t    n_due = 0, ticket = 0;
     for (int i = 0; i < n; i++) {
         if (is_due(keys[i])) {
             ticket = std::max(ticket, p.ticket_of(layer, p.slot_of(keys[i])));
             n_due++;
         }
     }
-    if (n_due >= SPREAD_LEAST && spread_pool(layer)) {
+    const int64_t of_all = n_due >= SPREAD_LEAST ? last_ticket(layer) : -1;
+    ticket               = std::max(ticket, of_all);
+    wait_on_(ticket);
+    if (of_all >= 0 && spread_.launch(layer)) {
+        p.hold_in_window(layer);
         return;
     }
-    wait_on_(ticket);
     for (int i = 0; i < n; i++) {
         if (is_due(keys[i])) {
             p.copy_to_window(stream_, layer, p.slot_of(keys[i]));
@@ -46,22 +49,14 @@ void windows::copy_pooled(int layer, const int32_t * keys, int n) {
     }
 }
 
-// All that the pool holds, whoever asked for it.
-bool windows::spread_pool(int layer) {
-    pools & p      = *model_.pools;
-    int64_t ticket = 0;
+// Of all that the layer's pool holds; -1 where a slot holds nothing, which would be a row for nobody.
+int64_t windows::last_ticket(int layer) const {
+    const pools & p      = *model_.pools;
+    int64_t       ticket = 0;
     for (int slot = 0; slot < p.n_slots(layer); slot++) {
-        if (p.key_of(layer, slot) < 0) {  // a row for nobody
-            return false;
-        }
-        ticket = std::max(ticket, p.ticket_of(layer, slot));
+        ticket = p.key_of(layer, slot) < 0 ? INT64_MAX : std::max(ticket, p.ticket_of(layer, slot));
     }
-    wait_on_(ticket);
-    if (!spread_.launch(layer)) {
-        return false;
-    }
-    p.hold_in_window(layer);
-    return true;
+    return ticket == INT64_MAX ? -1 : ticket;
 }
 
 void windows::copy_resident() {

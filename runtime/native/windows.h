@@ -29,9 +29,9 @@ class windows {
     void fill_next();
 
   private:
-    bool is_lacking(int layer, int key) const;
-    void copy_pooled(int layer, const int32_t * keys, int n);
-    bool spread_pool(int layer);
+    bool    is_lacking(int layer, int key) const;
+    void    copy_pooled(int layer, const int32_t * keys, int n);
+    int64_t last_ticket(int layer) const;
 
     ggml_backend_t               stream_;
     moe_model &                  model_;
