@@ -11,7 +11,7 @@ from __future__ import annotations
 from .base import RouteEvent
 
 _DECAY = 0.8  # of what was asked, by event of the layer
-_LEAST = 0.75  # chance of being asked for
+LEAST = 0.75  # chance of being asked for
 
 
 class Foresight:
@@ -35,7 +35,7 @@ class Foresight:
     def likely(self, layer: int, n_pairs: int) -> list[int]:
         """The experts that so many pairs will probably ask for, likeliest first."""
         shares = self._shares.get(layer, self._even)
-        least = 1 - (1 - _LEAST) ** (1 / n_pairs)
+        least = 1 - (1 - LEAST) ** (1 / n_pairs)
         return sorted(
             (e for e, share in enumerate(shares) if share >= least),
             key=shares.__getitem__,

@@ -40,6 +40,15 @@ class Plan(NamedTuple):
     foreseen: Sequence[int] = ()
 
 
+class Guessed(NamedTuple):
+    """What is done with guesses: ``placed`` are (key, slot, -1) of what is to be read ahead, and
+    (key, slot, slot of its layer's pool) of what is in memory and to be copied to the device;
+    ``foreseen``, if any, replaces the plan's."""
+
+    placed: Sequence[tuple[int, int, int]]
+    foreseen: Sequence[int] = ()
+
+
 class Residency:
     """The slot table of one model: ``n_slots`` slots shared by all layers.
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from .base import CachePolicy, Guess, LoadOrder, RouteEvent
+from .base import CachePolicy, Guess, LoadOrder, Phase, RouteEvent
 from .coexecution import NOBODY, Dividing
 from .copying import Copying
-from .foresight import Foresight
+from .foresight import LEAST, Foresight
 from .residency import Plan, Residency
 
 # For an expert's slot in a pool: the processor computes it (native/moe.h).
@@ -155,6 +155,24 @@ class Tiers(Residency):
             return ()
         base = layer * self.n_experts
         return [base + e for e in self.foresight.likely(layer, sum(event.counts))]
+
+    def foresees(self, event: RouteEvent, n_foreseen: int) -> bool:
+        """Whether guesses after this event are to say what goes to the next window: where it was
+        wider than its pool, but of the next one hardly anything is sure."""
+        pool = self.pools.get(event.layer)
+        if self.foresight is None or pool is None or event.phase != Phase.DECODE:
+            return False
+        return 2 * n_foreseen < len(event.experts) - pool.n_slots and not event.may_compute
+
+    def foresee(self, event: RouteEvent, guesses: Sequence[Guess]) -> Sequence[int]:
+        """Keys of the next layer that is asked for, likeliest first: those that its event, if that
+        will be wider than its pool, is likely to want."""
+        layer = self._next.get(event.layer)
+        near = [g for g in guesses if g.key // self.n_experts == layer]
+        if layer is None or sum(g.confidence for g in near) <= self.pools[layer].n_slots:
+            return ()
+        likely = [g for g in near if g.confidence >= LEAST]
+        return [g.key for g in sorted(likely, key=lambda g: g.confidence, reverse=True)]
 
     def is_complete(self, layers: Sequence[int]) -> bool:
         """Whether memory holds every expert that a device may ask it for."""

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from ..policies.base import Guess, Ids, Inputs, Phase, Predictor, RouteEvent
 from ..policies.pace import Meters, Pace
-from ..policies.residency import Plan, Residency
+from ..policies.residency import Guessed, Plan, Residency
 from ..policies.tiers import Tiers
 
 
@@ -89,6 +89,8 @@ class Controller:
         self._before = (0, 0)  # likewise of the event before
         self._pays = False  # whether to read ahead after the event
         self._copies = False  # likewise to copy to a device
+        self._foresees = False  # likewise into the next layer's window
+        self._n_foreseen = 0  # by the event's plan
 
     # -- the two callbacks
 
@@ -166,7 +168,7 @@ class Controller:
             for expert, count in zip(event.experts, event.counts, strict=True):
                 uses[base + expert] += count
             self._before = self._n_missing, self._n_guessed
-            self._n_missing = n_missing
+            self._n_missing, self._n_foreseen = n_missing, len(plan.foreseen)
             self._n_guessed = residency.guesses_used - guesses_used
         return plan
 
@@ -175,13 +177,16 @@ class Controller:
             return False
         now = meters(*self._before)
         self._pays = self.guessing.pace.event(now)
-        self._copies = isinstance(self.residency, Tiers) and self.residency.copies_ahead(
-            self._event, now.now_ns, now.since_ns, self._n_missing
-        )
+        residency = self.residency
+        if isinstance(residency, Tiers):
+            self._copies = residency.copies_ahead(
+                self._event, now.now_ns, now.since_ns, self._n_missing
+            )
+            self._foresees = residency.foresees(self._event, self._n_foreseen)
         # With everything there, nothing is worth guessing; but a recording wants to know how good
         # guesses would be.
         wants = self._pays and len(self.residency.slot_of) < self._n_all
-        return wants or self._copies or self.recorder is not None
+        return wants or self._copies or self._foresees or self.recorder is not None
 
     def is_settled(self, event: RouteEvent) -> bool:
         """Every expert has its slot, and nobody wants to hear of each event."""
@@ -193,9 +198,7 @@ class Controller:
             and self.residency.is_plain
         )
 
-    def on_guess(
-        self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]
-    ) -> Sequence[tuple[int, int, int]]:
+    def on_guess(self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]) -> Guessed:
         assert self.guessing is not None
         predictor, pace, blob_bytes, most, _ = self.guessing
         event, residency = self._event, self.residency
@@ -212,10 +215,15 @@ class Controller:
         if chosen:
             reads = residency.guess(event, chosen, (guess.key for guess in guesses))
             placed += [(key, slot, -1) for key, slot in reads]
+        if not isinstance(residency, Tiers):
+            return Guessed(placed)
+        if self._foresees:
+            foreseen = residency.foresee(event, guesses)
+            if foreseen:
+                return Guessed(placed, foreseen)
         if self._copies:
-            assert isinstance(residency, Tiers)
             placed += residency.guess_above(event, guesses, most - len(placed))
-        return placed
+        return Guessed(placed)
 
     # -- counts
 

@@ -7,7 +7,8 @@ The device is the one of native/lag.cpp, whose kernels are the processor's. A pa
  3  identity  every layout, policy and size: logits to the last bit, one wait per layer; what is
               copied is what was missing and what was guessed, and guesses are found later; the
               device applies the next layer's router, and guesses are what the processor's would be
- 4  prompts   an event that needs more than the pool has, right after copies that nobody waits for
+ 4  prompts   an event that needs more than the pool has, right after copies that nobody waits for;
+              guesses fill the next window where only they know what it wants
  5  failures  a guess for the device that is not in memory
 """
 
@@ -26,7 +27,9 @@ from harness import Logits, Model, Ours, Row, ours, random_tokens, rows, same, s
 from lag import NAME, Lag, lag
 
 from moe_gguf.policies.base import Guess, Phase, RouteEvent
+from moe_gguf.policies.cache import LRU
 from moe_gguf.policies.copying import IdleLink, Trial
+from moe_gguf.policies.foresight import Foresight
 from moe_gguf.policies.pace import Everything
 from moe_gguf.policies.residency import Plan
 from moe_gguf.policies.tiers import Tiers
@@ -253,6 +256,47 @@ def test_4_prompts_between(n_windows: int, tiny_file: TinyFile, lag: Lag) -> Non
         with_chance(model)
         same(prompts_between(model), expected)
         assert model.stats().uploads_ahead > 0
+
+
+def in_eights(model: Model) -> Logits:
+    context = model.context(n_seq_max=8)
+    steps = [[Row(7 * i + s, i, seq=s) for s in range(8)] for i in range(10)]
+    return np.concatenate([context.decode(step) for step in steps])
+
+
+@pytest.mark.parametrize("layout", ["qwen3moe", "gpt-oss", "deepseek2"])
+def test_4_guesses_fill_the_next_window(layout: str, tiny_file: TinyFile, lag: Lag) -> None:
+    """Where several sequences ask for more than a pool has, but not for all."""
+    path = tiny_file(layout)
+    with stock(path, device=NAME) as model:
+        expected = in_eights(model)
+    with lag.delayed(us=300), ours(path, n_pool=6, n_windows=2, **DEVICE) as model:
+        residency = model.controller.residency
+        assert isinstance(residency, Tiers)
+        residency.copying = None
+        foresee = residency.foresee
+        same(in_eights(model), expected)  # brings all into memory
+        before = model.stats().uploads_ahead
+        residency.foresee = lambda event, guesses: (  # type: ignore[method-assign]
+            foresee(event, [g._replace(confidence=1.0) for g in guesses])
+        )
+        same(in_eights(model), expected)
+        assert model.stats().uploads_ahead > before
+
+
+def test_4_what_guesses_say_of_the_next_window() -> None:
+    tiers = Tiers(64, 16, LRU(), None, dict.fromkeys((0, 1, 2), 4), lambda layer, n: LRU())
+    wide = RouteEvent(0, 3, tuple(range(8)), (1,) * 8, Phase.DECODE, 3)
+    assert not tiers.foresees(wide, 0)
+    tiers.foresight = Foresight(16)
+    assert tiers.foresees(wide, 0)
+    assert not tiers.foresees(wide, 2)  # half of what its pool lacks
+    assert not tiers.foresees(wide._replace(experts=(1, 2, 3), counts=(1, 1, 1)), 0)
+    assert not tiers.foresees(wide._replace(phase=Phase.PREFILL), 0)
+    guesses = [Guess(16 + i, c) for i, c in enumerate((0.9, 0.5, 0.8, 0.99, 0.9))]
+    assert tiers.foresee(wide, guesses) == [19, 16, 20, 18]
+    assert tiers.foresee(wide, guesses[:4]) == ()  # its pool will do
+    assert tiers.foresee(wide._replace(layer=2), guesses) == ()
 
 
 # --- 5 ------------------------------------------------------------------------------------------

@@ -10,6 +10,10 @@ namespace moe {
 
 namespace {
 
+// Waking a thread takes longer than many a layer, on a virtual machine above all: it is woken for several events, of at
+// most a part of the layers, so that nobody soon waits for what it slept through.
+constexpr int MOST_AT_ONCE = 8, PART = 4;
+
 // The arrays of an event that matter afterwards, with how much of them is used.
 struct array {
     int32_t * moe_call::* of;
@@ -26,7 +30,11 @@ std::vector<array> arrays(const moe_call & call) {
 
 }  // namespace
 
-telling::telling(moe_model & model) : model_(model), ring_(model.weights.n_layers + 1), last_(model.weights.n_layers) {
+telling::telling(moe_model & model)
+    : model_(model),
+      ring_(model.weights.n_layers + 1),
+      last_(model.weights.n_layers),
+      at_once_(std::clamp(model.weights.n_layers / PART, 1, MOST_AT_ONCE)) {
     const int n = model.weights.n_experts;
     numbers_.resize(6 * (size_t)n + 2 * MOE_MAX_GUESSES);
     chances_.resize(2 * (size_t)n);
@@ -45,6 +53,7 @@ template <class Condition>
 void telling::wait_until(std::unique_lock<std::mutex> & lock, Condition met) {
     if (!met()) {
         const int64_t t0 = now_ns();
+        changed_.notify_all();
         changed_.wait(lock, met);
         waited_ns_ += now_ns() - t0;
     }
@@ -66,7 +75,9 @@ bool telling::put(const moe_call & event) {
     }
     r.chances.assign(event.predicted_chances, event.predicted_chances + event.n_predicted);
     last_[event.layer] = ++put_;
-    changed_.notify_all();
+    if (put_ - told_ >= at_once_) {
+        changed_.notify_all();
+    }
     return true;
 }
 

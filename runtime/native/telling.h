@@ -62,8 +62,9 @@ class telling {
     moe_model &             model_;
     std::mutex              mutex_;
     std::condition_variable changed_;
-    std::vector<record>     ring_;                // event n is ring_[n % size]
-    std::vector<int64_t>    last_;                // by layer, the number of its last event
+    std::vector<record>     ring_;  // event n is ring_[n % size]
+    std::vector<int64_t>    last_;  // by layer, the number of its last event
+    const int64_t           at_once_;
     int64_t                 put_ = 0, told_ = 0;  // events
     bool                    is_telling_ = false, has_failed_ = false, has_ended_ = false;
     int64_t                 began_ns_ = 0;  // the event that is being told of

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...policies.base import Guess, Ids, Inputs, Phase, RouteEvent
 from ...policies.pace import Meters
-from ...policies.residency import Plan
+from ...policies.residency import Guessed, Plan
 from .abi import MAX_GUESSES, MAX_SPARES, i32
 from .model import PluginModel
 
@@ -72,11 +72,8 @@ class Brain(Protocol):
     def is_settled(self, event: RouteEvent) -> bool:
         """Whether the rest of this step will find all it needs, so that nobody need ask."""
 
-    def on_guess(
-        self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]
-    ) -> Sequence[tuple[int, int, int]]:
-        """(key, slot, -1) of what is to be read ahead, once the event's own reads are under way;
-        (key, slot, slot of its layer's pool) of what is there and to be copied to the device."""
+    def on_guess(self, ids: Callable[[], Ids], inputs: Callable[[], Inputs]) -> Guessed:
+        """What to do with guesses, once the event's own reads are under way."""
 
 
 class Callbacks:
@@ -158,9 +155,8 @@ class Callbacks:
         self._plan_loads[:n] = plan.loads
         if plan.pools:
             self._plan_pools[:n] = plan.pools
-        if k := len(plan.foreseen):
-            call.n_window = k
-            self._window_keys[:k] = plan.foreseen
+        if plan.foreseen:
+            self._foresee(plan.foreseen)
         if not continuation:
             call.wants_guesses = brain.wants_guesses(self._meters)
             call.settled = brain.is_settled(event)
@@ -249,7 +245,7 @@ class Callbacks:
         )
 
     def _guess(self) -> None:
-        placed = self.brain.on_guess(self._ids, self._inputs)
+        placed, foreseen = self.brain.on_guess(self._ids, self._inputs)
         n = len(placed)
         self._guess_keys[:n] = [key for key, _, _ in placed]
         self._guess_slots[:n] = [slot for _, slot, _ in placed]
@@ -258,6 +254,12 @@ class Callbacks:
         copied = [key for key, _, pool in placed if pool >= 0]
         if copied:  # all to one layer
             self._order(copied[0] // self._n_experts)
+        if foreseen:
+            self._foresee(foreseen)
+
+    def _foresee(self, keys: Sequence[int]) -> None:
+        self._call.n_window = n = len(keys)
+        self._window_keys[:n] = keys
 
     def _inputs(self) -> Inputs:
         """The layer's gate input, [n_tokens, n_embd], over the plugin's memory."""
