@@ -301,9 +301,9 @@ class Runner:
         if self.meter is None:
             return
         names = ("hits", "misses", "hit_rate", "uploads", "uploads_ahead", "bytes_uploaded")
-        names += ("device_waits", "device_passed", "device_routed", "device_wait_s")
+        names += ("device_waits", "device_passed", "device_wait_s")
         names += ("cpu_experts", "cpu_pairs", "cpu_s")
-        names += ("bytes_read", "route_s", "guess_s", "tell_s", "tell_wait_s", "stall_s", "rss_peak_bytes")
+        names += ("bytes_read", "route_s", "guess_s", "tell_s", "stall_s", "rss_peak_bytes")
         table = self.meter.table()
         tell(**{prefix + name: table[name] for name in names})
         residency = self.arena.controller.residency if self.arena is not None else None

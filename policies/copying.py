@@ -19,6 +19,7 @@ _ROOM = 0.9  # of what was found: what turns out not to fit is tried less and le
 _STEPS = 12  # of a trial with, and as many without
 _TURN, _SETTLING = 6, 2  # steps of a turn, and those at its start that do not count
 _LASTS = 32  # times as long as a trial its outcome counts
+_LEARNING = 48  # steps before the first: how far guesses are to be trusted is learned from them
 
 
 class Copying(Protocol):
@@ -38,17 +39,22 @@ class Copying(Protocol):
 class Trial:
     """Whether something pays: some steps with it and some without in turn, and for a while what
     took less. In turn, because steps become shorter by themselves while pools fill; several,
-    because a device records its launches anew when they change."""
+    because a device records its launches anew when they change. Before the first trial it is on for
+    ``learned`` steps."""
 
-    def __init__(self, steps: int = _STEPS, lasts: int = _LASTS) -> None:
+    def __init__(self, steps: int = _STEPS, lasts: int = _LASTS, learned: int = _LEARNING) -> None:
         self.is_on = True
         self._steps, self._lasts = steps, lasts
         self._times: dict[bool, list[int]] = {True: [], False: []}
         self._turn = 0  # steps of the present one
+        self._learning = learned
         self._left = 0  # of what was decided
 
     def step(self, ns: int) -> None:
         """One took so long, as ``is_on`` said."""
+        if self._learning:
+            self._learning -= 1
+            return
         if self._left:
             self._left -= 1
             self.is_on = self.is_on or not self._left
@@ -75,8 +81,9 @@ class IdleLink:
     """Copies into the time in which the link would be idle, as long as that makes steps shorter.
 
     After an event the link copies what the event lacked; what is left until the next one of the
-    time from when guesses are there is room. In it a guess of chance p saves a copy; beyond it a wrong one delays a demand by as
-    much, and any wrong one takes the slot of what is evicted next. An expert takes ``copy_ns``.
+    time from when guesses are there is room. In it a guess of chance p saves a copy; beyond it a
+    wrong one delays a demand by as much, and any wrong one takes the slot of what is evicted next.
+    An expert takes ``copy_ns``.
 
     Whether all this pays, guessing included, a trial says, so that it never costs more than that.
     """

@@ -124,7 +124,7 @@ class Residency:
                 cache.touch(key, event.counts[i])
         n_hits = len(experts)
         if guessed:
-            self._give_up(event.layer)
+            self.give_up(event.layer)
         if self._scans:
             self._stream(event, base, missing, experts, slots, passing)
         elif missing:
@@ -303,10 +303,10 @@ class Residency:
                 self.guesses_used += key in self.guessed
                 self.guessed.discard(key)
                 self.stale.pop(key, None)
-        self._give_up(event.layer)
+        self.give_up(event.layer)
 
-    def _give_up(self, layer: int) -> None:
-        """Of this layer or an earlier one, and not asked for."""
+    def give_up(self, layer: int) -> None:
+        """Guesses for this layer or an earlier one that were not asked for were wrong."""
         for key in sorted(key for key in self.guessed if key // self.n_experts <= layer):
             self.guessed.remove(key)
             self.stale[key] = None

@@ -157,12 +157,13 @@ class Tiers(Residency):
         return [base + e for e in self.foresight.likely(layer, sum(event.counts))]
 
     def foresees(self, event: RouteEvent, n_foreseen: int) -> bool:
-        """Whether guesses after this event are to say what goes to the next window: where it was
-        wider than its pool, but of the next one hardly anything is sure."""
+        """Whether guesses after this event are to say what goes to the next window: where its pool
+        has half of what it wants at most, but of the next one hardly anything is sure."""
         pool = self.pools.get(event.layer)
         if self.foresight is None or pool is None or event.phase != Phase.DECODE:
             return False
-        return 2 * n_foreseen < len(event.experts) - pool.n_slots and not event.may_compute
+        n_lacking = len(event.experts) - pool.n_slots
+        return n_lacking >= max(pool.n_slots, 2 * n_foreseen + 1) and not event.may_compute
 
     def foresee(self, event: RouteEvent, guesses: Sequence[Guess]) -> Sequence[int]:
         """Keys of the next layer that is asked for, likeliest first: those that its event, if that
@@ -251,6 +252,7 @@ class Tiers(Residency):
         """As ``reconcile``, of what the device holds of a layer; what it still has is kept."""
         pool = self.pools[layer]
         pool.reconcile(held)
+        pool.give_up(layer)  # the plugin knows of no guesses any more
         pool.adopt(held)
 
     def resident(self, layer: int) -> Sequence[int]:

@@ -131,7 +131,7 @@ class Controller:
         times: tuple[int, int],
         places: tuple[Sequence[int], Sequence[int]],
         copies: Sequence[tuple[int, int]],
-        guesses: Callable[[], Sequence[Guess]],
+        inputs: Callable[[], Inputs],
     ) -> bool:
         residency = self.residency
         assert isinstance(residency, Tiers)
@@ -139,7 +139,8 @@ class Controller:
         if (plan.experts, list(plan.pools)) != places:
             raise RuntimeError(f"layer {event.layer} passed with {places}, and not with {plan}")
         if copies:
-            residency.copied(event, guesses(), copies)
+            assert self.guessing is not None
+            residency.copied(event, self.guessing.predictor.guess(event, inputs), copies)
         return residency.copies_ahead(event, *times, self._n_missing)
 
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:

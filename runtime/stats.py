@@ -140,7 +140,6 @@ class Meter:
             "route_s": native.route_ns / 1e9,
             "guess_s": native.guess_ns / 1e9,
             "tell_s": native.tell_ns / 1e9,
-            "tell_wait_s": native.tell_wait_ns / 1e9,
             "disk_s": native.disk_ns / 1e9,
             "decode_s": decode.seconds,
             "guesses": native.guess_loads,

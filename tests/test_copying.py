@@ -86,7 +86,10 @@ def prompts_between(model: Model) -> Logits:
 
 @pytest.mark.parametrize(("gain", "goes_on"), [(0.8, True), (1.1, False)])
 def test_1_what_pays_goes_on(gain: float, goes_on: bool) -> None:
-    trial, on = Trial(8, 3), []
+    trial, on = Trial(8, 3, learned=5), []
+    for _ in range(5):
+        assert trial.is_on
+        trial.step(10**9)  # does not count
     turns = ([True] * 6 + [False] * 6) * 2
     for i in range(90):
         new = 50 if i % 6 < 2 and i < 24 else 1  # what is new has to be set up
@@ -270,7 +273,7 @@ def test_4_guesses_fill_the_next_window(layout: str, tiny_file: TinyFile, lag: L
     path = tiny_file(layout)
     with stock(path, device=NAME) as model:
         expected = in_eights(model)
-    with lag.delayed(us=300), ours(path, n_pool=6, n_windows=2, **DEVICE) as model:
+    with lag.delayed(us=300), ours(path, n_pool=4, n_windows=2, **DEVICE) as model:
         residency = model.controller.residency
         assert isinstance(residency, Tiers)
         residency.copying = None
@@ -289,8 +292,9 @@ def test_4_what_guesses_say_of_the_next_window() -> None:
     wide = RouteEvent(0, 3, tuple(range(8)), (1,) * 8, Phase.DECODE, 3)
     assert not tiers.foresees(wide, 0)
     tiers.foresight = Foresight(16)
-    assert tiers.foresees(wide, 0)
+    assert tiers.foresees(wide, 1)
     assert not tiers.foresees(wide, 2)  # half of what its pool lacks
+    assert not tiers.foresees(wide._replace(experts=tuple(range(7)), counts=(1,) * 7), 0)
     assert not tiers.foresees(wide._replace(experts=(1, 2, 3), counts=(1, 1, 1)), 0)
     assert not tiers.foresees(wide._replace(phase=Phase.PREFILL), 0)
     guesses = [Guess(16 + i, c) for i, c in enumerate((0.9, 0.5, 0.8, 0.99, 0.9))]

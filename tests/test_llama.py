@@ -46,7 +46,7 @@ STATS = {
 }
 EXTRA_STATS = {
     "phases",
-    *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "tell_s", "tell_wait_s", "disk_s"),
+    *("prefill_tokens", "decode_tokens", "decode_s", "route_s", "guess_s", "tell_s", "disk_s"),
     *("hit_rate_in_time", "guesses_late", "guess_bytes", "recall", "layers"),
     *("low_share", "low_bytes_read"),
     *("table_rows", "table_missed", "table_ahead"),

@@ -70,21 +70,17 @@ int32_t moe_model_tables(moe_model * model, const moe_table * tables, int32_t n_
 void moe_model_fetch_rows(moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows) {
     model->tables->fetch(table, rows, n_rows);
 }
-void moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess) {
+void moe_model_bind(moe_model * model, moe_route_fn route, moe_route_fn guess, moe_route_fn tell) {
     model->dialogue.route = route;
     model->dialogue.guess = guess;
+    model->dialogue.told  = tell;
 }
 int32_t moe_model_tell(moe_model * model) {
-    std::unique_lock<std::mutex> lock(model->step);
-    const bool                   ok = model->dialogue.tell();
-    lock.unlock();
-    return ok && model->dialogue.told.drain();
+    std::lock_guard<std::mutex> lock(model->step);
+    return model->dialogue.tell();
 }
-moe_call * moe_model_passed(moe_model * model) { return &model->dialogue.told.call; }
-int32_t    moe_model_next_passed(moe_model * model, int32_t went_well) { return model->dialogue.told.next(went_well != 0); }
-void       moe_model_end_telling(moe_model * model) { model->dialogue.told.end(); }
-void       moe_model_guess_with(moe_model * model, moe_gates * gates) { model->dialogue.gates = gates; }
-void       moe_model_step(moe_model * model, int32_t phase, int32_t n_sequences) {
+void moe_model_guess_with(moe_model * model, moe_gates * gates) { model->dialogue.gates = gates; }
+void moe_model_step(moe_model * model, int32_t phase, int32_t n_sequences) {
     std::lock_guard<std::mutex> lock(model->step);
     model->dialogue.step(phase, n_sequences);
     model->reads->step(n_sequences);

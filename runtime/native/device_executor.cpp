@@ -334,7 +334,7 @@ ggml_status device_executor::event(int first, int last, const std::function<ggml
 
     bool ok  = said.begin(c_);
     passed_  = said.call.passed ? said.n_events() : -1;
-    guesses_ = said.call.wants_guesses || (said.call.passed && said.told.may_copy() && said.gates);
+    guesses_ = said.call.wants_guesses || (said.call.passed && said.call.may_copy && said.gates);
     if (x.data == nullptr) {  // this one was not told of
         said.call.wants_guesses = 0;
     }

@@ -7,7 +7,7 @@
 
 namespace moe {
 
-dialogue::dialogue(moe_model & model) : told(model), model_(model), passing_(model, call) {
+dialogue::dialogue(moe_model & model) : model_(model), passing_(model, call) {
     const int n = model.weights.n_experts;
     arrays_.resize(9 * (size_t)n + 4 * MOE_MAX_GUESSES);
     chances_.resize(2 * (size_t)n);
@@ -59,6 +59,7 @@ void dialogue::end(bool failed) {
         last_layer_  = -1;
         call.settled = call.passed = 0;
         waiting_.clear();
+        passing_.forget();
     } else {
         for (entry & e : entries) {
             e.done = true;
@@ -154,12 +155,9 @@ bool dialogue::ask() {
     call.now_ns      = t0;
     call.since_ns    = ahead_ns_ ? t0 - ahead_ns_ : 0;
     ahead_ns_        = 0;
-    if (may_pass() && told.wait(c_->layer) && passing_.plan([this](int expert) { return index_of_[expert] >= 0; })) {
+    if (call.may_pass && call.phase == MOE_PHASE_DECODE && plan_passing()) {
         model_.stats.passed++;
         return read_plan();
-    }
-    if (!told.drain()) {
-        return false;
     }
     passing_.begin(c_->layer);
     drop_wrong_guesses();
@@ -191,9 +189,9 @@ bool dialogue::plan_settled() {
     return true;
 }
 
-bool dialogue::may_pass() const {
-    return call.may_pass && call.phase == MOE_PHASE_DECODE && !call.continuation && on_device() &&
-           call.n_experts <= model_.pools->n_slots(c_->layer);
+bool dialogue::plan_passing() {
+    return on_device() && !call.continuation && call.n_experts <= model_.pools->n_slots(c_->layer) &&
+           passing_.plan([this](int expert) { return index_of_[expert] >= 0; });
 }
 
 void dialogue::look_ahead() {
@@ -201,7 +199,7 @@ void dialogue::look_ahead() {
     if (gates == nullptr) {
         return;
     }
-    if (!call.passed || !told.may_copy() || call.x == nullptr) {  // not if it was told of already
+    if (!call.passed || !call.may_copy || call.x == nullptr) {  // not if it was told of already
         gates->forget();
         return;
     }
@@ -217,8 +215,15 @@ bool dialogue::tell() {
     if (!call.passed) {
         return true;
     }
-    call.passed = 0;
-    return told.put(call);
+    call.passed      = 0;
+    const int64_t t0 = now_ns();
+    const int32_t rc = told ? told() : 0;
+    model_.stats.tell_ns += now_ns() - t0;
+    model_.record(MOE_EVENT_ROUTE, call.layer, t0);
+    if (rc != 1) {
+        passing_.forget();
+    }
+    return rc == 1;
 }
 
 // Guesses for this layer that it did not ask for, and those of layers already passed.

@@ -11,7 +11,6 @@
 #include "chain.h"
 #include "gates.h"
 #include "passing.h"
-#include "telling.h"
 
 namespace moe {
 
@@ -52,7 +51,7 @@ class dialogue {
     void end(bool failed);
     // After an event that nobody was asked about: copies what is guessed from its input, while that is still there.
     void look_ahead();
-    // Hands it over to be told of. To be called while the device computes; false when the controller cannot go on.
+    // Tells of it. To be called while the device computes; false when the controller cannot go on.
     bool tell();
     int  n_events() const { return n_events_; }
 
@@ -63,9 +62,9 @@ class dialogue {
     void step(int phase, int n_sequences);
 
     moe_call     call{};
-    telling      told;
     moe_route_fn route = nullptr;
     moe_route_fn guess = nullptr;
+    moe_route_fn told  = nullptr;
     moe_gates *  gates = nullptr;  // that guess for the model; not owned
     // Where the device has applied the next layer's router to call.x (moe_gates::next), as long as that is valid.
     const float * next_logits = nullptr;
@@ -75,7 +74,7 @@ class dialogue {
     void         remember_tensors();
     bool         ask();
     bool         plan_settled();
-    bool         may_pass() const;
+    bool         plan_passing();
     bool         read_plan();
     const char * read_entry(int i);
     bool         on_device() const;

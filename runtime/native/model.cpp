@@ -130,8 +130,6 @@ moe_stats moe_model::count() const {
     all.guess_loads     = count.guess_loads;
     all.guess_promoted  = count.guess_promoted;
     all.guess_cancelled = count.guess_cancelled;
-    all.tell_ns         = dialogue.told.told_ns();
-    all.tell_wait_ns    = dialogue.told.waited_ns();
     if (pools) {
         all.uploads      = pools->count.uploads;
         all.upload_bytes = pools->count.bytes;

@@ -181,13 +181,13 @@ struct moe_call {
     // On a device, where a callback has set may_pass, an event of a decode step passes unasked if its layer's pool
     // or memory has all its experts: the missing ones, most demanded first, take the first spares of the layer that
     // hold nothing the event asks for. With may_copy the best guesses after it that are in memory, as long as their
-    // chances are above the layer's copy_chances, one by one, are copied to the next layer's spares. All this then is the
-    // plan and the guesses of an event to be told of (moe_model_passed), and whoever hears of it fills the spares again.
+    // chances are above the layer's copy_chances, one by one, are copied to the next layer's spares. The tell callback
+    // then finds all this as the event's plan and guesses, while the device computes, and fills the spares again.
     int32_t * spares;        // [n_layers][MOE_MAX_SPARES] slots of the layer's pool, or one of enum moe_spare
     float *   copy_chances;  // [n_layers][MOE_MAX_SPARES]
     int32_t   may_pass;
-    int32_t   may_copy;  // set by whoever hears of an event that passed
-    int32_t   passed;    // the event is not handed over to be told of yet
+    int32_t   may_copy;
+    int32_t   passed;  // the event is not told of yet; whoever tells of it makes it 0
     int32_t   n_layers;
 
     int64_t * settled_hits;   // by layer: experts that were found unasked, since the model was opened
@@ -211,16 +211,15 @@ typedef int32_t (*moe_route_fn)(void);
 
 struct moe_stats {
     int64_t read_bytes;
-    int64_t guess_bytes;   // of them for guesses
-    int64_t disk_ns;       // some lane was reading
-    int64_t reads;         // positional reads issued
-    int64_t bounced;       // of them through an aligned bounce buffer
-    int64_t stall_ns;      // layers waiting with nothing to compute
-    int64_t compute_ns;    // inner device at work on experts
-    int64_t route_ns;      // inside the route callback
-    int64_t guess_ns;      // inside the guess callback
-    int64_t tell_ns;       // telling of events that passed, while the device computes
-    int64_t tell_wait_ns;  // of it, with the model waiting
+    int64_t guess_bytes;  // of them for guesses
+    int64_t disk_ns;      // some lane was reading
+    int64_t reads;        // positional reads issued
+    int64_t bounced;      // of them through an aligned bounce buffer
+    int64_t stall_ns;     // layers waiting with nothing to compute
+    int64_t compute_ns;   // inner device at work on experts
+    int64_t route_ns;     // inside the route callback
+    int64_t guess_ns;     // inside the guess callback
+    int64_t tell_ns;      // inside the tell callback, while the device computes
     int64_t events;
     int64_t passed;    // of them on a device, nobody was asked
     int64_t whole;     // events run as one graph on the original nodes
@@ -369,15 +368,8 @@ MOE_API int32_t moe_model_tables(struct moe_model * model, const struct moe_tabl
 // Starts reading rows of one of them that the next steps will look up. A hint: what does not exist or
 // does not fit is passed over.
 MOE_API void moe_model_fetch_rows(struct moe_model * model, int32_t table, const int32_t * rows, int32_t n_rows);
-MOE_API void moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess);
-// Events of a device that passed unasked are told of in order, to a thread that must be there before any may pass. It
-// calls moe_model_next_passed, which returns 1 when there is one, and calls it again when it has heard of it, and whether
-// that went well; 0: there will be none, since moe_model_end_telling was called. The event: moe_model_passed, in
-// memory of its own.
-MOE_API struct moe_call * moe_model_passed(struct moe_model * model);
-MOE_API int32_t           moe_model_next_passed(struct moe_model * model, int32_t went_well);
-MOE_API void              moe_model_end_telling(struct moe_model * model);
-// Returns when all that passed so far is told of; from any other thread. 1, or 0 if that did not go well.
+MOE_API void moe_model_bind(struct moe_model * model, moe_route_fn route, moe_route_fn guess, moe_route_fn tell);
+// Tells of an event that passed and is not told of; from any thread. As the callback: 1, or it raised.
 MOE_API int32_t moe_model_tell(struct moe_model * model);
 // From now on these gates guess for the model; NULL: none do. Not owned.
 MOE_API void moe_model_guess_with(struct moe_model * model, struct moe_gates * gates);

@@ -110,9 +110,6 @@ void passing::copy_ahead() {
     if (layer == call_.layer || !model_.pools->has(layer) || model_.pools->is_whole(layer)) {
         return;
     }
-    if (!model_.dialogue.told.wait(layer)) {
-        return;
-    }
     choose(layer);
     call_.n_predicted     = chosen_.empty() ? 0 : chosen_.back() + 1;  // the rest came into no question
     const int32_t * begin = call_.predicted_keys;

@@ -5,6 +5,7 @@
 // what became of it while the device computes. Owns the choice among what it named; decides nothing.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <vector>
 
@@ -26,6 +27,8 @@ class passing {
     // A guess was copied into that slot, by whomever; its layer's next event is about to be planned, by others.
     void guessed(int layer, int pool) { guessed_[layer].push_back(pool); }
     void begin(int layer) { guessed_[layer].clear(); }
+    // Nor is any: after a failure the controller looks what is where.
+    void forget() { std::fill(guessed_.begin(), guessed_.end(), std::vector<int>()); }
 
   private:
     int  take_spare(int layer, bool demanded, const std::function<bool(int)> & is_needed);

@@ -206,7 +206,6 @@ class Stats(ctypes.Structure):
             "route_ns",
             "guess_ns",
             "tell_ns",
-            "tell_wait_ns",
             "events",
             "passed",
             "whole",

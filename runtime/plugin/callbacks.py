@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...policies.base import Guess, Ids, Inputs, Phase, RouteEvent
+from ...policies.base import Ids, Inputs, Phase, RouteEvent
 from ...policies.pace import Meters
 from ...policies.residency import Guessed, Plan
 from .abi import MAX_GUESSES, MAX_SPARES, i32
@@ -49,12 +49,11 @@ class Brain(Protocol):
         times: tuple[int, int],
         places: tuple[Sequence[int], Sequence[int]],
         copies: Sequence[tuple[int, int]],
-        guesses: Callable[[], Sequence[Guess]],
+        inputs: Callable[[], Inputs],
     ) -> bool:
         """An event passed as ordered, at a time and so long after copies could begin: its experts
-        and their slots, those it found first, and (key, slot) of what was copied after it, of what
-        guesses. Whether to copy ahead from now on. In another thread, while the next are computed;
-        all that is asked of the others waits for it."""
+        and their slots, those it found first, and (key, slot) of what was copied after it. Whether
+        to copy ahead from now on."""
 
     def on_route(self, event: RouteEvent, ids: Callable[[], Ids], continuation: bool) -> Plan:
         """The plan of one event; ``continuation``: of further tensors of the event before.
@@ -96,22 +95,13 @@ class Callbacks:
         self._guess_keys: Any = (i32 * MAX_GUESSES).from_address(call.guess_keys)
         self._guess_slots: Any = (i32 * MAX_GUESSES).from_address(call.guess_slots)
         self._guess_pools: Any = (i32 * MAX_GUESSES).from_address(call.guess_pools)
-        told = plugin.passed
-        self._told = told
-        self._told_experts: Any = (i32 * n).from_address(told.plan_experts)
-        self._told_pools: Any = (i32 * n).from_address(told.plan_pools)
-        self._copied_keys: Any = (i32 * MAX_GUESSES).from_address(told.guess_keys)
-        self._copied_pools: Any = (i32 * MAX_GUESSES).from_address(told.guess_pools)
-        self._told_keys: Any = (i32 * (2 * n)).from_address(told.predicted_keys)
-        self._told_chances: Any = (ctypes.c_float * (2 * n)).from_address(told.predicted_chances)
-        self._listens = False
         self._spares: Any = ((i32 * MAX_SPARES) * call.n_layers).from_address(call.spares)
         chances = (ctypes.c_float * MAX_SPARES) * call.n_layers
         self._copy_chances: Any = chances.from_address(call.copy_chances)
         self._bind()
 
     def _bind(self) -> None:
-        calls = [self._answers(on_call) for on_call in (self._route, self._guess)]
+        calls = [self._answers(on_call) for on_call in (self._route, self._guess, self._told)]
         for answers in calls:
             next(answers)
         self.plugin.bind(*(answers.__next__ for answers in calls))
@@ -143,7 +133,7 @@ class Callbacks:
         if call.n_cancelled:
             brain.on_cancelled(call.cancelled[: call.n_cancelled])
         n, continuation = call.n_experts, bool(call.continuation)
-        event = self._event(call)
+        event = self._event()
         if event.may_compute:
             brain.on_computed(call.now_ns, call.cpu_experts, call.cpu_pairs, call.cpu_ns)
             call.cpu_experts = call.cpu_pairs = call.cpu_ns = 0
@@ -161,13 +151,11 @@ class Callbacks:
             call.wants_guesses = brain.wants_guesses(self._meters)
             call.settled = brain.is_settled(event)
             call.may_pass = brain.may_pass()
-            if call.may_pass and not self._listens:
-                self._listens = True
-                self.plugin.listen(self.hear)
         if plan.pools:
             self._order(event.layer)
 
-    def _event(self, call: Call) -> RouteEvent:
+    def _event(self) -> RouteEvent:
+        call = self._call
         n = call.n_experts
         return RouteEvent(
             call.layer,
@@ -179,31 +167,19 @@ class Callbacks:
             bool(call.may_compute),
         )
 
-    def hear(self) -> bool:
-        """Of an event that passed; whether that went well."""
-        try:
-            self._hear()
-        except BaseException as error:
-            self._failure = error
-            return False
-        return True
-
-    def _hear(self) -> None:
+    def _told(self) -> None:
         if self.stop is not None:
             raise self.stop
-        told, n = self._told, self._told.n_experts
-        event = self._event(told)
+        call, n = self._call, self._call.n_experts
+        event = self._event()
         copies: list[tuple[int, int]] = []
-        if k := told.n_guesses:
-            copies = list(zip(self._copied_keys[:k], self._copied_pools[:k], strict=True))
-        places = self._told_experts[:n], self._told_pools[:n]
-        times = told.now_ns, told.since_ns
-        told.may_copy = self.brain.on_passed(event, times, places, copies, self._told_guesses)
+        if k := call.n_guesses:
+            copies = list(zip(self._guess_keys[:k], self._guess_pools[:k], strict=True))
+        places = self._plan_experts[:n], self._plan_pools[:n]
+        call.may_copy = self.brain.on_passed(
+            event, (call.now_ns, call.since_ns), places, copies, self._inputs
+        )
         self._order(event.layer)
-
-    def _told_guesses(self) -> Sequence[Guess]:
-        n = self._told.n_predicted
-        return list(map(Guess, self._told_keys[:n], self._told_chances[:n]))
 
     def _order(self, layer: int) -> None:
         """Leave word for the layer's next event."""
@@ -224,7 +200,7 @@ class Callbacks:
             row[0] = -1
 
     def flush(self) -> None:
-        """Wait until all that passed unasked was heard of."""
+        """Hear of an event that passed unasked."""
         if not self.plugin.tell():
             raise self.failure()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +15,6 @@ from .library import load
 if TYPE_CHECKING:  # a trial's child, which everybody waits for, needs no arrays
     import numpy as np
     from numpy.typing import NDArray
-
-
-_END_S = 10.0  # a thread that hears of an event has done so long before
 
 
 class PluginModel:
@@ -36,8 +31,6 @@ class PluginModel:
         self.n_slots = 0
         self._pools: list[int] = []
         self.call: Call = self._lib.moe_model_call(self._handle).contents
-        self.passed: Call = self._lib.moe_model_passed(self._handle).contents  # being told of
-        self._listener: threading.Thread | None = None
 
     @property
     def _open(self) -> int:
@@ -154,23 +147,15 @@ class PluginModel:
         if self._lib.moe_model_upload(self._open, slots, pool_slots, n) != 0:
             raise self.take_error() or RuntimeError("experts could not be copied to the device")
 
-    def bind(self, route: Callable[[], int], guess: Callable[[], int]) -> None:
-        self._bound = ROUTE_FN(route), ROUTE_FN(guess)
+    def bind(
+        self, route: Callable[[], int], guess: Callable[[], int], tell: Callable[[], int]
+    ) -> None:
+        self._bound = ROUTE_FN(route), ROUTE_FN(guess), ROUTE_FN(tell)
         self._lib.moe_model_bind(self._open, *self._bound)
 
-    def listen(self, hear: Callable[[], bool]) -> None:
-        """Call ``hear`` in a thread of its own for each event that passes unasked, which ``passed``
-        is then, until the model is closed; whether it went well. Once, before any may pass."""
-        assert self._listener is None
-        listening = weakref.WeakMethod(hear)  # whoever hears, owns this model
-        self._listener = threading.Thread(
-            target=_listen, args=(self._lib, self._open, listening), name="moe-gguf", daemon=True
-        )
-        self._listener.start()
-
     def tell(self) -> bool:
-        """Wait until all that passed unasked is told of; from any thread but that one, and not
-        from a callback. Whether that went well."""
+        """Have an event told of that passed unasked; from any thread, and not from a callback.
+        Whether that went well."""
         return bool(self._lib.moe_model_tell(self._open) == 1)
 
     def guess_with(self, gates: int) -> None:
@@ -233,20 +218,6 @@ class PluginModel:
         self._lib.moe_model_inject(self._open, skip, err)
 
     def close(self) -> None:
-        if not self._handle or self._pid != os.getpid():
-            return
-        if self._listener is not None:
-            self._lib.moe_model_end_telling(self._handle)
-            self._listener.join(_END_S)
-            if self._listener.is_alive():  # the interpreter is ending, and with it all memory
-                return
-        self._lib.moe_model_free(self._handle)
-        self._handle = None
-
-
-def _listen(lib: Any, handle: int, hear: weakref.WeakMethod[Callable[[], bool]]) -> None:
-    went_well = True
-    while lib.moe_model_next_passed(handle, went_well):
-        hears = hear()
-        went_well = hears is not None and hears()
-        del hears
+        if self._handle and self._pid == os.getpid():
+            self._lib.moe_model_free(self._handle)
+            self._handle = None
