@@ -10,19 +10,16 @@ namespace moe {
 
 namespace {
 
-// Graphs whose cuts are remembered: a context has a few that it computes again and again.
-constexpr size_t MAX_CUTS = 64;
 // Inputs of larger batches stay on the device: nobody is asked to guess from them, nor does the processor
 // compute any of their experts, which have many rows each.
 constexpr int GUESS_TOKENS = next_router::MAX_TOKENS, COMPUTE_TOKENS = 128;
-
-bool is_ours(const ggml_tensor * node) { return node->op == GGML_OP_MUL_MAT_ID && is_expert_weight(node->src[0]); }
 
 }  // namespace
 
 device_executor::device_executor(ggml_backend_t stream, moe_model & model)
     : stream_(stream),
       model_(model),
+      segments_(model),
       ranges_(stream),
       router_(stream, model),
       fetched_(stream),
@@ -39,76 +36,23 @@ device_executor::~device_executor() {
     }
 }
 
-// The weight of a node that computes with experts which may not be there.
-const moe_tensor * device_executor::asked(const ggml_tensor * node) const {
-    const moe_tensor * weight = is_ours(node) ? model_.weights.find(node->src[0]) : nullptr;
-    return weight && !model_.pools->is_whole(weight->layer) ? weight : nullptr;
-}
-
-const std::vector<device_executor::segment> & device_executor::cut(ggml_cgraph * graph) {
-    const auto known = cuts_.find(graph->uid);
-    if (graph->uid != 0 && known != cuts_.end()) {
-        return known->second;
-    }
-    std::vector<segment> segments;
-    const auto           add = [&](int begin, int end, bool asks) {
-        if (begin < end) {
-            segments.push_back({begin, end, asks, false, {}});
-            if (graph->uid != 0) {
-                std::generate(segments.back().uids.begin(), segments.back().uids.end(), ggml_graph_next_uid);
-            }
-        }
-    };
-    int begin = 0;  // of the trunk's next segment
-    for (int i = 0; i < graph->n_nodes; i++) {
-        const moe_tensor * weight = asked(graph->nodes[i]);
-        if (weight == nullptr) {
-            continue;
-        }
-        int end = i + 1;
-        for (int j = end; j < graph->n_nodes; j++) {
-            const moe_tensor * other = is_ours(graph->nodes[j]) ? model_.weights.find(graph->nodes[j]->src[0]) : nullptr;
-            if (other && (other->layer != weight->layer || graph->nodes[j]->src[2] != graph->nodes[i]->src[2])) {
-                break;
-            }
-            end = other ? j + 1 : end;
-        }
-        add(begin, i, false);
-        if (!segments.empty()) {
-            segments.back().leads = !segments.back().asks;
-        }
-        add(i, end, true);
-        begin = end;
-        i     = end - 1;
-    }
-    add(begin, graph->n_nodes, false);
-    router_.find(graph);
-    if (segments.size() == 1) {
-        segments[0].uids[0] = graph->uid;
-    }
-    if (graph->uid == 0) {
-        uncached_ = std::move(segments);
-        return uncached_;
-    }
-    if (cuts_.size() >= MAX_CUTS) {
-        cuts_.clear();
-    }
-    return cuts_[graph->uid] = std::move(segments);
-}
-
 ggml_status device_executor::compute(ggml_cgraph * graph) {
     if (!model_.pools->is_allocated()) {
         model_.failure.set(ERROR_OTHER, "the model has no slots on the device");
         return GGML_STATUS_FAILED;
     }
-    const std::vector<segment> & segments = cut(graph);
-    for (size_t i = 0; i < segments.size(); i++) {
-        const segment *   behind = i + 1 < segments.size() && !segments[i + 1].asks ? &segments[i + 1] : nullptr;
-        const ggml_status status = segments[i].asks ? experts(graph, segments[i], behind) : launch(graph, segments[i], nullptr);
+    bool         is_new = false;
+    const auto & cuts   = segments_.of(graph, is_new);
+    if (is_new) {
+        router_.find(graph);
+    }
+    for (size_t i = 0; i < cuts.size(); i++) {
+        const segment *   behind = i + 1 < cuts.size() && !cuts[i + 1].asks ? &cuts[i + 1] : nullptr;
+        const ggml_status status = cuts[i].asks ? experts(graph, cuts[i], behind) : launch(graph, cuts[i], nullptr);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
-        i += segments[i].asks && behind;
+        i += cuts[i].asks && behind;
     }
     return GGML_STATUS_SUCCESS;
 }

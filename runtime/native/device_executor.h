@@ -14,10 +14,8 @@
 // keeps its identity, and with it whatever the device knows of it: fused kernels, recorded launches.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <functional>
-#include <unordered_map>
 #include <vector>
 
 #include "chain.h"
@@ -27,6 +25,7 @@
 #include "next_router.h"
 #include "pinned.h"
 #include "ranges.h"
+#include "segments.h"
 #include "windows.h"
 
 namespace moe {
@@ -42,60 +41,51 @@ class device_executor {
     ggml_status compute(ggml_cgraph * graph);
 
   private:
-    struct segment {
-        int                     begin, end;
-        bool                    asks;   // it is of one layer whose pool may lack experts
-        bool                    leads;  // up to such a one
-        std::array<uint64_t, 8> uids;   // what a device remembers its launches by, each kind (enum how) on its own
-    };
-    // Bits of a launch.
+    // Bits of a launch: which of a segment's uids is its.
     enum how { FROM_WINDOW = 1, WITH_TRUNK = 2, WITH_ROUTER = 4 };
 
-    const std::vector<segment> & cut(ggml_cgraph * graph);
-    const moe_tensor *           asked(const ggml_tensor * node) const;
-    ggml_status                  launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots, const segment * behind = nullptr);
-    ggml_status                  experts(ggml_cgraph * graph, const segment & s, const segment *& behind);
-    ggml_status                  in_ranges();
-    bool                         fetch(ggml_tensor * const * nodes, int n);
-    void                         fetch_input(const ggml_tensor * x);
-    int                          fitting(int first);
-    ggml_status                  event(int first, int last, const std::function<ggml_status()> & launch);
-    void                         use_slots(int first);
-    void                         wait_on(int64_t ticket);
-    bool                         bring(bool all);
-    bool                         compute_there();
-    int32_t                      unused_slot() const;
-    bool                         advance(bool & any);
-    void                         take_over();
-    void                         look_ahead();
-    bool                         tell();
+    ggml_status launch(ggml_cgraph * graph, const segment & s, ggml_tensor * slots, const segment * behind = nullptr);
+    ggml_status experts(ggml_cgraph * graph, const segment & s, const segment *& behind);
+    ggml_status in_ranges();
+    bool        fetch(ggml_tensor * const * nodes, int n);
+    void        fetch_input(const ggml_tensor * x);
+    int         fitting(int first);
+    ggml_status event(int first, int last, const std::function<ggml_status()> & launch);
+    void        use_slots(int first);
+    void        wait_on(int64_t ticket);
+    bool        bring(bool all);
+    bool        compute_there();
+    int32_t     unused_slot() const;
+    bool        advance(bool & any);
+    void        take_over();
+    void        look_ahead();
+    bool        tell();
 
-    ggml_backend_t                                     stream_;
-    moe_model &                                        model_;
-    ranges                                             ranges_;
-    std::unordered_map<uint64_t, std::vector<segment>> cuts_;  // by the graph's uid
-    std::vector<segment>                               uncached_;
-    chain                                              c_;  // the running event: what a dialogue wants to know of it
-    next_router                                        router_;
-    chain                                              whole_;    // all of the segment, where it goes in ranges
-    ggml_tensor                                        x_{};      // its input, in host memory
-    pinned                                             fetched_;  // ids as they lie on the device
-    pinned                                             inputs_;   // likewise x
-    std::vector<int32_t>                               ids_;      // [n_tokens][n_used] of the segment
-    pinned                                             slots_;    // likewise in the pool; read by the stream until it is next waited for
-    bool                                               wide_    = false;  // the event uses the window
-    bool                                               guesses_ = false;  // the event before wanted some: they are made from x
-    bool                                               asked_   = false;  // for guesses, in this event
-    int                                                passed_  = -1;     // number of the last event, if nobody was asked about it
-    cpu_experts                                        cpu_;
-    windows                                            windows_;
-    bool                                               has_inputs_ = false;  // of the segment, for the processor
-    bool                                               computes_   = false;  // the processor has begun with this event
-    std::vector<dialogue::entry *>                     there_;               // for it, in host memory
-    std::vector<int>                                   waiting_;             // slots in host memory
-    std::vector<int32_t>                               in_range_;            // expert -> number of the range that needs it
-    int32_t                                            range_  = 0;          // numbers all ranges
-    int64_t                                            waited_ = 0;  // the stream has been told to wait for copies up to this ticket
+    ggml_backend_t                 stream_;
+    moe_model &                    model_;
+    segments                       segments_;
+    ranges                         ranges_;
+    chain                          c_;  // the running event: what a dialogue wants to know of it
+    next_router                    router_;
+    chain                          whole_;            // all of the segment, where it goes in ranges
+    ggml_tensor                    x_{};              // its input, in host memory
+    pinned                         fetched_;          // ids as they lie on the device
+    pinned                         inputs_;           // likewise x
+    std::vector<int32_t>           ids_;              // [n_tokens][n_used] of the segment
+    pinned                         slots_;            // likewise in the pool; read by the stream until it is next waited for
+    bool                           wide_    = false;  // the event uses the window
+    bool                           guesses_ = false;  // the event before wanted some: they are made from x
+    bool                           asked_   = false;  // for guesses, in this event
+    int                            passed_  = -1;     // number of the last event, if nobody was asked about it
+    cpu_experts                    cpu_;
+    windows                        windows_;
+    bool                           has_inputs_ = false;  // of the segment, for the processor
+    bool                           computes_   = false;  // the processor has begun with this event
+    std::vector<dialogue::entry *> there_;               // for it, in host memory
+    std::vector<int>               waiting_;             // slots in host memory
+    std::vector<int32_t>           in_range_;            // expert -> number of the range that needs it
+    int32_t                        range_  = 0;          // numbers all ranges
+    int64_t                        waited_ = 0;          // the stream has been told to wait for copies up to this ticket
 };
 
 }  // namespace moe
