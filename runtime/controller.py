@@ -179,14 +179,16 @@ class Controller:
         now = meters(*self._before)
         self._pays = self.guessing.pace.event(now)
         residency = self.residency
+        is_full = len(residency.slot_of) == self._n_all
         if isinstance(residency, Tiers):
+            is_full = residency.is_complete(self.layers)
             self._copies = residency.copies_ahead(
                 self._event, now.now_ns, now.since_ns, self._n_missing
             )
             self._foresees = residency.foresees(self._event, self._n_foreseen)
         # With everything there, nothing is worth guessing; but a recording wants to know how good
         # guesses would be.
-        wants = self._pays and len(self.residency.slot_of) < self._n_all
+        wants = self._pays and not is_full
         return wants or self._copies or self._foresees or self.recorder is not None
 
     def is_settled(self, event: RouteEvent) -> bool:
