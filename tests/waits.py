@@ -119,7 +119,7 @@ def pytest_configure() -> None:
 
 def main() -> int:
     source = BUILD / "native"
-    shutil.rmtree(source, ignore_errors=True)
+    shutil.rmtree(BUILD, ignore_errors=True)  # or what was built last, without a wait, stays
     shutil.copytree(ROOT / "runtime/native", source)
     command = ["cmake", "-S", str(source), "-B", str(BUILD / "out")]
     subprocess.run(
