@@ -26,8 +26,9 @@ void next_router::find(const ggml_cgraph * graph) {
 bool next_router::append(ggml_cgraph & view, const ggml_tensor * first) {
     const moe_gates *   gates = model_.dialogue.gates;
     const ggml_tensor * x     = first->src[1];
-    const int           layer = gates ? gates->next(model_.weights.find(first->src[0])->layer) : -1;
-    const auto          found = routers_.find(layer);
+    is_launched_              = false;  // by a graph that failed before its ids were asked for
+    const int  layer          = gates ? gates->next(model_.weights.find(first->src[0])->layer) : -1;
+    const auto found          = routers_.find(layer);
     if (found == routers_.end() || !model_.pools->has(layer) || model_.pools->is_whole(layer)) {
         return false;
     }

@@ -46,7 +46,9 @@ bool spread::is_able() {
         const int64_t n = model_.weights.n_experts;
         buffer_         = ggml_backend_alloc_buffer(stream_, n * sizeof(int32_t));
         able_           = buffer_ && n >= TRIED_ROWS && keeps_bits();
-        experts_.resize(model_.weights.n_layers * n * sizeof(int32_t));
+        if (able_) {
+            experts_.resize(model_.weights.n_layers * n * sizeof(int32_t));
+        }
     }
     return able_ == 1;
 }
