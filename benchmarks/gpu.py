@@ -19,7 +19,8 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
                       POLICY@SHARE/auto has the processor compute some of those missing,
                       POLICY@SHARE/asked copies nothing to the device before it is asked for,
                       POLICY@SHARE/ahead does so whether it pays or not,
-                      POLICY@SHARE/window has one window instead of two, and
+                      POLICY@SHARE/window has one window instead of two,
+                      POLICY@SHARE/apart copies every matrix by itself, and
                       POLICY@SHARE/traced besides says when the device computed and when it was
                       copied to, by CUDA's tracing, which torch brings
     POLICY@all        ours: every expert on the processor
@@ -241,7 +242,10 @@ class Runner:
     def facts(self) -> dict[str, Any]:
         if self.arena is None:
             return {}
-        return {"mode_line": self.arena.mode_line(), "is_pinned": self.arena.plugin.is_pinned}
+        ways = {True: "joined", False: "apart"}
+        copies = {f"copy_us_{ways[way]}": ns / 1e3 for way, ns in self.arena.copy_ns.items()}
+        plugin = self.arena.plugin
+        return {"mode_line": self.arena.mode_line(), "is_pinned": plugin.is_pinned, **copies}
 
     def reset(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, True)
@@ -413,6 +417,8 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
         copying = residency.copying if isinstance(residency, Tiers) else None
         if how in ("ahead", "traced") and isinstance(copying, IdleLink):
             copying.trial.step = lambda ns: None  # type: ignore[method-assign]
+        if how == "apart":
+            arena.plugin.join_copies(False)
         if how != "cold":
             numbers = [layer.layer for layer in layout.layers]
             order = itertools.product(range(layout.n_experts), numbers)

@@ -312,17 +312,20 @@ class Residency:
             self.stale[key] = None
 
     def fill(self, keys: Iterable[int]) -> list[tuple[int, int]]:
-        """(key, slot) for those keys that get a free slot before anything was demanded.
+        """(key, slot) for those keys that get a free slot before anything was demanded, in the
+        order of keys: so neighbours lie side by side, and are copied to a device together.
 
-        To the policy each is a demand, in this order: what is worth most belongs last.
+        To the policy each is a demand, in the given order: what is worth most belongs last.
         """
-        placed: list[tuple[int, int]] = []
+        admitted: dict[int, None] = {}
         for key in keys:
-            if not self.free:
+            if len(admitted) == len(self.free):
                 break
-            if key not in self.slot_of and self.cache.admit(key):
-                slot = self.slot_of[key] = self.free.pop()
-                placed.append((key, slot))
+            if key not in self.slot_of and key not in admitted and self.cache.admit(key):
+                admitted[key] = None
+        slots = sorted(self.free.pop() for _ in admitted)
+        placed = list(zip(sorted(admitted), slots, strict=True))
+        self.slot_of.update(placed)
         return placed
 
     def drop(self, keys: Iterable[int]) -> None:

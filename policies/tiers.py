@@ -7,8 +7,10 @@ the same classes, each hearing only the demands that reach it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from itertools import pairwise
+from operator import neg
 
 from .base import CachePolicy, Guess, LoadOrder, Phase, RouteEvent
 from .coexecution import NOBODY, Dividing
@@ -58,6 +60,10 @@ class Tiers(Residency):
         }
         layers = sorted(self.pools)
         self._next = dict(pairwise(layers))
+        # Where memory has room for every key that pools may lack: the slot of a layer's first.
+        self._home = {layer: i * n_experts for i, layer in enumerate(layers)}
+        if n_slots < self._n_below:
+            self._home = {}
 
     def plan(self, event: RouteEvent) -> Plan:
         pool = self.pools.get(event.layer)
@@ -96,6 +102,17 @@ class Tiers(Residency):
             n_hits=n,
             pools=pools[:n] + [place[expert] for expert in below.experts],
         )
+
+    def _take(self, pinned: Container[int], incoming: int, demanded: bool = True) -> int | None:
+        """Where memory has room for all, neighbours lie side by side: they are copied together."""
+        layer, expert = divmod(incoming, self.n_experts)
+        if layer in self._home:
+            slot = self._home[layer] + expert
+            i = bisect_left(self.free, -slot, key=neg)  # descending, but for what was forgotten
+            if i < len(self.free) and self.free[i] == slot:
+                del self.free[i]
+                return slot
+        return super()._take(pinned, incoming, demanded)
 
     def _divide(
         self, event: RouteEvent, pool: Residency, base: int

@@ -67,6 +67,8 @@ class Arena:
         self.controller = controller
         self.gates = gates
         self.is_blind = is_blind  # the policy would guess, but this model's routers are not known
+        # Of an expert to a device's pool, by whether its matrices go in one call where they can.
+        self.copy_ns: dict[bool, float] = {}
         self.n_warmed: int | None = None  # slots filled at the start; None without statistics
         self.callbacks = Callbacks(plugin, controller, found.layout.n_experts)
 
@@ -109,7 +111,7 @@ class Arena:
     def fill(self, keys: Iterable[int], progress: Report | None = None) -> int:
         """Read experts into free slots, in the order of the file; how many. Only between steps."""
         residency, slot_bytes = self.residency, self.found.slots.slot_bytes
-        placed = sorted(residency.fill(keys))
+        placed = residency.fill(keys)
         at_once = max(1, _FILL_BYTES // slot_bytes)
         trunk_bytes = self.budget.needs.trunk
         try:
@@ -138,8 +140,9 @@ class Arena:
                 self.plugin.upload(list(zip(range(n_slots), experts, strict=False)))
 
     def use_link(self, divide: bool) -> None:
-        """Measure the link to the device, for who decides by its speed: which missing experts the
-        processor computes, if they are to be divided, or else which guesses are copied ahead.
+        """Measure the link to the device: whether it is faster with an expert's matrices in one
+        call, and for who decides by its speed: which missing experts the processor computes, if
+        they are to be divided, or else which guesses are copied ahead.
 
         With slots whose experts are forgotten; before the first step.
         """
@@ -151,12 +154,16 @@ class Arena:
         n = min(residency.n_experts, residency.n_slots, 1 + _LINK_BYTES // n_bytes)
         first = layer * residency.n_experts
         self.plugin.fill([(first + i, i) for i in range(n)])
-        ns = self.plugin.copy_ns(layer, n)
+        for joined in (False, True):
+            self.plugin.join_copies(joined)
+            self.copy_ns[joined] = self.plugin.copy_ns(layer, n) / n
+        self.plugin.join_copies(self.copy_ns[True] < self.copy_ns[False])
+        ns = min(self.copy_ns.values())
         if divide:
-            residency.dividing = Measured(ns / (n * n_bytes), pools.expert_bytes)
+            residency.dividing = Measured(ns / n_bytes, pools.expert_bytes)
             self.plugin.compute_on_cpu()
-        else:
-            residency.copying = IdleLink(ns / n)
+        elif self.controller.guessing is not None:
+            residency.copying = IdleLink(ns)
 
     # -- what is known of it
 
@@ -264,9 +271,7 @@ def start(
     )
     if isinstance(residency, Tiers):
         arena.fill_pools()
-        divide = found.options.cpu_experts == "auto"
-        if divide or guessing is not None:
-            arena.use_link(divide)
+        arena.use_link(found.options.cpu_experts == "auto")
     if found.statistics is not None:
         # What is worth most is admitted last.
         keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]

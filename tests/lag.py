@@ -39,6 +39,7 @@ class Counts(NamedTuple):
     host_waits: int
     upload_bytes: int
     launches: int
+    upload_calls: int
 
 
 def build() -> Path:

@@ -13,7 +13,8 @@ to stock without a device. A pass proves:
  7  contexts   several sequences, and two contexts on one model in turn
  8  policies   every named one, guesses included
  9  failures   a read that fails, and the same step again
-10  users      the command line's options, the library's Llama, a plan
+ 10  users      the command line's options, the library's Llama, a plan
+11  calls      copies that lie evenly apart go in one, and change nothing
 """
 
 from __future__ import annotations
@@ -445,3 +446,53 @@ def test_10_options_of_devices() -> None:
     assert {"device", "device_memory", "gpu_layers"} <= named
     with pytest.raises(UserError, match="layers make no sense"):
         Options(gpu_layers=-1)
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_11_an_experts_matrices_in_one_call(
+    layout: str, tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
+    path = tiny_file(layout)
+    expected = reference(path, token_by_token)
+    calls = {}
+    for joined in (False, True):
+        with ours(path, n_pool=2 * n_used(layout), **DEVICE) as model:
+            model.arena.plugin.join_copies(joined)
+            lag.count()
+            same(token_by_token(model), expected)
+            count, stats, layers = lag.count(), model.stats(), model.found.layout.layers
+            assert count.upload_bytes == stats.upload_bytes
+            calls[joined] = count.upload_calls / stats.uploads
+            n_weights = len(layers[0].tensors)
+            sizes = {t.expert_bytes for layer in layers for t in layer.tensors}
+    assert calls[False] == n_weights
+    if len(sizes) == 1:
+        assert calls[True] == 1
+    else:
+        assert calls[True] < n_weights
+
+
+@pytest.mark.parametrize("n_windows", [1, 2])
+def test_11_neighbours_in_one_call(
+    n_windows: int, tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
+    """Prompts that ask for all experts; memory was filled as they were asked for, and has room for
+    all: then what no pool has are runs of neighbours, each matrix of which is a call."""
+    path = tiny_file("qwen3moe")
+    expected = reference(path, prompts)
+    calls = {}
+    for joined in (False, True):
+        with ours(path, n_pool=4, n_windows=n_windows, **DEVICE) as model:
+            residency, n_layers = model.controller.residency, len(model.found.layout.layers)
+            same(long_prompt(model), expected[: len(expected) // 3])  # fills memory
+            keys = sorted(residency.slot_of, key=residency.slot_of.__getitem__)
+            assert keys == list(range(16 * n_layers))
+            model.arena.plugin.join_copies(joined)
+            lag.count()
+            uploads = model.stats().uploads
+            same(prompts(model), expected)
+            calls[joined] = lag.count().upload_calls
+            uploads = model.stats().uploads - uploads
+    assert calls[False] == 3 * uploads
+    # Four experts in a pool leave at most five runs.
+    assert calls[True] <= 3 * n_layers * 5 * 3 < calls[False]

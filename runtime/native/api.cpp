@@ -54,6 +54,7 @@ int64_t moe_model_copy_ns(moe_model * model, int32_t layer, int32_t n) {
     std::lock_guard<std::mutex> lock(model->step);
     return model->pools->copy_ns(layer, n, [model](int i) { return model->arena->place(i, 0); });
 }
+void moe_model_join_copies(moe_model * model, int32_t on) { model->pools->join(on != 0); }
 void moe_model_compute_on_cpu(moe_model * model) { model->cpu_experts = true; }
 void moe_model_pool_keys(moe_model * model, int32_t layer, int32_t * keys) {
     for (int slot = 0; slot < model->pools->n_slots(layer); slot++) {

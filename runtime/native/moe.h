@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 13
+#define MOE_ABI 14
 // Versions of ggml's backend interface that the plugin can speak.
 #define MOE_GGML_OLDEST 2
 #define MOE_GGML_NEWEST 3
@@ -355,6 +355,8 @@ MOE_API int32_t moe_model_pools(struct moe_model * model, const int32_t * n_slot
 // Nanoseconds in which so many slots are copied into a layer's pool, which holds nothing yet; only before the
 // first step.
 MOE_API int64_t moe_model_copy_ns(struct moe_model * model, int32_t layer, int32_t n);
+// Whether copies to the device that lie evenly apart go in one call, as they do at first; only between steps.
+MOE_API void moe_model_join_copies(struct moe_model * model, int32_t on);
 // From now on the processor may compute experts of the device's events; plans say which.
 MOE_API void moe_model_compute_on_cpu(struct moe_model * model);
 // keys[slots of the layer]: the key each slot of a pool holds, -1 for none.

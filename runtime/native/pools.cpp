@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "os.h"
 
@@ -118,6 +119,11 @@ bool pools::allocate(const int32_t * n_slots, int n_windows) {
 }
 
 void pools::issue() {
+    send();
+    for (const auto & [layer, slot] : to_window_) {
+        copy_to_window(stream_, layer, slot);
+    }
+    to_window_.clear();
     issued_++;
     if (events_.empty()) {
         ggml_backend_synchronize(stream_);
@@ -127,17 +133,49 @@ void pools::issue() {
     }
 }
 
-void pools::send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory) {
-    for (const moe_tensor * weight : weights_.of_layer(layer)) {
-        ggml_tensor t = to[weights_.index_of(*weight)];
-        ggml_backend_tensor_set_async(stream_, &t, memory + weight->slot_offset[0], slot * t.nb[2], t.nb[2]);
-        count.bytes += (int64_t)t.nb[2];
+// Of uploads in the order of slots: how many lie evenly apart from the first on.
+size_t pools::neighbours(size_t first) const {
+    size_t n = 1;
+    for (; first + n < due_.size(); n++) {
+        const upload_due &a = due_[first + n - 1], &b = due_[first + n];
+        const bool        is_next = a.to == b.to && a.layer == b.layer && a.slot + 1 == b.slot;
+        if (!is_next || b.memory - a.memory != due_[first + 1].memory - due_[first].memory) {
+            break;
+        }
     }
-    count.uploads++;
+    return n;
+}
+
+void pools::add(const upload_due & u, const moe_tensor & weight) {
+    const ggml_tensor & t = (*u.to)[weights_.index_of(weight)];
+    copies_.add(t.buffer, (char *)t.data + u.slot * t.nb[2], u.memory + weight.slot_offset[0], t.nb[2]);
+    count.bytes += (int64_t)t.nb[2];
+}
+
+// Where neighbours are many, each matrix of all of them in turn, else all matrices of each.
+void pools::send() {
+    std::stable_sort(due_.begin(), due_.end(), [](const upload_due & a, const upload_due & b) {
+        return std::tie(a.to, a.layer, a.slot) < std::tie(b.to, b.layer, b.slot);
+    });
+    for (size_t i = 0, n = 1; i < due_.size(); i += n) {
+        n                   = neighbours(i);
+        const auto & matrix = weights_.of_layer(due_[i].layer);
+        if (n < matrix.size()) {
+            n = 1;
+        }
+        for (const moe_tensor * weight : matrix) {
+            for (size_t k = i; k < i + n; k++) {
+                add(due_[k], *weight);
+            }
+        }
+    }
+    count.uploads += (int64_t)due_.size();
+    copies_.send(stream_, joins_);
+    due_.clear();
 }
 
 int64_t pools::upload(int layer, int slot, int key, const char * memory) {
-    send(tensors_, layer, slot, memory);
+    note(tensors_, layer, slot, memory);
     forget(layer, slot);
     where_[key]         = slot;
     slots_[layer][slot] = {key, issued_ + 1};
@@ -157,7 +195,7 @@ int64_t pools::upload_to_window(int key, const char * memory) {
     window_room & w = window_of(layer);
     w.holds[expert] = 1;
     w.ticket        = issued_ + 1;
-    send(w.tensors, layer, expert, memory);
+    note(w.tensors, layer, expert, memory);
     return w.ticket;
 }
 
@@ -177,8 +215,9 @@ bool pools::is_in_window(int key) const {
 }
 
 void pools::copy_to_window(int layer, int slot) {
-    copy_to_window(stream_, layer, slot);
-    window_of(layer).ticket = issued_ + 1;
+    to_window_.emplace_back(layer, slot);
+    window_of(layer).holds[weights_.expert_of(slots_[layer][slot].key)] = 1;
+    window_of(layer).ticket                                             = issued_ + 1;
 }
 
 void pools::copy_to_window(ggml_backend_t stream, int layer, int slot) {
@@ -209,7 +248,8 @@ int64_t pools::copy_ns(int layer, int n, const std::function<const char *(int)> 
     for (int round = 0; round < 2; round++) {
         t0 = now_ns();
         for (int i = 0; i < n; i++) {
-            send(tensors_, layer, i % n_slots(layer), memory(i));
+            note(tensors_, layer, i % n_slots(layer), memory(i));
+            send();
         }
         issue();
         settle(issued_);

@@ -9,15 +9,18 @@
 // for an event that wants more of them than its pool has slots, until another layer needs it. Layers that follow
 // each other take them in turn, so that with two the next layer's fills while one is computed on.
 //
-// A ticket is the number of a copy in the order of the stream. Whoever computes on a slot has its own
+// Copies are noted and handed to the stream together, so that neighbours go in one call (copies.h). A ticket is
+// the number of such a group in the order of the stream. Whoever computes on a slot has its own
 // stream wait for the slot's ticket; whoever writes over what a copy reads waits for it, or for its stream
 // to have waited.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <utility>
 #include <vector>
 
+#include "copies.h"
 #include "ggml-iface.h"
 #include "weights.h"
 
@@ -51,13 +54,14 @@ class pools {
     void    forget(int layer, int slot);
     // Where a key is, or -1.
     int slot_of(int key) const { return where_[key]; }
-    // Starts copying an expert's matrices, of which `memory` is the slot in host memory; its ticket, that
+    // An expert's matrices are to be copied, of which `memory` is the slot in host memory; its ticket, that
     // nobody waits for before it is issued.
     int64_t upload(int layer, int slot, int key, const char * memory);
     // Likewise into the window.
     int64_t upload_to_window(int key, const char * memory);
-    // Starts copying what a slot of a pool holds into the window, behind the upload of it or by that stream.
+    // What a slot of a pool holds is to be copied into the window, behind the uploads noted so far.
     void copy_to_window(int layer, int slot);
+    // Likewise at once, by a stream that waited for the slot.
     void copy_to_window(ggml_backend_t stream, int layer, int slot);
     // All that the layer's pool holds was copied there, by a stream that waited for the slots.
     void hold_in_window(int layer);
@@ -66,10 +70,12 @@ class pools {
     // Whether a key is there, or will be before any stream that waits for the window's ticket goes on.
     bool    is_in_window(int key) const;
     int64_t window_ticket(int layer) const { return window_of(layer).ticket; }
-    // To be called when some have been started.
+    // Hands over what has been noted; to be called once something was.
     void issue();
+    // Whether copies that lie evenly apart go in one call.
+    void join(bool on) { joins_ = on; }
 
-    // How long it takes to copy so much memory into a pool that holds nothing, in nanoseconds.
+    // How long it takes to copy so many experts, one after the other, into a pool that holds nothing, in nanoseconds.
     int64_t copy_ns(int layer, int n, const std::function<const char *(int)> & memory);
 
     // A stream waits on the device for a copy and all before it.
@@ -92,7 +98,12 @@ class pools {
         int64_t ticket = 0;
     };
 
-    void send(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory);
+    // An upload that is noted.
+    struct upload_due {
+        const std::vector<ggml_tensor> * to;
+        int                              layer, slot;
+        const char *                     memory;
+    };
     struct window_room {
         std::vector<ggml_tensor> tensors;  // by index of the weight
         ggml_backend_buffer_t    buffer = nullptr;
@@ -100,6 +111,11 @@ class pools {
         std::vector<char>        holds;        // which
         int64_t                  ticket = 0;   // of the last copy from host memory
     };
+
+    void note(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory) { due_.push_back({&to, layer, slot, memory}); }
+    size_t neighbours(size_t first) const;
+    void   add(const upload_due & u, const moe_tensor & weight);
+    void   send();
 
     window_room &        window_of(int layer) { return windows_[turn_[layer]]; }
     const window_room &  window_of(int layer) const { return windows_[turn_[layer]]; }
@@ -117,6 +133,10 @@ class pools {
     std::vector<int>                  turn_;   // layer -> number of its window
     std::vector<int>                  where_;  // key -> slot
     std::vector<std::vector<slot>>    slots_;  // by layer
+    std::vector<upload_due>           due_;
+    std::vector<std::pair<int, int>>  to_window_;  // layer and slot, to be copied behind those
+    copies                            copies_;
+    bool                              joins_  = true;
     int64_t                           issued_ = 0, done_ = 0;
 };
 

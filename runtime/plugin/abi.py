@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI = 13
+ABI = 14
 # Versions of ggml's backend interface that the plugin can speak.
 GGML_OLDEST, GGML_NEWEST = 2, 3
 MAX_GUESSES = 256

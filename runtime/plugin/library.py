@@ -96,6 +96,7 @@ def load() -> ctypes.CDLL:
         ("moe_model_is_pinned", i32, [handle]),
         ("moe_model_pools", i32, [handle, i32_array, i32]),
         ("moe_model_copy_ns", i64, [handle, i32, i32]),
+        ("moe_model_join_copies", None, [handle, i32]),
         ("moe_model_compute_on_cpu", None, [handle]),
         ("moe_model_pool_keys", None, [handle, i32, i32_array]),
         ("moe_model_upload", i32, [handle, i32_array, i32_array, i32]),

@@ -127,6 +127,10 @@ class PluginModel:
         """What copying the first n slots into a layer's pool takes; before the first step."""
         return int(self._lib.moe_model_copy_ns(self._open, layer, n))
 
+    def join_copies(self, on: bool) -> None:
+        """Whether copies to the device that lie evenly apart go in one call; between steps."""
+        self._lib.moe_model_join_copies(self._open, on)
+
     def compute_on_cpu(self) -> None:
         """Plans for the device may leave experts to the processor from now on."""
         self._lib.moe_model_compute_on_cpu(self._open)

@@ -48,7 +48,7 @@ std::atomic<int>     lag_us{100};  // at most, before each thing a stream does
 std::atomic<int64_t> upload_bytes_per_s{0};
 std::atomic<int64_t> asked[N_WAITS];
 std::atomic<int64_t> uploaded{0};
-std::atomic<int64_t> launched{0};
+std::atomic<int64_t> launched{0}, upload_calls{0};
 std::atomic<int>     refuse_pinned{0};
 
 constexpr int POISON = 0xff;  // NaN in every float type
@@ -242,16 +242,31 @@ void backend_free(ggml_backend_t backend) {
     delete backend;
 }
 
-void backend_set(ggml_backend_t backend, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+// As cudaMemcpy2D: rows may not overlap.
+void backend_set_rows(ggml_backend_t backend, ggml_tensor * t, const void * data, size_t offset, size_t size, size_t n, size_t stride_to,
+                      size_t stride_from) {
     GGML_ASSERT(t->buffer->buft == device_type->ggml() && "unsupported buffer type");
-    GGML_ASSERT(offset + size <= ggml_nbytes(t));
-    char * const to = (char *)t->data + offset;
-    uploaded += t->buffer->usage == GGML_BACKEND_BUFFER_USAGE_WEIGHTS ? (int64_t)size : 0;
+    GGML_ASSERT(offset + (n - 1) * stride_to + size <= ggml_nbytes(t));
+    GGML_ASSERT(n == 1 || (stride_to >= size && stride_from >= size));
+    char * const       to   = (char *)t->data + offset;
+    const char * const from = (const char *)data;
+    if (t->buffer->usage == GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
+        uploaded += (int64_t)(n * size);
+        upload_calls++;
+    }
     stream_of(backend).push([=] {
-        memset(to, POISON, size);
-        delay(size);
-        memcpy(to, data, size);
+        for (size_t i = 0; i < n; i++) {
+            memset(to + i * stride_to, POISON, size);
+        }
+        delay(n * size);
+        for (size_t i = 0; i < n; i++) {
+            memcpy(to + i * stride_to, from + i * stride_from, size);
+        }
     });
+}
+
+void backend_set(ggml_backend_t backend, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    backend_set_rows(backend, t, data, offset, size, 1, 0, 0);
 }
 
 void backend_get(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offset, size_t size) {
@@ -400,18 +415,19 @@ ggml_backend_t device_init(ggml_backend_dev_t device, const char *) {
     auto * backend = new ggml_backend{};
     auto & iface   = backend->iface;
 
-    iface.get_name         = backend_name;
-    iface.free             = backend_free;
-    iface.set_tensor_async = backend_set;
-    iface.get_tensor_async = backend_get;
-    iface.cpy_tensor_async = backend_copy;
-    iface.synchronize      = backend_synchronize;
-    iface.graph_compute    = backend_compute;
-    iface.event_record     = backend_record;
-    iface.event_wait       = backend_wait;
-    backend->guid          = &guid;
-    backend->device        = device;
-    backend->context       = new stream;
+    iface.get_name            = backend_name;
+    iface.free                = backend_free;
+    iface.set_tensor_async    = backend_set;
+    iface.set_tensor_2d_async = backend_set_rows;
+    iface.get_tensor_async    = backend_get;
+    iface.cpy_tensor_async    = backend_copy;
+    iface.synchronize         = backend_synchronize;
+    iface.graph_compute       = backend_compute;
+    iface.event_record        = backend_record;
+    iface.event_wait          = backend_wait;
+    backend->guid             = &guid;
+    backend->device           = device;
+    backend->context          = new stream;
     return backend;
 }
 
@@ -456,13 +472,14 @@ API void lag_delay(int us, int64_t bytes_per_s) {
     upload_bytes_per_s = bytes_per_s;
 }
 API void lag_refuse_pinned(int refuse) { refuse_pinned = refuse; }
-// Since the last call: waits of each kind, bytes of weights copied by streams, graphs launched.
+// Since the last call: waits of each kind, bytes of weights copied by streams, graphs launched, calls that copied weights.
 API void lag_count(int64_t * counts) {
     for (int w = 0; w < N_WAITS; w++) {
         counts[w] = asked[w].exchange(0);
     }
     counts[N_WAITS]     = uploaded.exchange(0);
     counts[N_WAITS + 1] = launched.exchange(0);
+    counts[N_WAITS + 2] = upload_calls.exchange(0);
 }
 
 API ggml_backend_reg_t ggml_backend_init(void) {
