@@ -26,8 +26,7 @@ class Plan(NamedTuple):
     second expert is read after its first was computed.
 
     On a device ``pools`` are slots of the layer's pool there, and an expert that has one already
-    has no other: its slot is -1. ``foreseen`` are keys of the next layer that asks, likeliest
-    first, to be copied to the device while this one is computed.
+    has no other: its slot is -1.
     """
 
     experts: list[int]
@@ -37,13 +36,12 @@ class Plan(NamedTuple):
     n_low_pairs: int = 0  # (token, rank) pairs computed from a low copy
     n_low_loads: int = 0
     pools: Sequence[int] = ()
-    foreseen: Sequence[int] = ()
 
 
 class Guessed(NamedTuple):
     """What is done with guesses: ``placed`` are (key, slot, -1) of what is to be read ahead, and
     (key, slot, slot of its layer's pool) of what is in memory and to be copied to the device;
-    ``foreseen``, if any, replaces the plan's."""
+    ``foreseen``, if any, replaces what was foreseen with the plan."""
 
     placed: Sequence[tuple[int, int, int]]
     foreseen: Sequence[int] = ()

@@ -64,6 +64,8 @@ class Tiers(Residency):
         self._home = {layer: i * n_experts for i, layer in enumerate(layers)}
         if n_slots < self._n_below:
             self._home = {}
+        self._coming: frozenset[int] = frozenset()  # foreseen, and copied ahead
+        self._n_likely = 0  # keys that were foreseen, whether there was room to copy them or not
 
     def plan(self, event: RouteEvent) -> Plan:
         pool = self.pools.get(event.layer)
@@ -160,37 +162,60 @@ class Tiers(Residency):
                 ON_CPU - 1 - place.get(expert, -1) if expert in computed else place.get(expert, -1)
                 for expert in held + below.experts
             ],
-            foreseen=self._foreseen(event),
         )
 
-    def _foreseen(self, event: RouteEvent) -> Sequence[int]:
-        if self.foresight is None:
+    def foreseen(self, event: RouteEvent, plan: Plan, now_ns: int) -> Sequence[int]:
+        """After the plan of an event, at a time: keys of the next layer that is asked for, likeliest
+        first, that go to its window while this one is computed."""
+        pool, coming, self._coming = self.pools.get(event.layer), self._coming, frozenset()
+        self._n_likely = 0
+        if self.foresight is None or pool is None or len(event.experts) <= pool.n_slots:
             return ()
-        self.foresight.observe(event)
+        base = event.layer * self.n_experts
+        planned = zip(plan.experts, plan.slots, strict=True)
+        lacking = {base + expert for expert, slot in planned if slot >= 0}
+        self.foresight.observe(event, now_ns, len(lacking - coming), len(coming - lacking))
         layer = self._next.get(event.layer)
         if layer is None or event.may_compute:  # what the processor computes needs no copy
             return ()
-        base = layer * self.n_experts
-        return [base + e for e in self.foresight.likely(layer, sum(event.counts))]
+        likely = self.foresight.likely(layer, sum(event.counts))
+        self._n_likely = len(likely)
+        return self._with_room(layer, [layer * self.n_experts + expert for expert in likely])
 
-    def foresees(self, event: RouteEvent, n_foreseen: int) -> bool:
+    def _with_room(self, layer: int, keys: Iterable[int]) -> Sequence[int]:
+        """Of these, likeliest first, those that the link has room for, or the pool has."""
+        assert self.foresight is not None
+        held = self.pools[layer].slot_of
+        chosen, coming, room = [], [], self.foresight.room()
+        for key in keys:
+            if key in held:
+                chosen.append(key)
+            elif key in self.slot_of and len(coming) < room:
+                chosen.append(key)
+                coming.append(key)
+        self.foresight.copied(len(coming))
+        self._coming = frozenset(coming)
+        return chosen
+
+    def foresees(self, event: RouteEvent) -> bool:
         """Whether guesses after this event are to say what goes to the next window: where its pool
         has half of what it wants at most, but of the next one hardly anything is sure."""
         pool = self.pools.get(event.layer)
         if self.foresight is None or pool is None or event.phase != Phase.DECODE:
             return False
         n_lacking = len(event.experts) - pool.n_slots
-        return n_lacking >= max(pool.n_slots, 2 * n_foreseen + 1) and not event.may_compute
+        return n_lacking >= max(pool.n_slots, 2 * self._n_likely + 1) and not event.may_compute
 
     def foresee(self, event: RouteEvent, guesses: Sequence[Guess]) -> Sequence[int]:
-        """Keys of the next layer that is asked for, likeliest first: those that its event, if that
-        will be wider than its pool, is likely to want."""
+        """``foreseen``, by guesses: of what the layer's event, if that will be wider than its pool,
+        is likely to want."""
         layer = self._next.get(event.layer)
         near = [g for g in guesses if g.key // self.n_experts == layer]
         if layer is None or sum(g.confidence for g in near) <= self.pools[layer].n_slots:
             return ()
         likely = [g for g in near if g.confidence >= LEAST]
-        return [g.key for g in sorted(likely, key=lambda g: g.confidence, reverse=True)]
+        likely.sort(key=lambda g: g.confidence, reverse=True)
+        return self._with_room(layer, [g.key for g in likely])
 
     def is_complete(self, layers: Sequence[int]) -> bool:
         """Whether memory holds every expert that a device may ask it for."""
@@ -210,11 +235,13 @@ class Tiers(Residency):
         return super().guess(event, [g for g in guesses if not self.holds(g.key)], keep)
 
     def copies_ahead(self, event: RouteEvent, now_ns: int, since_ns: int, n_missing: int) -> bool:
-        """Whether anything is to be copied ahead after this event, of whose experts the device
-        lacked so many."""
-        if self.copying is None or event.layer not in self.pools:
+        """Whether guesses are to be copied to pools after this event, of whose experts the device
+        lacked so many: not where events are wider than these, which leave them as they are."""
+        pool = self.pools.get(event.layer)
+        if self.copying is None or pool is None:
             return False
-        return self.copying.event(event, now_ns, since_ns, n_missing)
+        pays = self.copying.event(event, now_ns, since_ns, n_missing)
+        return pays and len(event.experts) <= pool.n_slots
 
     def guess_above(
         self, event: RouteEvent, guesses: Sequence[Guess], most: int

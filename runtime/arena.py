@@ -159,6 +159,8 @@ class Arena:
             self.copy_ns[joined] = self.plugin.copy_ns(layer, n) / n
         self.plugin.join_copies(self.copy_ns[True] < self.copy_ns[False])
         ns = min(self.copy_ns.values())
+        if pools.n_windows > 1:
+            residency.foresight = Foresight(residency.n_experts, ns)
         if divide:
             residency.dividing = Measured(ns / n_bytes, pools.expert_bytes)
             self.plugin.compute_on_cpu()
@@ -261,8 +263,6 @@ def start(
             pools.n_slots,
             pool_caches,
         )
-        if pools.n_windows > 1:
-            residency.foresight = Foresight(found.layout.n_experts)
     controller = Controller(residency, layers, recorder, guessing)
     # The statistics may be large and have told the policy what they know.
     small = replace(found, statistics=None)

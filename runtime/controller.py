@@ -90,7 +90,6 @@ class Controller:
         self._pays = False  # whether to read ahead after the event
         self._copies = False  # likewise to copy to a device
         self._foresees = False  # likewise into the next layer's window
-        self._n_foreseen = 0  # by the event's plan
 
     # -- the two callbacks
 
@@ -169,9 +168,13 @@ class Controller:
             for expert, count in zip(event.experts, event.counts, strict=True):
                 uses[base + expert] += count
             self._before = self._n_missing, self._n_guessed
-            self._n_missing, self._n_foreseen = n_missing, len(plan.foreseen)
+            self._n_missing = n_missing
             self._n_guessed = residency.guesses_used - guesses_used
         return plan
+
+    def foreseen(self, event: RouteEvent, plan: Plan, now_ns: int) -> Sequence[int]:
+        residency = self.residency
+        return residency.foreseen(event, plan, now_ns) if isinstance(residency, Tiers) else ()
 
     def wants_guesses(self, meters: Callable[[int, int], Meters]) -> bool:
         if self.guessing is None:
@@ -185,7 +188,7 @@ class Controller:
             self._copies = residency.copies_ahead(
                 self._event, now.now_ns, now.since_ns, self._n_missing
             )
-            self._foresees = residency.foresees(self._event, self._n_foreseen)
+            self._foresees = residency.foresees(self._event)
         # With everything there, nothing is worth guessing; but a recording wants to know how good
         # guesses would be.
         wants = self._pays and not is_full

@@ -290,17 +290,25 @@ def test_4_guesses_fill_the_next_window(layout: str, tiny_file: TinyFile, lag: L
 def test_4_what_guesses_say_of_the_next_window() -> None:
     tiers = Tiers(64, 16, LRU(), None, dict.fromkeys((0, 1, 2), 4), lambda layer, n: LRU())
     wide = RouteEvent(0, 3, tuple(range(8)), (1,) * 8, Phase.DECODE, 3)
-    assert not tiers.foresees(wide, 0)
-    tiers.foresight = Foresight(16)
-    assert tiers.foresees(wide, 1)
-    assert not tiers.foresees(wide, 2)  # half of what its pool lacks
-    assert not tiers.foresees(wide._replace(experts=tuple(range(7)), counts=(1,) * 7), 0)
-    assert not tiers.foresees(wide._replace(experts=(1, 2, 3), counts=(1, 1, 1)), 0)
-    assert not tiers.foresees(wide._replace(phase=Phase.PREFILL), 0)
+    assert not tiers.foresees(wide)
+    tiers.foresight = Foresight(16, 1000)
+    tiers.fill(range(48))
+    assert tiers.foreseen(wide, tiers.plan(wide), 0) == []  # of 8 pairs hardly any is sure
+    assert tiers.foresees(wide)
+    assert not tiers.foresees(wide._replace(experts=tuple(range(7)), counts=(1,) * 7))
+    assert not tiers.foresees(wide._replace(experts=(1, 2, 3), counts=(1, 1, 1)))
+    assert not tiers.foresees(wide._replace(phase=Phase.PREFILL))
+    many = wide._replace(n_tokens=30, counts=(30,) * 8)
+    assert len(tiers.foreseen(many, tiers.plan(many), 0)) == 16
+    assert not tiers.foresees(many)  # there is no need
     guesses = [Guess(16 + i, c) for i, c in enumerate((0.9, 0.5, 0.8, 0.99, 0.9))]
     assert tiers.foresee(wide, guesses) == [19, 16, 20, 18]
     assert tiers.foresee(wide, guesses[:4]) == ()  # its pool will do
     assert tiers.foresee(wide._replace(layer=2), guesses) == ()
+    tiers.foresight.room = lambda: 2  # type: ignore[method-assign]
+    assert tiers.foresee(wide, guesses) == [19, 16]
+    tiers.pools[1].fill([16])
+    assert tiers.foresee(wide, guesses) == [19, 16, 20]  # what its pool has takes no room
 
 
 # --- 5 ------------------------------------------------------------------------------------------

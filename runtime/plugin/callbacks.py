@@ -61,6 +61,10 @@ class Brain(Protocol):
         ``ids`` gives what the router chose, [n_tokens, n_used], valid during the call.
         """
 
+    def foreseen(self, event: RouteEvent, plan: Plan, now_ns: int) -> Sequence[int]:
+        """After the plan of a device's event, at a time: keys of the next layer that asks, likeliest
+        first, to be copied to the device while this one is computed. Not for continuations."""
+
     def wants_guesses(self, meters: Callable[[int, int], Meters]) -> bool:
         """Whether ``on_guess`` is to be called for the event just planned; not for continuations.
 
@@ -145,9 +149,9 @@ class Callbacks:
         self._plan_loads[:n] = plan.loads
         if plan.pools:
             self._plan_pools[:n] = plan.pools
-        if plan.foreseen:
-            self._foresee(plan.foreseen)
         if not continuation:
+            if plan.pools:
+                self._foresee(brain.foreseen(event, plan, call.now_ns))
             call.wants_guesses = brain.wants_guesses(self._meters)
             call.settled = brain.is_settled(event)
             call.may_pass = brain.may_pass()
