@@ -15,7 +15,9 @@ from .base import RouteEvent
 
 _DECAY = 0.8  # of what was asked, by event of the layer
 LEAST = 0.75  # chance of being asked for
-_FALL = 0.9  # of what is copied ahead, after a step in which more was in vain than the link was idle
+_FALL = (
+    0.9  # of what is copied ahead, after a step in which more was in vain than the link was idle
+)
 _FASTEST, _SLOWEST = 0.8, 1.1  # times what a copy took when it was measured
 
 
@@ -70,9 +72,12 @@ class Foresight:
             return
         took = self._times[-1] - self._times[1]
         self.copy_ns = min(self.copy_ns, max(self._least_ns, took / n))
-        more = took / self.copy_ns - n - self._n_vain
-        room = sum(ahead) + more if more > 0 else _FALL * sum(ahead)
-        self._room[self._size] = room / len(ahead)
+        idle = max(0.0, took / self.copy_ns - n)
+        each, old = sum(ahead) / len(ahead), self._room.get(self._size)
+        if self._n_vain > idle:
+            self._room[self._size] = _FALL * each
+        elif old is not None:
+            self._room[self._size] = max(old, each + (idle - self._n_vain) / len(ahead))
 
     def room(self) -> int:
         """So many copies after the event observed last keep the link busy until the next one's."""

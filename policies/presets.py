@@ -39,6 +39,7 @@ class Facts:
     ``n_used`` experts are used by one token in a layer; at most ``n_sequences`` decode at once. Of
     reads: whether they are ``buffered``, and how many bytes of one cannot be called back.
     ``gates`` makes the guesses of the model's routers, if it has any that are understood.
+    ``stored`` are the layers that the arena is for, if not all ``layers``.
 
     Of earlier runs, where known: ``recall``, what gate guesses were worth in each layer;
     ``popularity``, by key its uses per token, unused ones left out; ``transitions``
@@ -54,6 +55,7 @@ class Facts:
     buffered: bool = False
     chunk_bytes: int = 0
     gates: GatesMaker = lambda how: None
+    stored: Sequence[int] = ()
     recall: Mapping[int, float] = field(default_factory=dict)
     popularity: Mapping[int, float] = field(default_factory=dict)
     transitions: Callable[[], Floats | None] = lambda: None
@@ -65,14 +67,15 @@ class Facts:
 
 def _layered_lfu(facts: Facts) -> Layered:
     """Every layer its share. Forgetting slowly is right where layers do not compete (LOG.md)."""
-    quotas = evenly(facts.n_slots, facts.n_experts, facts.layers)
+    quotas = evenly(facts.n_slots, facts.n_experts, facts.stored or facts.layers)
     return Layered(facts.n_experts, quotas, lambda layer, quota: LFU(1.0, facts.history(layer)))
 
 
 def _shallow_favoring(facts: Facts) -> Layered:
     """Fate's cache: layers that predict badly hold all their experts, one ARC per layer."""
     together = facts.n_used * facts.n_sequences  # used by one decode step, at most
-    quotas = allocate(facts.n_slots, facts.n_experts, facts.layers, facts.recall, together)
+    layers = facts.stored or facts.layers
+    quotas = allocate(facts.n_slots, facts.n_experts, layers, facts.recall, together)
     return Layered(facts.n_experts, quotas, lambda layer, quota: ARC(quota))
 
 
@@ -84,7 +87,7 @@ def _eap(facts: Facts) -> Policy:
 def _scanning(facts: Facts) -> Policy:
     """What fits stays as under ``layered-lfu``; demand that goes round and does not fit streams."""
     cache = _layered_lfu(facts)
-    scan = Scan(cache, facts.n_slots, facts.n_experts, facts.layers)
+    scan = Scan(cache, facts.n_slots, facts.n_experts, facts.stored or facts.layers)
     return Policy(cache, Popularity(), scan=scan)
 
 

@@ -17,6 +17,7 @@ from .coexecution import NOBODY, Dividing
 from .copying import Copying
 from .foresight import LEAST, Foresight
 from .residency import Plan, Residency
+from .scan import Scan
 
 # For an expert's slot in a pool: the processor computes it (native/moe.h).
 ON_CPU = -2
@@ -48,8 +49,9 @@ class Tiers(Residency):
         order: LoadOrder | None,
         n_pool: Mapping[int, int],
         pool_cache: Callable[[int, int], CachePolicy],
+        scan: Scan | None = None,
     ) -> None:
-        super().__init__(n_slots, n_experts, cache, order)
+        super().__init__(n_slots, n_experts, cache, order, scan)
         self.keeps = True  # the policy has kept every expert that the device got so far
         self.whole = frozenset(layer for layer, n in n_pool.items() if n >= n_experts)
         self._n_below = (len(n_pool) - len(self.whole)) * n_experts  # keys that pools may lack
@@ -165,8 +167,8 @@ class Tiers(Residency):
         )
 
     def foreseen(self, event: RouteEvent, plan: Plan, now_ns: int) -> Sequence[int]:
-        """After the plan of an event, at a time: keys of the next layer that is asked for, likeliest
-        first, that go to its window while this one is computed."""
+        """After the plan of an event, at a time: keys of the next layer that is asked for,
+        likeliest first, that go to its window while this one is computed."""
         pool, coming, self._coming = self.pools.get(event.layer), self._coming, frozenset()
         self._n_likely = 0
         if self.foresight is None or pool is None or len(event.experts) <= pool.n_slots:
@@ -186,7 +188,9 @@ class Tiers(Residency):
         """Of these, likeliest first, those that the link has room for, or the pool has."""
         assert self.foresight is not None
         held = self.pools[layer].slot_of
-        chosen, coming, room = [], [], self.foresight.room()
+        chosen: list[int] = []
+        coming: list[int] = []
+        room = self.foresight.room()
         for key in keys:
             if key in held:
                 chosen.append(key)
@@ -220,6 +224,10 @@ class Tiers(Residency):
     def is_complete(self, layers: Sequence[int]) -> bool:
         """Whether memory holds every expert that a device may ask it for."""
         return len(self.slot_of) == (len(layers) - len(self.whole)) * self.n_experts
+
+    def fill(self, keys: Iterable[int]) -> list[tuple[int, int]]:
+        """Of layers that are not wholly on the device."""
+        return super().fill(key for key in keys if key // self.n_experts not in self.whole)
 
     def holds(self, key: int) -> bool:
         layer = key // self.n_experts

@@ -244,7 +244,8 @@ def start(
         plugin.allocate_pools(list(by_layer), pools.n_windows)
     plugin.allocate(budget.n_slots)
     gates = _GatesMaker(found, plugin, routers)
-    facts = _facts(found, budget.n_slots, gates)
+    n_experts, stored = found.layout.n_experts, _stored(found, pools)
+    facts = replace(_facts(found, budget.n_slots, gates), stored=stored)
     chosen = (make_policy or _named(found.options.policy))(facts)
     guessing = None
     if chosen.predictor is not None:
@@ -257,11 +258,12 @@ def start(
         pool_caches = _PoolCaches(facts, make_policy or _named(found.options.policy))
         residency = Tiers(
             budget.n_slots,
-            found.layout.n_experts,
+            n_experts,
             chosen.cache,
             chosen.order,
             pools.n_slots,
             pool_caches,
+            chosen.scan,
         )
     controller = Controller(residency, layers, recorder, guessing)
     # The statistics may be large and have told the policy what they know.
@@ -274,20 +276,26 @@ def start(
         arena.use_link(found.options.cpu_experts == "auto")
     if found.statistics is not None:
         # What is worth most is admitted last.
-        keys = hottest(found.statistics.uses(), budget.n_slots, chosen.cache)[::-1]
+        uses = found.statistics.uses()
+        stored_uses = {key: n for key, n in uses.items() if key // n_experts in stored}
+        keys = hottest(stored_uses, budget.n_slots, chosen.cache)[::-1]
         arena.n_warmed = arena.fill(keys, progress)
     return arena
+
+
+def _stored(found: Found, pools: DeviceBudget | None) -> list[int]:
+    """The layers that memory holds experts of: those that are not wholly on the device."""
+    on_device = pools.n_slots if pools is not None else {}
+    layers = [layer.layer for layer in found.layout.layers]
+    return [n for n in layers if on_device.get(n, 0) < found.layout.n_experts]
 
 
 def _below(budget: Budget, found: Found, pools: DeviceBudget) -> Budget:
     """No more slots in memory than experts of layers that are not wholly on the device, and those
     to fill it through."""
-    n_experts = found.layout.n_experts
-    n_whole = sum(n >= n_experts for n in pools.n_slots.values())
     staging = max(min_slots(found.n_all), _FILL_BYTES // budget.slot_bytes)
-    return budget._replace(
-        n_slots=min(budget.n_slots, max(staging, found.n_all - n_whole * n_experts))
-    )
+    n_stored = len(_stored(found, pools)) * found.layout.n_experts
+    return budget._replace(n_slots=min(budget.n_slots, max(staging, n_stored)))
 
 
 class _PoolCaches:
@@ -302,6 +310,7 @@ class _PoolCaches:
             self._facts,
             n_slots=n_slots,
             layers=[layer],
+            stored=(),
             popularity=self._facts.history(layer),
             transitions=lambda: None,
             gates=lambda how: None,

@@ -151,14 +151,17 @@ def fixed(measured: Measured, n_slots: int | None) -> Budget:
     return Budget(total, needs, slot_bytes, n_slots, found.n_all, found.working_set)
 
 
-def fixed_pools(measured: Measured, n_slots: int | None, n_windows: int = 0) -> DeviceBudget | None:
-    """So many slots of each of a device's layers, whatever they need; None: one per expert."""
+def fixed_pools(
+    measured: Measured, n_slots: int | Mapping[int, int] | None, n_windows: int = 0
+) -> DeviceBudget | None:
+    """So many slots of each of a device's layers, or by layer, whatever they need; None: one per
+    expert."""
     layout, placement = measured.found.layout, measured.found.placement
     if placement is None:
         return None
     layers = {layer.layer: expert_bytes(layer) for layer in placement.layers(layout)}
     n = layout.n_experts if n_slots is None else n_slots
-    slots = dict.fromkeys(layers, n)
+    slots = n if isinstance(n, Mapping) else dict.fromkeys(layers, n)
     return DeviceBudget(GB, DeviceNeeds(), slots, layers, layout.n_experts, 0, n_windows)
 
 
@@ -193,7 +196,7 @@ class Ours(Model):
         predictor: Predictor | None = None,
         pace: Pace | None = None,
         routers: RouterReader = read_routers,
-        n_pool: int | None = None,
+        n_pool: int | Mapping[int, int] | None = None,
         n_windows: int = 0,
         **more: Any,
     ) -> None:

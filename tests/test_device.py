@@ -11,7 +11,7 @@ to stock without a device. A pass proves:
  5  memory     slots that are written again while copies read them; memory that is not pinned
  6  layers     some layers on the device, the rest on the processor
  7  contexts   several sequences, and two contexts on one model in turn
- 8  policies   every named one, guesses included
+ 8  policies   every named one, guesses included; what memory is for
  9  failures   a read that fails, and the same step again
  10  users      the command line's options, the library's Llama, a plan
 11  calls      copies that lie evenly apart go in one, and change nothing
@@ -37,7 +37,9 @@ from lag import COMPUTE_WAITS, COPY_WAITS, HOST_WAITS, NAME, SYNCHRONIZE, Lag, l
 from moe_gguf import Engine, Llama, UserError
 from moe_gguf.policies import POLICIES
 from moe_gguf.policies.base import Phase
+from moe_gguf.policies.layered import Layered
 from moe_gguf.policies.pace import Everything
+from moe_gguf.policies.tiers import Tiers
 from moe_gguf.runtime import logs
 from moe_gguf.runtime.budget import DeviceNeeds, fit_pools
 from moe_gguf.runtime.cli.plan import plan_document, plan_text
@@ -353,6 +355,46 @@ def test_08_policies(policy: str, tiny_file: TinyFile, reference: Reference) -> 
         same(token_by_token(model), reference(path, token_by_token))
         same(generation(model), reference(path, generation))
         assert (model.stats().guess_loads > 0) == guesses
+
+
+def in_groups(model: Model) -> Logits:
+    context = model.context(n_seq_max=8)
+    steps = [[Row(7 * i + s, i, seq=s) for s in range(8)] for i in range(10)]
+    return np.concatenate([context.decode(step) for step in steps])
+
+
+@pytest.mark.parametrize("n_windows", [1, 2])
+@pytest.mark.parametrize("policy", ["fate", "klotski", "scan"])
+def test_08_a_group_that_goes_round(
+    policy: str, n_windows: int, tiny_file: TinyFile, reference: Reference
+) -> None:
+    """What memory does not keep streams through a few of its slots to the device."""
+    path = tiny_file("qwen3moe")
+    with ours(path, 19, n_pool=5, n_windows=n_windows, policy=policy, **DEVICE) as model:
+        residency = model.controller.residency
+        assert isinstance(residency, Tiers)
+        scan, scans = residency.scan, []
+        assert scan is not None
+        observe = scan.observe
+        scan.observe = lambda event: (  # type: ignore[method-assign]
+            scans.append(observe(event)) or scans[-1]
+        )
+        same(in_groups(model), reference(path, in_groups))
+        assert sum(scans) > len(scans) // 2
+
+
+def test_08_memory_is_for_what_the_device_lacks(tiny_file: TinyFile) -> None:
+    path = tiny_file("qwen3moe")
+    pools = {0: 4, 1: 16, 2: 4}
+    with ours(path, 32, n_pool=pools, policy="layered-lfu", **DEVICE) as model:
+        residency = model.controller.residency
+        assert isinstance(residency, Tiers)
+        assert isinstance(residency.cache, Layered)
+        assert residency.cache.quotas == {0: 16, 2: 16}
+        model.arena.fill(range(48))
+        assert sorted(residency.slot_of) == [*range(16), *range(32, 48)]
+        assert residency.is_complete([0, 1, 2])
+        token_by_token(model)
 
 
 def test_09_a_read_that_fails(tiny_file: TinyFile, reference: Reference) -> None:

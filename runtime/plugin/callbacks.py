@@ -62,8 +62,8 @@ class Brain(Protocol):
         """
 
     def foreseen(self, event: RouteEvent, plan: Plan, now_ns: int) -> Sequence[int]:
-        """After the plan of a device's event, at a time: keys of the next layer that asks, likeliest
-        first, to be copied to the device while this one is computed. Not for continuations."""
+        """After the plan of a device's event, at a time: keys of the next layer that asks,
+        likeliest first, to be copied to the device while this one is computed."""
 
     def wants_guesses(self, meters: Callable[[int, int], Meters]) -> bool:
         """Whether ``on_guess`` is to be called for the event just planned; not for continuations.
