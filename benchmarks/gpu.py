@@ -12,7 +12,8 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
 
     ceiling           copies of 64 MB from pinned memory to the device, nothing else
     stock             every weight on the device
-    stock-cpu         experts on the processor, in pinned memory; prefill is offloaded
+    stock-cpu         experts on the processor, in pinned memory; steps of 32 tokens and more are
+                      offloaded, so 32 sequences are copied to the device as prompts are
     stock-cpu-host    the same without offloading
     POLICY@SHARE      ours: that share of each layer's experts on the device, the rest in pinned
                       memory; POLICY@SHARE/cold starts with an empty memory instead, and
@@ -65,11 +66,13 @@ from moe_gguf.runtime.plugin.devices import Device, address, choose
 from moe_gguf.runtime.plugin.library import load
 from moe_gguf.runtime.stats import Meter
 
-ROWS = "ceiling,stock,stock-cpu,fate@0.4,load-on-demand@0.4,eap@0.4,fate@0.2,fate@0.8,lru@0.4,"
-ROWS += "fate@0.4/asked,fate@0.4/auto,fate@all,fate@0.1,fate@0.6,stock-cpu-host,fate@0.4/cold"
+ROWS = "ceiling,stock,stock-cpu,fate@0.4,fate@0.1,fate@0.8,load-on-demand@0.4,eap@0.4,"
+ROWS += "fate@0.4/apart,fate@0.4/asked,fate@0.4/auto,stock-cpu-host,fate@all,fate@0.2,fate@0.6,"
+ROWS += "lru@0.4,fate@0.4/cold"
 COPY_BYTES = 64 << 20
 N_IDENTITY = 16  # tokens, one by one
 N_TRACED = 8  # tokens
+N_BATCH, N_BATCH_WARM = 16, 20  # steps of several sequences, after so many
 PIECE = 5  # tokens of a prompt that stock computes in pieces
 
 
@@ -324,14 +327,14 @@ class Runner:
         rows = [Row(t, i, s, i == 3) for s, ts in enumerate(starts) for i, t in enumerate(ts)]
         logits = self.step(rows, Phase.PREFILL)
         times = []
-        for i in range(24):
-            if i == 8 and self.meter is not None:
+        for i in range(N_BATCH + N_BATCH_WARM):
+            if i == N_BATCH_WARM and self.meter is not None:
                 self.meter.reset()
             rows = [Row(int(logits[s].argmax()), 4 + i, s) for s in range(n)]
             began = time.perf_counter()
             logits = self.step(rows, Phase.DECODE)
             times.append(time.perf_counter() - began)
-        tell(**{f"batch_{n}_tps": n * len(times[8:]) / sum(times[8:])})
+        tell(**{f"batch_{n}_tps": n * N_BATCH / sum(times[N_BATCH_WARM:])})
         self.counted(f"of_{n}_")
 
     def prefill(self, n: int, prefix: str) -> None:

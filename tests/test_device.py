@@ -247,6 +247,21 @@ def test_03_the_next_layer_comes_meanwhile(
         assert before.uploads_ahead == 0
 
 
+def test_03_a_first_prompt_brings_each_expert_once(
+    tiny_file: TinyFile, reference: Reference, lag: Lag
+) -> None:
+    """What came ahead goes from the window to the pool, which keeps what it has room for."""
+    path = tiny_file("qwen3moe")
+    expected = reference(path, prompts), reference(path, token_by_token)
+    with lag.delayed(us=1000), ours(path, n_pool=6, n_windows=2, **DEVICE) as model:
+        model.arena.fill(range(48))
+        same(prompts(model), expected[0])
+        stats = model.stats()
+        assert stats.uploads == 48 + 2 * 2 * (16 - 6)  # the layer between keeps its window
+        assert stats.uploads_ahead > 0
+        same(token_by_token(model), expected[1])
+
+
 def one_prompt_again(model: Model) -> Logits:
     """The last layer is computed for one token, whose experts its pool soon has."""
     context = model.context(n_seq_max=7)

@@ -429,7 +429,10 @@ bool device_executor::advance(bool & any) {
                     break;
                 }
                 e.done = any = true;
-                if (wide_ && model_.pools->is_in_window(model_.reads->key_of(e.slot)) && e.pool < 0) {
+                if (wide_ && model_.pools->is_in_window(model_.reads->key_of(e.slot))) {
+                    if (e.pool >= 0) {
+                        model_.pools->keep_from_window(c_.layer, e.pool, model_.reads->key_of(e.slot));
+                    }
                     break;
                 }
                 model_.upload(e.slot, c_.layer, e.pool);

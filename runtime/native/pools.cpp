@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "os.h"
 
@@ -120,10 +121,10 @@ bool pools::allocate(const int32_t * n_slots, int n_windows) {
 
 void pools::issue() {
     send();
-    for (const auto & [layer, slot] : to_window_) {
-        copy_to_window(stream_, layer, slot);
+    for (const exchange & x : exchanges_) {
+        copy(stream_, x);
     }
-    to_window_.clear();
+    exchanges_.clear();
     issued_++;
     if (events_.empty()) {
         ggml_backend_synchronize(stream_);
@@ -176,10 +177,14 @@ void pools::send() {
 
 int64_t pools::upload(int layer, int slot, int key, const char * memory) {
     note(tensors_, layer, slot, memory);
+    hold(layer, slot, key);
+    return issued_ + 1;
+}
+
+void pools::hold(int layer, int slot, int key) {
     forget(layer, slot);
     where_[key]         = slot;
     slots_[layer][slot] = {key, issued_ + 1};
-    return issued_ + 1;
 }
 
 void pools::forget(int layer, int slot) {
@@ -215,22 +220,35 @@ bool pools::is_in_window(int key) const {
 }
 
 void pools::copy_to_window(int layer, int slot) {
-    to_window_.emplace_back(layer, slot);
-    window_of(layer).holds[weights_.expert_of(slots_[layer][slot].key)] = 1;
-    window_of(layer).ticket                                             = issued_ + 1;
+    window_room & w = window_of(layer);
+    exchanges_.push_back({layer, slot, true});
+    w.holds[weights_.expert_of(slots_[layer][slot].key)] = 1;
+    w.ticket                                             = issued_ + 1;
 }
 
 void pools::copy_to_window(ggml_backend_t stream, int layer, int slot) {
-    const int     expert = weights_.expert_of(slots_[layer][slot].key);
-    window_room & w      = window_of(layer);
-    w.holds[expert]      = 1;
-    for (const moe_tensor * weight : weights_.of_layer(layer)) {
+    window_of(layer).holds[weights_.expert_of(slots_[layer][slot].key)] = 1;
+    copy(stream, {layer, slot, true});
+}
+
+void pools::keep_from_window(int layer, int slot, int key) {
+    exchanges_.push_back({layer, slot, false});
+    hold(layer, slot, key);
+    window_of(layer).ticket = issued_ + 1;  // the next layer's may not come before
+}
+
+void pools::copy(ggml_backend_t stream, const exchange & x) {
+    const int expert = weights_.expert_of(slots_[x.layer][x.slot].key);
+    for (const moe_tensor * weight : weights_.of_layer(x.layer)) {
         const int   index = weights_.index_of(*weight);
-        ggml_tensor from = tensors_[index], to = w.tensors[index];
-        from.data  = (char *)from.data + slot * from.nb[2];
+        ggml_tensor from = tensors_[index], to = window_of(x.layer).tensors[index];
+        from.data  = (char *)from.data + x.slot * from.nb[2];
         to.data    = (char *)to.data + expert * to.nb[2];
         from.ne[2] = to.ne[2] = 1;
         from.nb[3] = to.nb[3] = from.nb[2];
+        if (!x.to_window) {
+            std::swap(from, to);
+        }
         ggml_backend_tensor_copy_async(stream, stream, &from, &to);
     }
 }

@@ -17,7 +17,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <utility>
 #include <vector>
 
 #include "copies.h"
@@ -63,6 +62,8 @@ class pools {
     void copy_to_window(int layer, int slot);
     // Likewise at once, by a stream that waited for the slot.
     void copy_to_window(ggml_backend_t stream, int layer, int slot);
+    // What the window holds is to be copied into a slot of the pool.
+    void keep_from_window(int layer, int slot, int key);
     // All that the layer's pool holds was copied there, by a stream that waited for the slots.
     void hold_in_window(int layer);
     // The layer's window is its own from now on; the ticket of what may still come there for another one.
@@ -104,6 +105,11 @@ class pools {
         int                              layer, slot;
         const char *                     memory;
     };
+    // A copy within the device that is noted.
+    struct exchange {
+        int  layer, slot;
+        bool to_window;
+    };
     struct window_room {
         std::vector<ggml_tensor> tensors;  // by index of the weight
         ggml_backend_buffer_t    buffer = nullptr;
@@ -113,9 +119,11 @@ class pools {
     };
 
     void note(const std::vector<ggml_tensor> & to, int layer, int slot, const char * memory) { due_.push_back({&to, layer, slot, memory}); }
+    void hold(int layer, int slot, int key);
     size_t neighbours(size_t first) const;
     void   add(const upload_due & u, const moe_tensor & weight);
     void   send();
+    void   copy(ggml_backend_t stream, const exchange & x);
 
     window_room &        window_of(int layer) { return windows_[turn_[layer]]; }
     const window_room &  window_of(int layer) const { return windows_[turn_[layer]]; }
@@ -134,7 +142,7 @@ class pools {
     std::vector<int>                  where_;  // key -> slot
     std::vector<std::vector<slot>>    slots_;  // by layer
     std::vector<upload_due>           due_;
-    std::vector<std::pair<int, int>>  to_window_;  // layer and slot, to be copied behind those
+    std::vector<exchange>             exchanges_;  // behind those
     copies                            copies_;
     bool                              joins_  = true;
     int64_t                           issued_ = 0, done_ = 0;
