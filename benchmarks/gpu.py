@@ -15,8 +15,10 @@ cut short keeps what it has; it ends before ``--deadline`` seconds are over. Row
     stock-cpu         experts on the processor, in pinned memory; steps of 32 tokens and more are
                       offloaded, so 32 sequences are copied to the device as prompts are
     stock-cpu-host    the same without offloading
-    POLICY@SHARE      ours: that share of each layer's experts on the device, the rest in pinned
-                      memory; POLICY@SHARE/cold starts with an empty memory instead, and
+    stock-cpu@SHARE   stock, that share of the layers with their experts on the device
+    POLICY@SHARE      ours: that share of the experts on the device, divided among layers as ever,
+                      the rest in pinned memory; POLICY@SHARE/even gives each layer that share,
+                      POLICY@SHARE/cold starts with an empty memory,
                       POLICY@SHARE/auto has the processor compute some of those missing,
                       POLICY@SHARE/asked copies nothing to the device before it is asked for,
                       POLICY@SHARE/ahead does so whether it pays or not,
@@ -57,8 +59,9 @@ from moe_gguf.policies.tiers import Tiers
 from moe_gguf.runtime import logs, opening
 from moe_gguf.runtime.arena import Arena, start
 from moe_gguf.runtime.bench.results import machine_facts, versions
-from moe_gguf.runtime.budget import DeviceBudget
+from moe_gguf.runtime.budget import DeviceBudget, pool_slots
 from moe_gguf.runtime.engine.context import Context, Logits, Row
+from moe_gguf.runtime.formats.open import read_layout
 from moe_gguf.runtime.options import Options
 from moe_gguf.runtime.params import ContextShape, ModelParams
 from moe_gguf.runtime.placement import expert_bytes
@@ -67,6 +70,7 @@ from moe_gguf.runtime.plugin.library import load
 from moe_gguf.runtime.stats import Meter
 
 ROWS = "ceiling,stock,stock-cpu,fate@0.4,fate@0.1,fate@0.8,load-on-demand@0.4,eap@0.4,"
+ROWS += "stock-cpu@0.8,stock-cpu@0.4,fate@0.8/even,fate@0.9,stock-cpu@0.9,"
 ROWS += "fate@0.4/apart,fate@0.4/asked,fate@0.4/auto,stock-cpu-host,fate@all,fate@0.2,fate@0.6,"
 ROWS += "lru@0.4,fate@0.4/cold"
 COPY_BYTES = 64 << 20
@@ -197,7 +201,8 @@ def run_row(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     if args.row == "ceiling":
         return {"device": device._asdict(), "gb_per_s": ceiling(device) / 1e9, "complete": True}
     began = time.monotonic()
-    opened = ours(args, device) if "@" in args.row else stock(args, device)
+    is_stock = args.row.startswith("stock")
+    opened = stock(args, device) if is_stock else ours(args, device)
     with opened as runner:
         tell(open_s=time.monotonic() - began, **runner.facts())
         runner.identity(args.work)
@@ -374,7 +379,11 @@ def stock(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
     params.n_gpu_layers, params.load_mode = 999, llama_cpp.LLAMA_LOAD_MODE_NONE
     if args.row != "stock":
         cpu = library.ggml_backend_cpu_buffer_type()
-        overrides = (BuftOverride * 2)(BuftOverride(rb"ffn_.*_exps", cpu), BuftOverride(None, None))
+        layers = [layer.layer for layer in read_layout(args.model).layers]
+        share = float(args.row.partition("@")[2] or 0)
+        numbers = "|".join(map(str, layers[: len(layers) - round(share * len(layers))]))
+        pattern = rf"blk\.({numbers})\.ffn_.*_exps".encode()
+        overrides = (BuftOverride * 2)(BuftOverride(pattern, cpu), BuftOverride(None, None))
         params.tensor_buft_overrides = ctypes.cast(overrides, handle).value
     with logs.capture() as log:
         model = llama_cpp.llama_model_load_from_file(str(args.model).encode(), params)
@@ -404,10 +413,12 @@ def ours(args: argparse.Namespace, device: Device) -> Iterator[Runner]:
         loaded = opening.load(measured, binding, params)
         layers = {layer.layer: expert_bytes(layer) for layer in placement.layers(layout)}
         n = max(found.n_used, round(float(share) * layout.n_experts)) if layers else 0
+        room = n * sum(layers.values())
+        slots = pool_slots(room, layers, layout.n_experts, found.n_used)
         pools = DeviceBudget(
             device.free,
             measured.on_device,
-            dict.fromkeys(layers, n),
+            dict.fromkeys(layers, n) if how == "even" else slots,
             layers,
             layout.n_experts,
             max(layers.values(), default=0) * layout.n_experts,

@@ -6,7 +6,7 @@ their values; does not know how the model was found, nor who computes with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import psutil
@@ -243,8 +243,8 @@ def start(
         by_layer = (pools.n_slots.get(n, 0) for n in range(found.layout.layers[-1].layer + 1))
         plugin.allocate_pools(list(by_layer), pools.n_windows)
     plugin.allocate(budget.n_slots)
-    gates = _GatesMaker(found, plugin, routers)
     n_experts, stored = found.layout.n_experts, _stored(found, pools)
+    gates = _GatesMaker(found, plugin, routers, stored)
     facts = replace(_facts(found, budget.n_slots, gates), stored=stored)
     chosen = (make_policy or _named(found.options.policy))(facts)
     guessing = None
@@ -321,18 +321,23 @@ class _PoolCaches:
 
 
 class _GatesMaker:
-    """Makes the predictor that asks a model's routers, if its policy wants one."""
+    """Makes the predictor that asks a model's routers, if its policy wants one: those of the layers
+    that memory holds experts of, each guessed for from the one before among them."""
 
-    def __init__(self, found: Found, plugin: PluginModel, routers: RouterReader) -> None:
+    def __init__(
+        self, found: Found, plugin: PluginModel, routers: RouterReader, stored: Collection[int]
+    ) -> None:
         self._found = found
         self._plugin = plugin
         self._routers = routers
+        self._stored = stored
         self.made: NativeGates | None = None
         self.is_blind = False  # one was wanted, but this model's routers are not known
 
     def __call__(self, how: Gates) -> Predictor | None:
-        routers = self._routers(self._found.layout, self._plugin)
-        self.is_blind = not routers
+        known = self._routers(self._found.layout, self._plugin)
+        self.is_blind = not known
+        routers = {layer: router for layer, router in known.items() if layer in self._stored}
         if not routers:
             return None
         self.made = NativeGates(routers, self._found.n_used, how)

@@ -6,7 +6,9 @@ compute buffers, Python, slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fractions import Fraction
+from math import ceil
 from typing import NamedTuple
 
 from .columns import columns
@@ -131,6 +133,8 @@ DEVICE_HEADROOM = 0.02
 
 # Windows may take one part in so many of what is left for experts.
 WINDOW_SHARE = 4
+# Of a layer's experts on a device, below which its pool does not fall while other layers are whole.
+POOL_SHARE = Fraction(2, 5)
 
 
 class DeviceNeeds(NamedTuple):
@@ -169,10 +173,17 @@ class DeviceBudget(NamedTuple):
         """Of the experts of its layers."""
         return sum(self.n_slots.values()) / (self.n_experts * max(1, len(self.n_slots)))
 
+    @property
+    def n_whole(self) -> int:
+        """Layers with all their experts there."""
+        return sum(n >= self.n_experts for n in self.n_slots.values())
+
     def rows(self) -> list[tuple[str, int, str]]:
         """(name, bytes, remark) of every item of the table."""
         n, n_all = sum(self.n_slots.values()), self.n_experts * len(self.n_slots)
         share = f"{n} of {n_all} slots, {self.resident_share:.0%} of the experts"
+        if 0 < self.n_whole < len(self.n_slots):
+            share += f", all of them in {self.n_whole} of {len(self.n_slots)} layers"
         return [
             ("trunk", self.needs.trunk, ""),
             ("KV cache", self.needs.kv, ""),
@@ -204,18 +215,13 @@ def device_auto(free: int) -> int:
 def fit_pools(
     total: int, needs: DeviceNeeds, expert_bytes: Mapping[int, int], n_experts: int, n_used: int
 ) -> DeviceBudget:
-    """Give the layers of a device the same number of slots, the first ones perhaps one more.
-
-    Never fewer than one token uses, and no more than there are experts. Two windows come first
-    where they leave most of the memory, or one. UserError naming the smallest ``total`` that works.
-    """
+    """Divide a device's memory among its layers: two windows first, where they leave most of it, or
+    one, and ``pool_slots`` of the rest. UserError naming the smallest ``total`` that works."""
     room = total - needs.total
     window = max(expert_bytes.values(), default=0) * n_experts
 
-    def taken(n: int) -> int:
-        return sum(min(n, n_experts) * n_bytes for n_bytes in expert_bytes.values())
-
-    least = needs.total + taken(n_used)
+    every = sum(expert_bytes.values())
+    least = needs.total + n_used * every
     if total < least:
         raise UserError(
             f"{format_size(total)} of device memory is too little for this model: the smallest "
@@ -223,13 +229,40 @@ def fit_pools(
             f"{format_size(needs.kv)}, compute {format_size(needs.compute)}, {n_used} experts of "
             f"each layer); a smaller {option('n_ctx')} or fewer {option('gpu_layers')} also help"
         )
-    n_windows = 0 if taken(n_experts) <= room else min(2, room // max(1, window * WINDOW_SHARE))
-    room -= n_windows * window
-    n = max(k for k in range(n_used, n_experts + 1) if taken(k) <= room)
-    n_slots = dict.fromkeys(expert_bytes, n)
-    left = room - taken(n)
-    for layer, n_bytes in expert_bytes.items():
-        if n < n_experts and n_bytes <= left:
-            n_slots[layer] += 1
-            left -= n_bytes
+    n_windows = 0 if n_experts * every <= room else min(2, room // max(1, window * WINDOW_SHARE))
+    n_slots = pool_slots(room - n_windows * window, expert_bytes, n_experts, n_used)
     return DeviceBudget(total, needs, n_slots, expert_bytes, n_experts, window, n_windows)
+
+
+def pool_slots(
+    room: int, expert_bytes: Mapping[int, int], n_experts: int, n_used: int
+) -> dict[int, int]:
+    """Slots by layer in so many bytes, which must do for ``n_used`` in each.
+
+    A layer with all its experts is not asked for: no wait, no plan, no copy, and the link works for
+    the next one that is. So what there is beyond ``POOL_SHARE`` of every layer's experts makes as
+    many layers whole as it can, evenly among the others. Two with all of them and one with 2/5 wait
+    once where three with 4/5 wait three times, and lack about as much: what a slot more saves falls
+    fast up to there, and hardly beyond (LOG.md). The layers that are not whole have the same
+    number, the first ones perhaps one more.
+    """
+    layers = list(expert_bytes)
+    least = max(n_used, ceil(n_experts * POOL_SHARE))
+
+    def taken(asked: Collection[int], n: int) -> int:
+        slots = ((n if layer in asked else n_experts, layer) for layer in layers)
+        return sum(k * expert_bytes[layer] for k, layer in slots)
+
+    # The last ones of equal parts: the first layers are whole, of which nothing tells beforehand.
+    spread = [
+        {layers[(i + 1) * len(layers) // n - 1] for i in range(n)} for n in range(len(layers) + 1)
+    ]
+    asked = next((a for a in spread if taken(a, least) <= room), spread[-1])
+    n = max((k for k in range(n_used, n_experts + 1) if taken(asked, k) <= room), default=n_used)
+    n_slots = {layer: n if layer in asked else n_experts for layer in layers}
+    left = room - taken(asked, n)
+    for layer in layers:
+        if n_slots[layer] < n_experts and expert_bytes[layer] <= left:
+            n_slots[layer] += 1
+            left -= expert_bytes[layer]
+    return n_slots

@@ -311,6 +311,22 @@ def test_4_what_guesses_say_of_the_next_window() -> None:
     assert tiers.foresee(wide, guesses) == [19, 16, 20]  # what its pool has takes no room
 
 
+def test_4_over_a_layer_that_is_whole(tiny_file: TinyFile, lag: Lag) -> None:
+    """Guesses are for the next layer that is asked for, by the device's own router too."""
+    path = tiny_file("qwen3moe")
+    with stock(path, device=NAME) as model:
+        expected = token_by_token(model)
+    pools = {0: 8, 1: 16, 2: 8}
+    with ours(path, n_pool=pools, **DEVICE) as model:
+        residency = with_chance(model)
+        model.arena.fill(range(48))
+        same(token_by_token(model), expected)
+        stats = model.stats()
+        assert stats.waits == 2 * len(expected)
+        assert stats.uploads_ahead >= n_used(residency) > 0
+        assert stats.routed > 0
+
+
 # --- 5 ------------------------------------------------------------------------------------------
 
 

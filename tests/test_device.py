@@ -41,7 +41,7 @@ from moe_gguf.policies.layered import Layered
 from moe_gguf.policies.pace import Everything
 from moe_gguf.policies.tiers import Tiers
 from moe_gguf.runtime import logs
-from moe_gguf.runtime.budget import DeviceNeeds, fit_pools
+from moe_gguf.runtime.budget import DeviceNeeds, fit_pools, pool_slots
 from moe_gguf.runtime.cli.plan import plan_document, plan_text
 from moe_gguf.runtime.errors import ExpertReadError
 from moe_gguf.runtime.options import Options
@@ -496,6 +496,21 @@ def test_10_pools_share_what_is_left() -> None:
     assert set(everything.n_slots.values()) == {8}
     with pytest.raises(UserError, match="69MB"):
         fit_pools(60 * MB, needs, sizes, n_experts=8, n_used=2)
+
+
+@pytest.mark.parametrize(
+    ("room", "n_whole", "least"),
+    [(48, 0, 4), (96, 0, 8), (168, 6, 8), (192, 8, 8), (240, 12, 20)],
+)
+def test_10_what_is_beyond_two_fifths_makes_layers_whole(
+    room: int, n_whole: int, least: int
+) -> None:
+    slots = pool_slots(room * MB, dict.fromkeys(range(12), MB), 20, 4)
+    assert sum(slots.values()) == room
+    assert sum(n == 20 for n in slots.values()) == n_whole
+    assert min(slots.values()) == least
+    asked = [layer for layer, n in slots.items() if n < 20]
+    assert asked == [(i + 1) * 12 // len(asked) - 1 for i in range(len(asked))]
 
 
 def test_10_options_of_devices() -> None:
