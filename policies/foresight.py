@@ -9,15 +9,11 @@ but one that is made for nothing is made besides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .base import RouteEvent
 
 _DECAY = 0.8  # of what was asked, by event of the layer
 LEAST = 0.75  # chance of being asked for
-_FALL = (
-    0.9  # of what is copied ahead, after a step in which more was in vain than the link was idle
-)
+_FALL = 0.9  # of what is copied ahead, after a step that had more in vain than an idle link
 _FASTEST, _SLOWEST = 0.8, 1.1  # times what a copy took when it was measured
 
 
@@ -88,7 +84,7 @@ class Foresight:
         """So many are, ahead, behind those of the event observed last."""
         self._ahead[-1] = n
 
-    def likely(self, layer: int, n_pairs: int) -> Sequence[int]:
+    def likely(self, layer: int, n_pairs: int) -> list[int]:
         """The experts that so many pairs will probably ask for, likeliest first."""
         shares = self._shares.get(layer, self._even)
         least = 1 - (1 - LEAST) ** (1 / n_pairs)

@@ -13,7 +13,7 @@ to stock without a device. A pass proves:
  7  contexts   several sequences, and two contexts on one model in turn
  8  policies   every named one, guesses included; what memory is for
  9  failures   a read that fails, and the same step again
- 10  users      the command line's options, the library's Llama, a plan
+10  users      the command line's options, the library's Llama, a plan
 11  calls      copies that lie evenly apart go in one, and change nothing
 """
 
